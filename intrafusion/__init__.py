@@ -1,0 +1,27 @@
+"""Structured pruning that keeps its accuracy without fine-tuning: channels are fused, not discarded."""
+
+from intrafusion.fusion import PRESETS, Fusion
+from intrafusion.pruner import (
+    FusedGroup,
+    FusionError,
+    IntraFusionBNScalePruner,
+    IntraFusionGroupNormPruner,
+    IntraFusionGrowingRegPruner,
+    IntraFusionPruner,
+)
+from intrafusion.report import GroupReport, Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "FusedGroup",
+    "Fusion",
+    "FusionError",
+    "GroupReport",
+    "IntraFusionBNScalePruner",
+    "IntraFusionGroupNormPruner",
+    "IntraFusionGrowingRegPruner",
+    "IntraFusionPruner",
+    "Report",
+]

@@ -1,0 +1,98 @@
+"""The settings a user gives: a preset name, or a `Fusion` of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from intrafusion.ot import COSTS, MERGE_RULES
+from intrafusion.ot.plan import MASSES
+from intrafusion.ot.targets import TARGETS
+
+SCORE_ON = ("model", "folded")
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How the channels of a group are merged into the kept ones.
+
+    merge: the rule from a plan to a pair (R, S), one of `intrafusion.ot.MERGE_RULES`: `paper` (each source's
+        coefficients sum to 1, on both sides), `barycentre` (rows averaged, columns summed), `selection` (discard).
+    cost: distance between the features of two channels: `l1` (published), `l2`, `cosine`.
+    rows, columns, bias: which weights make up a channel's features: the filters that produce it, the weights that read
+        it, the folded biases.
+    source_mass: how much each channel weighs: `uniform` or `importance`.
+    target_mass: how much each kept channel takes up: `uniform`, `importance`, or `free` (each channel goes to its
+        nearest kept one).
+    targets: what distances are measured to: the `kept` channels, or `kmeans` / `gmm` centres grown from them.
+    score_on: which network the importance metric sees: the user's own `model`, or the batch-norm-`folded` one
+        (published).
+    seed: for k-means and the Gaussian mixture.
+
+    Raises ValueError, naming the field and what is allowed, for any other value.
+    """
+
+    merge: str = "paper"
+    cost: str = "l1"
+    rows: bool = True
+    columns: bool = True
+    bias: bool = False
+    source_mass: str = "uniform"
+    target_mass: str = "uniform"
+    targets: str = "kept"
+    score_on: str = "model"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in self.choices().items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"Fusion.{name} is {value!r}: choose one of {', '.join(map(repr, allowed))}")
+        for name in ("rows", "columns", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Fusion.{name} is {getattr(self, name)!r}: it must be True or False")
+        if not (self.rows or self.columns):
+            raise ValueError("Fusion.rows and Fusion.columns are both off: a channel needs features to be compared by")
+
+    @staticmethod
+    def choices() -> dict[str, tuple[str, ...]]:
+        """The allowed values of every field that has a fixed choice."""
+        return {
+            "merge": tuple(MERGE_RULES),
+            "cost": COSTS,
+            "source_mass": MASSES,
+            "target_mass": (*MASSES, "free"),
+            "targets": TARGETS,
+            "score_on": SCORE_ON,
+        }
+
+    @staticmethod
+    def preset(name: str) -> Fusion:
+        """The fusion called `name` in `PRESETS`. Raises ValueError, with the names there are, for another."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown fusion preset {name!r}: choose one of {', '.join(map(repr, PRESETS))}")
+        return PRESETS[name]
+
+    @staticmethod
+    def of(value: str | Fusion) -> Fusion:
+        """A preset name or a Fusion, as a Fusion. Raises TypeError for anything else."""
+        if isinstance(value, Fusion):
+            return value
+        if isinstance(value, str):
+            return Fusion.preset(value)
+        raise TypeError(f"fusion must be a preset name or a Fusion, not {type(value).__name__}")
+
+    def discarded(self) -> Fusion:
+        """The honest twin: the same channels kept, nothing merged."""
+        return replace(self, merge="selection")
+
+    def __str__(self) -> str:
+        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"Fusion({', '.join(changed)})"
+
+
+PRESETS: dict[str, Fusion] = {
+    "paper": Fusion(merge="paper", score_on="folded"),
+    "barycentre": Fusion(merge="barycentre"),
+    "discard": Fusion(merge="selection"),
+}
+"""`paper`: the published method. `barycentre`: mean/sum, exact for duplicates. `discard`: plain torch-pruning."""

@@ -1,0 +1,92 @@
+"""From a plan to a pair (R, S): what each kept producer row is made of, and from what each old channel is read.
+
+    W' = R W        R [k, n]    producer rows, biases
+    V' = V S        S [n, k]    consumer columns
+
+Discarding is R = S^T = selection. A new rule is one registered function:
+
+    @merge_rule("mine")
+    def mine(plan: Plan) -> Pair: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from intrafusion.ot.plan import Plan
+
+
+@dataclass(frozen=True)
+class Pair:
+    """rows R: [k, n] and columns S: [n, k], float64; kept: [k] the channels whose places the new ones take."""
+
+    rows: Tensor
+    columns: Tensor
+    kept: Tensor
+
+    @property
+    def is_selection(self) -> bool:
+        """True if nothing is merged: the kept channels stay bit for bit what they were."""
+        chosen = selection_pair(self.kept, self.rows.shape[1])
+        return torch.equal(self.rows, chosen.rows.to(self.rows)) and torch.equal(
+            self.columns, chosen.columns.to(self.columns)
+        )
+
+
+MergeRule = Callable[[Plan], Pair]
+MERGE_RULES: dict[str, MergeRule] = {}
+"""Every registered rule by name."""
+
+
+def merge_rule(name: str) -> Callable[[MergeRule], MergeRule]:
+    """Register a function from a plan to a pair under `name`. Raises ValueError if the name is taken."""
+
+    def register(rule: MergeRule) -> MergeRule:
+        if name in MERGE_RULES:
+            raise ValueError(f"a merge rule named {name!r} exists already")
+        MERGE_RULES[name] = rule
+        return rule
+
+    return register
+
+
+def selection_pair(kept: Tensor, n: int) -> Pair:
+    """The pair that keeps channels `kept` of `n` and drops the rest, as torch-pruning does."""
+    rows = torch.zeros(len(kept), n, dtype=torch.float64, device=kept.device)
+    rows[torch.arange(len(kept)), kept] = 1.0
+    return Pair(rows, rows.T.clone(), kept)
+
+
+@merge_rule("selection")
+def selection(plan: Plan) -> Pair:
+    """Discard: the plan is ignored."""
+    return selection_pair(plan.kept, len(plan.coupling))
+
+
+@merge_rule("paper")
+def paper(plan: Plan) -> Pair:
+    """Published Intra-Fusion: each source's coefficients sum to 1, the same map on both sides (sum / sum)."""
+    if plan.is_identity:
+        return selection(plan)
+    columns = _divide(plan.coupling, plan.source[:, None])
+    return Pair(columns.T.clone(), columns, plan.kept)
+
+
+@merge_rule("barycentre")
+def barycentre(plan: Plan) -> Pair:
+    """Rows averaged, columns summed (mean / sum): exact when the merged channels are duplicates."""
+    if plan.is_identity:
+        return selection(plan)
+    rows = _divide(plan.coupling, plan.target[None, :]).T.clone()
+    empty = rows.sum(dim=1) == 0
+    rows[empty, plan.kept.to(rows.device)[empty]] = 1.0
+    return Pair(rows, _divide(plan.coupling, plan.source[:, None]), plan.kept)
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Elementwise quotient, 0 where nothing is there to share out."""
+    return numerator / torch.where(denominator > 0, denominator, 1.0)

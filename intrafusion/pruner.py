@@ -1,0 +1,267 @@
+"""The pruners a torch-pruning user imports: change the import, and channels are fused instead of discarded."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning.dependency.group import Group
+
+from intrafusion import checks
+from intrafusion.fusion import Fusion
+from intrafusion.report import GroupReport, Report
+from intrafusion.surgery.batchnorm import folded
+from intrafusion.surgery.fuse import Outcome, fuse
+from intrafusion.surgery.groups import GroupTable, batchnorm_of, module_name, tabulate
+from intrafusion.surgery.snapshot import Snapshot
+
+_SHARED_DEFAULTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
+
+
+class FusionError(RuntimeError):
+    """Fusing a group failed; the message names the group, and the network is as it was before."""
+
+
+class FusedGroup(Group):
+    """A torch-pruning group whose `prune()` fuses the channels that go into those that stay, then cuts."""
+
+    _pruner: FusionMixin
+
+    @classmethod
+    def wrap(cls, group: Group, pruner: FusionMixin) -> FusedGroup:
+        wrapped = cls()
+        wrapped._group, wrapped._DG, wrapped._pruner = group._group, group._DG, pruner
+        return wrapped
+
+    def prune(self, idxs: Any = None, record_history: bool = True) -> None:
+        """Fuse and cut, all or nothing.
+
+        idxs: other root channels to remove than the ones the group was made for.
+        Raises FusionError, naming the group, if it fails; the network is then unchanged.
+        """
+        if idxs is not None:
+            root = self._group[0].dep
+            group = self._DG.get_pruning_group(root.target.module, root.handler, [int(i) for i in idxs])
+            FusedGroup.wrap(group, self._pruner).prune(record_history=record_history)
+            return
+        if not self._group or not len(self._group[0][1]):
+            return
+        self._pruner._prune_group(self, record_history)
+
+
+class FusionMixin:
+    """Turns a torch-pruning pruner into one that fuses. Mixed in before the pruner class."""
+
+    # What the host class provides.
+    DG: tp.DependencyGraph
+    model: nn.Module
+    importance: Callable
+    num_heads: dict
+    in_channel_groups: dict
+    out_channel_groups: dict
+    current_step: int
+    _scope_initial_channels: dict
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        host = inspect.signature(cls.__mro__[2])
+        ours = inspect.Parameter("fusion", inspect.Parameter.KEYWORD_ONLY, default="paper", annotation="str | Fusion")
+        cls.__signature__ = host.replace(parameters=[*host.parameters.values(), ours])
+
+    def __init__(self, *args: Any, fusion: str | Fusion = "paper", **kwargs: Any) -> None:
+        self.fusion = Fusion.of(fusion)
+        bound = inspect.signature(super().__init__).bind(*args, **kwargs)
+        checks.check_arguments(bound.arguments)
+        model = bound.arguments["model"]
+        for name in _SHARED_DEFAULTS:  # torch-pruning's defaults are shared between all pruners
+            bound.arguments.setdefault(name, {})
+        if isinstance(bound.arguments["example_inputs"], Tensor) and bound.arguments.get("forward_fn") is None:
+            bound.arguments["example_inputs"] = (bound.arguments["example_inputs"],)  # or its batch axis is stripped
+        if bound.arguments.get("unwrapped_parameters") is not None:
+            bound.arguments["unwrapped_parameters"] = list(bound.arguments["unwrapped_parameters"])
+        if bound.arguments.get("ignored_layers") is not None:
+            bound.arguments["ignored_layers"] = checks.expand_types(model, bound.arguments["ignored_layers"])
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            super().__init__(*bound.args, **bound.kwargs)
+        finally:  # tracing switches the network to eval mode
+            for module, training in modes:
+                module.training = training
+        self.report = Report()
+        self._scores: dict[tuple[Any, Callable], Tensor] = {}
+        self._quiet = False
+        checks.warn_if_nothing_prunable(self)
+
+    def step(self, interactive: bool = False) -> Iterator[Group] | None:
+        """One pruning step, as in torch-pruning; if a group fails, every group of the step is put back first.
+
+        Raises FusionError naming the group.
+        """
+        if interactive:
+            return super().step(interactive=True)  # type: ignore[misc]
+        snapshot = Snapshot(self.DG, self.model.modules(), self._state())
+        try:
+            super().step(interactive=False)  # type: ignore[misc]
+        except BaseException:
+            snapshot.restore()
+            raise
+        return None
+
+    def estimate_importance(self, group: Group) -> Tensor | None:
+        """The metric's score of every channel of a full group: [n], or None if the metric has nothing to score.
+
+        With `score_on="folded"` the metric sees the batch-norm-folded network, unless it has nothing to say there
+        (batch-norm scale). Raises FusionError for scores that are not finite or of the wrong shape.
+        """
+        score = None
+        if self.fusion.score_on == "folded":
+            with folded(self._foldable(group)):
+                score = self.importance(group)
+        if score is None:
+            score = self.importance(group)
+        root = group[0].dep
+        name = module_name(self.DG, root.target.module)
+        if score is None:
+            self._note(name, len(group[0].idxs), reason="the metric has nothing to score here")
+            return None
+        problem = checks.importance_problem(score, len(group[0].idxs))
+        if problem:
+            raise FusionError(f"while scoring group {name!r} ({len(group[0].idxs)} channels): {problem}")
+        self._scores[root.target.module, root.handler] = score.detach()
+        return score
+
+    def manual_prune_width(
+        self, layer: nn.Module, pruning_fn: Callable, pruning_ratios_or_idxs: float | list[int]
+    ) -> None:
+        """Fuse and cut one layer's group to a given width.
+
+        pruning_ratios_or_idxs: the channels to remove, or a float. Torch-Pruning reads the float as the fraction that
+        stays (it removes n·(1 - ratio) channels), and so do we, with a warning.
+        """
+        removed = pruning_ratios_or_idxs
+        if isinstance(removed, float):
+            n = checks.width(self.DG, layer, pruning_fn)
+            warnings.warn(
+                f"manual_prune_width reads {removed} as the fraction of channels that stays, as torch-pruning does",
+                stacklevel=2,
+            )
+            full = self.DG.get_pruning_group(layer, pruning_fn, list(range(n)))
+            score = self.estimate_importance(full)
+            if score is None:
+                raise FusionError(f"group {module_name(self.DG, layer)!r}: the metric has nothing to score here")
+            removed = torch.argsort(score)[: int(n * (1 - removed))].tolist()
+        group = self.DG.get_pruning_group(layer, pruning_fn, [int(i) for i in removed])
+        FusedGroup.wrap(group, self).prune()
+
+    def _prune(self) -> Iterator[Group]:
+        checks.check_finite(self.model)
+        self._scores.clear()
+        seen, first = set(), len(self.report.groups)
+        self._quiet = True
+        try:
+            for group in super()._prune():  # type: ignore[misc]
+                root = group[0].dep
+                seen.add((root.target.module, root.handler))
+                yield FusedGroup.wrap(group, self)
+        finally:
+            self._quiet = False
+        for root, handler in self._scores:
+            if (root, handler) not in seen:
+                name, n = module_name(self.DG, root), checks.width(self.DG, root, handler)
+                self._note(name, n, reason="torch-pruning removes none of its channels, or could not leave one")
+        self._warn([group for group in self.report.groups[first:] if group.merged == "selection" and group.reason])
+
+    @torch.no_grad()
+    def _prune_group(self, group: FusedGroup, record_history: bool) -> None:
+        root = group[0].dep
+        table = tabulate(self.DG, root.target.module, root.handler, self._get_channel_groups(group))  # type: ignore[attr-defined]
+        removed = sorted({int(i) for i in group[0].idxs})
+        kept = torch.tensor([i for i in range(table.n) if i not in set(removed)], dtype=torch.long)
+        snapshot = Snapshot(self.DG, table.modules())
+        frozen = _frozen_parameters(table.modules())
+        try:
+            if not 0 <= removed[0] <= removed[-1] < table.n:
+                raise ValueError(f"channels {removed[0]}..{removed[-1]} are to be removed of {table.n}")
+            outcome = self._fuse(group, table, kept)
+            Group.prune(group, record_history=record_history)
+            for module, name in frozen:  # torch-pruning makes a cut parameter trainable
+                module._parameters[name].requires_grad_(False)
+        except Exception as error:
+            snapshot.restore()
+            where = f"while fusing group {table.name!r} ({table.n} -> {len(kept)} channels)"
+            raise FusionError(f"{where}: {error}") from error
+        cost = outcome.plan.cost if outcome.plan else None
+        entry = GroupReport(table.name, self.current_step, table.n, len(kept), outcome.merged, cost, outcome.reason)
+        self.report.groups.append(entry)
+        if not self._quiet and outcome.merged == "selection" and outcome.reason:
+            self._warn([entry])
+
+    def _fuse(self, group: FusedGroup, table: GroupTable, kept: Tensor) -> Outcome:
+        if self.fusion.merge == "selection":
+            return Outcome("selection")
+        reason = checks.mismatch(group, table, kept)
+        if not reason and self._is_atten_group(group)[0]:  # type: ignore[attr-defined]
+            reason = "queries and keys meet in a product, which a linear merge cannot keep"
+        if reason:
+            return Outcome("selection", reason=reason)
+        root = group[0].dep
+        return fuse(self.DG, table, kept, self._scores.get((root.target.module, root.handler)), self.fusion)
+
+    def _foldable(self, group: Group) -> list[tuple[nn.Module, nn.Module, int]]:
+        layers = dict.fromkeys(item[0].target.module for item in group)
+        pairs = [(layer, batchnorm_of(self.DG, layer)) for layer in layers]
+        return [(layer, bn, int(getattr(layer, "transposed", False))) for layer, bn in pairs if bn is not None]
+
+    def _note(self, name: str, n: int, reason: str) -> None:
+        self.report.groups.append(GroupReport(name, self.current_step, n, n, "untouched", None, reason))
+
+    def _warn(self, groups: list[GroupReport]) -> None:
+        if groups:
+            listed = "; ".join(f"{group.name}: {group.reason}" for group in groups)
+            warnings.warn(f"{len(groups)} of the groups could only be cut, not fused: {listed}", stacklevel=3)
+
+    def _state(self) -> list[dict]:
+        return [
+            self.__dict__,
+            self.num_heads,
+            self.in_channel_groups,
+            self.out_channel_groups,
+            self._scope_initial_channels,
+        ]
+
+
+def _frozen_parameters(modules: list[nn.Module]) -> list[tuple[nn.Module, str]]:
+    return [
+        (module, name)
+        for module in modules
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not parameter.requires_grad
+    ]
+
+
+class IntraFusionPruner(FusionMixin, tp.pruner.BasePruner):
+    """Drop-in for `torch_pruning`'s `BasePruner` (= `MetaPruner` = `MagnitudePruner`): same arguments in the same order.
+
+    fusion: (keyword-only) a preset name of `intrafusion.PRESETS`, or a `Fusion`.
+
+    >>> pruner = IntraFusionPruner(model, example_inputs, importance, pruning_ratio=0.5, ignored_layers=[model.fc])
+    >>> pruner.step()                      # or: for group in pruner.step(interactive=True): group.prune()
+    >>> print(pruner.report)               # per group: width, plan cost, merge rule, what was only cut and why
+    """
+
+
+class IntraFusionBNScalePruner(FusionMixin, tp.pruner.BNScalePruner):
+    """Drop-in for `torch_pruning.pruner.BNScalePruner` (network slimming): same arguments, plus `fusion`."""
+
+
+class IntraFusionGroupNormPruner(FusionMixin, tp.pruner.GroupNormPruner):
+    """Drop-in for `torch_pruning.pruner.GroupNormPruner` (DepGraph sparse training): same arguments, plus `fusion`."""
+
+
+class IntraFusionGrowingRegPruner(FusionMixin, tp.pruner.GrowingRegPruner):
+    """Drop-in for `torch_pruning.pruner.GrowingRegPruner` (growing regularisation): same arguments, plus `fusion`."""

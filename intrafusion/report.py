@@ -1,0 +1,53 @@
+"""What a pruning step did to every group, and what it could not do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+_HEADER = ("group", "channels", "plan cost", "merged by", "note")
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group of one step.
+
+    name: the layer that gives the group its channels, with its width before and after; cost: <C, P> of the plan (None
+    if there was none); merged: the merge rule, `selection` (cut only) or `untouched`; reason: why it was not fused, or
+    what is unusual.
+    """
+
+    name: str
+    step: int
+    channels_before: int
+    channels_after: int
+    merged: str
+    cost: float | None = None
+    reason: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        cost = "" if self.cost is None else f"{self.cost:.4g}"
+        return self.name, f"{self.channels_before} -> {self.channels_after}", cost, self.merged, self.reason
+
+
+@dataclass
+class Report:
+    """All groups so far, in the order in which they were pruned; printing it gives a table."""
+
+    groups: list[GroupReport] = field(default_factory=list)
+
+    @property
+    def fused(self) -> list[GroupReport]:
+        return [group for group in self.groups if group.merged not in ("selection", "untouched")]
+
+    @property
+    def fallbacks(self) -> list[GroupReport]:
+        """Groups that were only cut although fusion was asked for."""
+        return [group for group in self.groups if group.merged == "selection" and group.reason]
+
+    def __str__(self) -> str:
+        if not self.groups:
+            return "nothing pruned yet"
+        rows = [_HEADER, *(group.cells() for group in self.groups)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

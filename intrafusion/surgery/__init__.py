@@ -1,0 +1,1 @@
+"""Networks: the only room that touches the insides of torch-pruning."""

@@ -1,0 +1,78 @@
+"""Fuse one group: table, features, plan, pair, apply; or say why it is only cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch_pruning as tp
+from torch import Tensor
+
+from intrafusion.fusion import Fusion
+from intrafusion.ot import MERGE_RULES, Plan, transport_plan
+from intrafusion.surgery.apply import apply_pair
+from intrafusion.surgery.features import channel_features
+from intrafusion.surgery.groups import GroupTable, Role
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened to a group before it is cut: how it was merged, the plan if there was one, and why not if not."""
+
+    merged: str
+    plan: Plan | None = None
+    reason: str = ""
+
+
+def fuse(
+    graph: tp.DependencyGraph, table: GroupTable, kept: Tensor, importance: Tensor | None, settings: Fusion
+) -> Outcome:
+    """Write the fused channels of a group into its kept places, at full size; torch-pruning cuts afterwards.
+
+    kept: [k] increasing root channels; importance: [n], for `importance` masses.
+    Raises ValueError or RuntimeError if the plan cannot be computed or a fused value is not finite; the network is then
+    as it was.
+    """
+    if settings.merge == "selection":
+        return Outcome("selection")
+    reason = table.unsupported or uneven_chunks(table, kept)
+    if reason:
+        return Outcome("selection", reason=reason)
+    if not any(slot.role is Role.PRODUCER or slot.role is Role.SHIFT for slot in table.slots):
+        return Outcome("selection", reason="no layer of the group produces its channels")
+    plan = transport_plan(
+        channel_features(graph, table, rows=settings.rows, columns=settings.columns, bias=settings.bias),
+        kept,
+        classes=table.classes,
+        importance=importance,
+        cost=settings.cost,
+        source_mass=settings.source_mass,
+        target_mass=settings.target_mass,
+        targets=settings.targets,
+        seed=settings.seed,
+    )
+    pair = MERGE_RULES[settings.merge](plan)
+    apply_pair(table, pair)
+    note = ""
+    if plan.is_identity and not plan.stranded.any():
+        note = plan.status.value
+    elif plan.stranded.any():
+        note = f"{int(plan.stranded.sum())} channels have no kept channel they may mix with, and were discarded"
+    return Outcome(settings.merge, plan, note)
+
+
+def uneven_chunks(table: GroupTable, kept: Tensor) -> str:
+    """Torch-Pruning cuts every chunk of a grouped layer at the first chunk's offsets: say so if that would be wrong."""
+    for slot in table.slots:
+        if slot.role is not Role.CONSUMER or slot.chunks == 1:
+            continue
+        width = slot.size // slot.chunks
+        covered = set(slot.local[slot.local >= 0].tolist())
+        local = slot.local[kept]
+        alive = torch.zeros(slot.size, dtype=torch.bool)
+        alive[local[local >= 0]] = True
+        alive[[i for i in range(slot.size) if i not in covered]] = True
+        by_chunk = alive.reshape(slot.chunks, width)
+        if not (by_chunk == by_chunk[0]).all():
+            return f"the kept channels of {slot.name!r} differ between its {slot.chunks} groups"
+    return ""
