@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch_pruning.dependency.group import Group
 
 from intrafusion.surgery.groups import GroupTable, channels_of
 
@@ -102,11 +101,12 @@ def importance_problem(score: Any, n: int) -> str:
     return ""
 
 
-def mismatch(group: Group, table: GroupTable, kept: Tensor) -> str:
+def mismatch(group: Any, table: GroupTable, kept: Tensor) -> str:
     """Why the channels that torch-pruning will cut are not those that the group couples ('' if they are)."""
     removed = set(range(table.n)) - set(kept.tolist())
+    item: Any
     for item in group:
-        if isinstance(item, tuple) and not hasattr(item, "dep"):
+        if not hasattr(item, "dep"):
             return "torch-pruning leaves part of the group alone (grouped-query attention)"
         reached = table.removable.get((item.dep.target.module, item.dep.handler))
         if reached is None:

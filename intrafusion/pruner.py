@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from intrafusion.report import GroupReport, Report
 from intrafusion.surgery.batchnorm import folded
 from intrafusion.surgery.fuse import Outcome, fuse
 from intrafusion.surgery.groups import GroupTable, batchnorm_of, module_name, tabulate
+from intrafusion.surgery.selfcheck import inconsistent_groups
 from intrafusion.surgery.snapshot import Snapshot
 
 _SHARED_DEFAULTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
@@ -31,6 +33,7 @@ class FusedGroup(Group):
     """A torch-pruning group whose `prune()` fuses the channels that go into those that stay, then cuts."""
 
     _pruner: FusionMixin
+    _DG: Any
 
     @classmethod
     def wrap(cls, group: Group, pruner: FusionMixin) -> FusedGroup:
@@ -61,6 +64,8 @@ class FusionMixin:
     DG: tp.DependencyGraph
     model: nn.Module
     importance: Callable
+    ignored_layers: list
+    root_module_types: list
     num_heads: dict
     in_channel_groups: dict
     out_channel_groups: dict
@@ -80,12 +85,14 @@ class FusionMixin:
         model = bound.arguments["model"]
         for name in _SHARED_DEFAULTS:  # torch-pruning's defaults are shared between all pruners
             bound.arguments.setdefault(name, {})
-        if isinstance(bound.arguments["example_inputs"], Tensor) and bound.arguments.get("forward_fn") is None:
+        forward_fn = bound.arguments.get("forward_fn")
+        if isinstance(bound.arguments["example_inputs"], Tensor) and forward_fn is None:
             bound.arguments["example_inputs"] = (bound.arguments["example_inputs"],)  # or its batch axis is stripped
         if bound.arguments.get("unwrapped_parameters") is not None:
             bound.arguments["unwrapped_parameters"] = list(bound.arguments["unwrapped_parameters"])
         if bound.arguments.get("ignored_layers") is not None:
             bound.arguments["ignored_layers"] = checks.expand_types(model, bound.arguments["ignored_layers"])
+        self._forward = partial(_outputs, inputs=bound.arguments["example_inputs"], forward_fn=forward_fn)
         modes = [(module, module.training) for module in model.modules()]
         try:
             super().__init__(*bound.args, **bound.kwargs)
@@ -95,6 +102,7 @@ class FusionMixin:
         self.report = Report()
         self._scores: dict[tuple[Any, Callable], Tensor] = {}
         self._quiet = False
+        self._inconsistent: set[str] = set()
         checks.warn_if_nothing_prunable(self)
 
     def step(self, interactive: bool = False) -> Iterator[Group] | None:
@@ -104,11 +112,12 @@ class FusionMixin:
         """
         if interactive:
             return super().step(interactive=True)  # type: ignore[misc]
-        snapshot = Snapshot(self.DG, self.model.modules(), self._state())
+        snapshot, reported = Snapshot(self.DG, self.model.modules(), self._state()), len(self.report.groups)
         try:
             super().step(interactive=False)  # type: ignore[misc]
         except BaseException:
             snapshot.restore()
+            del self.report.groups[reported:]
             raise
         return None
 
@@ -143,7 +152,7 @@ class FusionMixin:
         pruning_ratios_or_idxs: the channels to remove, or a float. Torch-Pruning reads the float as the fraction that
         stays (it removes n·(1 - ratio) channels), and so do we, with a warning.
         """
-        removed = pruning_ratios_or_idxs
+        removed: Any = pruning_ratios_or_idxs
         if isinstance(removed, float):
             n = checks.width(self.DG, layer, pruning_fn)
             warnings.warn(
@@ -161,6 +170,7 @@ class FusionMixin:
     def _prune(self) -> Iterator[Group]:
         checks.check_finite(self.model)
         self._scores.clear()
+        self._inconsistent = self._find_inconsistent()
         seen, first = set(), len(self.report.groups)
         self._quiet = True
         try:
@@ -176,6 +186,18 @@ class FusionMixin:
                 self._note(name, n, reason="torch-pruning removes none of its channels, or could not leave one")
         self._warn([group for group in self.report.groups[first:] if group.merged == "selection" and group.reason])
 
+    def _find_inconsistent(self) -> set[str]:
+        """Groups that torch-pruning describes wrongly; asked at every step, since its offsets also go stale."""
+        if self.fusion.merge == "selection":
+            return set()
+        tables = []
+        for group in self.DG.get_all_groups(self.ignored_layers, self.root_module_types):
+            if not self._is_atten_group(group)[0]:  # type: ignore[attr-defined]
+                root = group[0].dep
+                groups = self._get_channel_groups(group)  # type: ignore[attr-defined]
+                tables.append(tabulate(self.DG, root.target.module, root.handler, groups))
+        return inconsistent_groups(self.DG, tables, self._forward)
+
     @torch.no_grad()
     def _prune_group(self, group: FusedGroup, record_history: bool) -> None:
         root = group[0].dep
@@ -190,7 +212,7 @@ class FusionMixin:
             outcome = self._fuse(group, table, kept)
             Group.prune(group, record_history=record_history)
             for module, name in frozen:  # torch-pruning makes a cut parameter trainable
-                module._parameters[name].requires_grad_(False)
+                module.get_parameter(name).requires_grad_(False)
         except Exception as error:
             snapshot.restore()
             where = f"while fusing group {table.name!r} ({table.n} -> {len(kept)} channels)"
@@ -205,6 +227,8 @@ class FusionMixin:
         if self.fusion.merge == "selection":
             return Outcome("selection")
         reason = checks.mismatch(group, table, kept)
+        if table.name in self._inconsistent:
+            reason = "torch-pruning's index map does not describe the network here, and its cut may be wrong as well"
         if not reason and self._is_atten_group(group)[0]:  # type: ignore[attr-defined]
             reason = "queries and keys meet in a product, which a linear merge cannot keep"
         if reason:
@@ -235,6 +259,15 @@ class FusionMixin:
         ]
 
 
+def _outputs(model: nn.Module, inputs: Any, forward_fn: Callable | None) -> list[Tensor]:
+    """The tensors that the traced network returns for its example inputs."""
+    if forward_fn is not None:
+        out = forward_fn(model, inputs)
+    else:
+        out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    return [value for value in tp.utils.flatten_as_list(out) if isinstance(value, Tensor)]
+
+
 def _frozen_parameters(modules: list[nn.Module]) -> list[tuple[nn.Module, str]]:
     return [
         (module, name)
@@ -245,7 +278,7 @@ def _frozen_parameters(modules: list[nn.Module]) -> list[tuple[nn.Module, str]]:
 
 
 class IntraFusionPruner(FusionMixin, tp.pruner.BasePruner):
-    """Drop-in for `torch_pruning`'s `BasePruner` (= `MetaPruner` = `MagnitudePruner`): same arguments in the same order.
+    """Drop-in for `torch_pruning`'s `BasePruner` (= `MetaPruner` = `MagnitudePruner`): same arguments, same order.
 
     fusion: (keyword-only) a preset name of `intrafusion.PRESETS`, or a `Fusion`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,8 @@ def _rotate_to_rank(features: Tensor) -> np.ndarray:
 def _kmeans(x: np.ndarray, kept: Tensor, seed: int) -> np.ndarray:
     from sklearn.cluster import KMeans
 
-    labels = KMeans(len(kept), init=x[kept.cpu().numpy()], n_init=1, random_state=seed).fit(x).labels_
+    start: Any = x[kept.cpu().numpy()]  # scikit-learn declares `init` a string
+    labels = KMeans(len(kept), init=start, n_init=1, random_state=seed).fit(x).labels_  # pyright: ignore
     return np.eye(len(kept))[labels]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from intrafusion.ot import Pair, selection_pair
 from intrafusion.surgery.batchnorm import bias_of, correlation, merge, merge_alone, read, row_average
 from intrafusion.surgery.groups import GroupTable, Role, Slot
-from intrafusion.surgery.layout import entries, from_channels, gather, mix_, to_channels
+from intrafusion.surgery.layout import from_channels, gather, mix_, to_channels
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,12 @@ def _with_batchnorm(draft: Draft, slot: Slot, rows: _Map, columns: _Map, average
     layer, bn = slot.owner, slot.partner
     assert bn is not None
     weight = to_channels(draft.of(layer, "weight"), slot.axis, slot.chunks)
-    device = weight.device
-    stats, first = read(bn), slot.local[:, 0].to(device)
-    raw, bias = gather(weight, slot.local.to(device)), entries(bias_of(layer, slot.size), slot.local.to(device))
-    mix, places = rows.weights.to(device), rows.places.to(device)
-    in_root_order = type(stats)(
-        *(entries(v, slot.local.to(device)) for v in (stats.scale, stats.gamma, stats.beta, stats.mean, stats.var)),
-        eps=stats.eps,
-    )
-    averaged = row_average(mix) @ (in_root_order.scale[:, None] * raw) if average else None
-    new = merge(raw, bias, in_root_order, mix, affine=bn.affine, mixed=averaged)
+    local, places, mix = (t.to(weight.device) for t in (slot.local, rows.places, rows.weights))
+    first, stats = local[:, 0], read(bn)
+    raw, inside = gather(weight, local), stats.at(local[:, 0])
+    bias = bias_of(layer, slot.size)[first]  # every channel of a producer is there
+    averaged = row_average(mix) @ (inside.scale[:, None] * raw) if average else None
+    new = merge(raw, bias, inside, mix, affine=bn.affine, mixed=averaged)
     at = first[places]
     matrix = weight.clone()
     matrix[at] = new.rows
@@ -160,7 +156,7 @@ def _with_batchnorm(draft: Draft, slot: Slot, rows: _Map, columns: _Map, average
     _dual_gradients(draft, slot, columns, stats.scale)
 
 
-def _put_entries(draft: Draft, bn: nn.Module, at: Tensor, new, fold_bias: nn.Module | None = None) -> None:
+def _put_entries(draft: Draft, bn: Any, at: Tensor, new, fold_bias: Any = None) -> None:
     fields = [(bn, "running_mean", new.mean), (bn, "running_var", new.var)]
     if bn.affine:
         fields += [(bn, "weight", new.gamma), (bn, "bias", new.beta)]
@@ -204,19 +200,12 @@ def _batchnorm(draft: Draft, table: GroupTable, slot: Slot, rows: _Map, columns:
         return
     stats = read(bn)
     device = stats.mean.device
-    mix, places, local = rows.weights.to(device), rows.places.to(device), slot.local.to(device)
+    mix, places, local = (t.to(device) for t in (rows.weights, rows.places, slot.local))
     rho = _input_correlation(table, device)
     for copy in local.unbind(dim=1):
-        at = copy[places]
-        there = at >= 0
-        present = copy >= 0
-        values = (
-            torch.where(present, v[copy.clamp(min=0)], 0.0) for v in (stats.scale, stats.gamma, stats.beta, stats.mean)
-        )
-        var = torch.where(present, stats.var[copy.clamp(min=0)], 1.0)
-        in_root_order = type(stats)(*values, var, eps=stats.eps)
-        new = merge_alone(in_root_order, mix[there], rho, affine=bn.affine)
-        _put_entries(draft, bn, at[there], new)
+        there = copy[places] >= 0
+        new = merge_alone(stats.at(copy), mix[there], rho, affine=bn.affine)
+        _put_entries(draft, bn, copy[places][there], new)
     if bn.affine:
         for name in ("weight", "bias"):
             if getattr(bn, name).grad is not None:
@@ -248,7 +237,7 @@ _APPLY = {
 }
 
 
-def _look_up(owner: Any, attribute: str) -> Tensor:
+def _look_up(owner: Any, attribute: str) -> Any:
     if attribute.endswith(".grad"):
         return getattr(owner, attribute.removesuffix(".grad")).grad
     return getattr(owner, attribute)

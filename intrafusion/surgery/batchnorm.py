@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,15 @@ class Affine:
     var: Tensor
     eps: float
 
+    def at(self, local: Tensor) -> Affine:
+        """The channels `local` [n], in that order; -1 (no such channel) gives one that does nothing."""
+        there, index = local >= 0, local.clamp(min=0)
+        fields = (self.scale, self.gamma, self.beta, self.mean)
+        taken = (torch.where(there, values[index], 0.0) for values in fields)
+        return Affine(*taken, var=torch.where(there, self.var[index], 1.0), eps=self.eps)
 
-def read(bn: nn.Module) -> Affine:
+
+def read(bn: Any) -> Affine:
     """The statistics of a batch-norm; a non-affine one has gamma 1 and beta 0."""
     mean, var = bn.running_mean.double(), bn.running_var.double()
     gamma = bn.weight.detach().double() if bn.affine else torch.ones_like(mean)
@@ -46,7 +54,7 @@ def read(bn: nn.Module) -> Affine:
     return Affine(gamma / (var + bn.eps).sqrt(), gamma, beta, mean, var, bn.eps)
 
 
-def bias_of(layer: nn.Module, size: int) -> Tensor:
+def bias_of(layer: Any, size: int) -> Tensor:
     """[size] the layer's bias in float64, zeros if it has none."""
     if layer.bias is None:
         return torch.zeros(size, dtype=torch.float64, device=layer.weight.device)
@@ -129,7 +137,7 @@ def row_average(mix: Tensor) -> Tensor:
 
 
 @contextmanager
-def folded(pairs: Iterable[tuple[nn.Module, nn.Module, int]]) -> Iterator[None]:
+def folded(pairs: Iterable[tuple[Any, Any, int]]) -> Iterator[None]:
     """For as long as it lasts, the (layer, batch-norm, output axis) pairs look batch-norm-folded.
 
     Layers hold the folded weights (gradients too: dL/d(aW) = dL/dW / a), the batch-norms say they are not affine, so
@@ -159,7 +167,7 @@ def folded(pairs: Iterable[tuple[nn.Module, nn.Module, int]]) -> Iterator[None]:
             layer.bias, bn.affine = bias, affine
 
 
-def folded_rows(layer: nn.Module, bn: nn.Module | None, matrix: Tensor, local: Tensor) -> Tensor:
+def folded_rows(bn: Any, matrix: Tensor, local: Tensor) -> Tensor:
     """[n, m·d] rows of a layer in root order, times its batch-norm's scale if it has one."""
     if bn is not None:
         matrix = read(bn).scale[:, None] * matrix

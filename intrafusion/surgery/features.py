@@ -39,7 +39,7 @@ def _rows(slot: Slot) -> Tensor:
         weight = slot.owner if isinstance(slot.owner, torch.nn.Parameter) else slot.owner.weight
         return gather(to_channels(weight.detach().double(), slot.axis), slot.local)
     matrix = to_channels(slot.owner.weight.detach().double(), slot.axis, slot.chunks)
-    return folded_rows(slot.owner, slot.partner, matrix, slot.local)
+    return folded_rows(slot.partner, matrix, slot.local)
 
 
 def _columns(graph: tp.DependencyGraph, slot: Slot) -> Tensor:

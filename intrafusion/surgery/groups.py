@@ -18,7 +18,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning import ops
 
-Owner = nn.Module | nn.Parameter
+Owner = Any
+"""An nn.Module or a free nn.Parameter; torch types a module's attributes too loosely to say more."""
 
 
 class Role(Enum):
@@ -49,7 +50,7 @@ class Slot:
     local: Tensor
     chunks: int = 1
     axis: int = 0
-    partner: nn.Module | None = None
+    partner: Any = None
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,12 @@ def module_name(graph: tp.DependencyGraph, owner: Owner) -> str:
 
 def channels_of(graph: tp.DependencyGraph, owner: Owner, handler: Callable) -> int:
     """Number of channels that `handler` would prune from `owner`."""
-    if graph.is_out_channel_pruning_fn(handler):
-        return graph.get_out_channels(owner)
-    return graph.get_in_channels(owner)
+    outputs = graph.is_out_channel_pruning_fn(handler)
+    n = graph.get_out_channels(owner) if outputs else graph.get_in_channels(owner)
+    return n or 0
 
 
-def batchnorm_of(graph: tp.DependencyGraph, layer: Owner) -> nn.Module | None:
+def batchnorm_of(graph: tp.DependencyGraph, layer: Owner) -> Any:
     """The batch-norm that reads `layer` and nothing else, if nothing else reads `layer`; it can be folded into it."""
     node = graph.module2node.get(layer)
     if node is None or not isinstance(layer, (ops.TORCH_CONV, nn.Linear)) or _is_grouped_transposed(layer):
@@ -175,7 +176,7 @@ def _slot(graph: tp.DependencyGraph, owner: Owner, fn: Callable, reached: set, n
         return None, f"{name!r} has a customised pruner, which can cut but not fuse"
     local = _local_table(reached, n)
     make = _SlotMaker(name, owner, local)
-    pruner = graph.get_pruner_of_module(owner)
+    pruner: Any = graph.get_pruner_of_module(owner)
     if kind == ops.OPTYPE.DEPTHWISE_CONV:
         return make(Role.DEPTHWISE, owner.out_channels, partner=batchnorm_of(graph, owner)), ""
     if kind in (ops.OPTYPE.CONV, ops.OPTYPE.LINEAR):
@@ -226,7 +227,7 @@ class _SlotMaker:
         return Slot(self.name, self.owner, role, size, self.local, chunks, axis, partner)
 
 
-def _is_grouped_transposed(layer: nn.Module) -> bool:
+def _is_grouped_transposed(layer: Owner) -> bool:
     """Torch-Pruning scores and cuts such a layer's outputs as if it were not grouped."""
     return isinstance(layer, ops.TORCH_CONV) and layer.transposed and layer.groups > 1
 
@@ -237,7 +238,7 @@ def _has_parameters(owner: Owner) -> bool:
     return next(owner.parameters(), None) is not None or next(owner.buffers(), None) is not None
 
 
-def _shares_weight(model: nn.Module, owner: nn.Module) -> bool:
+def _shares_weight(model: nn.Module, owner: Owner) -> bool:
     others = (m for m in model.modules() if m is not owner)
     return any(p is owner.weight for m in others for p in m._parameters.values())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -46,9 +45,3 @@ def mix_(matrix: Tensor, local: Tensor, weights: Tensor, places: Tensor) -> None
     mixed = (weights @ gather(matrix, local)).unflatten(1, (local.shape[1], matrix.shape[1]))
     target = local[places]
     matrix[target[target >= 0]] = mixed[target >= 0]
-
-
-def entries(vector: Tensor, local: Tensor) -> Tensor:
-    """[L] -> [n], the value at each root channel's first copy (0 where it has none)."""
-    first = local[:, 0]
-    return torch.where(first >= 0, vector[first.clamp(min=0)], 0.0)

@@ -1,0 +1,61 @@
+"""The three rooms: imports point downwards only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import intrafusion
+
+PACKAGE = Path(intrafusion.__file__).parent
+MAY_IMPORT = {
+    "ot": {"ot"},
+    "fusion": {"ot"},
+    "report": set(),
+    "surgery": {"ot", "surgery", "fusion"},
+    "checks": {"surgery"},
+    "pruner": {"ot", "surgery", "fusion", "report", "checks"},
+    "__init__": {"fusion", "report", "pruner"},
+    "lab": {"ot", "surgery", "fusion", "report", "checks", "pruner", "lab", "intrafusion"},
+    "cli": {"lab", "intrafusion"},
+}
+FORBIDDEN_IN_OT = {"torch_pruning", "torchvision", "pathlib", "os"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            raise AssertionError(f"{path} imports relatively; name the room")
+    return found
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    known = len(parts) > 1 and ((PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists())
+    return parts[1] if known else "intrafusion"
+
+
+def test_every_module_imports_only_from_the_rooms_below_it():
+    for path in PACKAGE.rglob("*.py"):
+        here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        assert here in MAY_IMPORT, f"{path} is in no known room"
+        for name in imports(path):
+            if name.split(".")[0] == "intrafusion":
+                assert room(name) in MAY_IMPORT[here], f"{path} imports {name}"
+            if here == "ot":
+                assert name.split(".")[0] not in FORBIDDEN_IN_OT, f"{path} imports {name}: ot/ is mathematics only"
+            if here in ("lab", "cli"):
+                assert not name.startswith("torch_pruning.dependency"), f"{path} touches torch-pruning's insides"
+
+
+def test_importing_the_package_prints_and_loads_nothing_it_does_not_need():
+    code = "import sys, intrafusion; print([m for m in ('matplotlib', 'sklearn', 'ot') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
