@@ -7,8 +7,9 @@ Expected figures were made with the published code on the same two checkpoints: 
 masses, L1 cost, features = rows + columns, bf16 evaluation of the 10,000 test images. What differs here on purpose:
 
 * batch-norm is folded with its `eps`; the published code leaves it out;
-* the kept channels of all groups come from the dense network, as torch-pruning scores them; the published code scores
-  each group on the already pruned network. Both go from the output to the input, each plan on the already pruned network.
+* the kept channels of all groups come from the dense network, as torch-pruning scores them; the published code
+  scores each group on the already pruned network. Both go from the output to the input, each plan on the already
+  pruned network.
 
 A finished cell is kept in --results and not computed again.
 """

@@ -1,0 +1,195 @@
+"""What the cells of one run share, and how one cell is measured."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from dataclasses import asdict
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion import Fusion
+from intrafusion.lab import weights
+from intrafusion.lab.data import Dataset, digits, image_folder
+from intrafusion.lab.errors import LabError
+from intrafusion.lab.measure import count_macs, count_parameters, evaluate
+from intrafusion.lab.models import build_model, example_input
+from intrafusion.lab.pruning import ALL, OutputChanged, Pruned, group_roots, ignored_layers, prune
+from intrafusion.lab.recipe import Recipe, to_mapping
+from intrafusion.lab.results import Cell, GroupLine, Result, key_of_identity
+from intrafusion.lab.training import train_
+
+_log = logging.getLogger(__name__)
+_CODE = ("ot", "surgery", "pruner.py", "fusion.py", "lab/pruning.py", "lab/measure.py", "lab/models.py")
+
+
+class Bench:
+    """Holds what the cells of a run share; each part is made when it is first needed."""
+
+    def __init__(self, recipe: Recipe, folder: Path, progress: bool) -> None:
+        self.recipe, self.folder, self.progress = recipe, folder, progress
+        self.device = _device(recipe)
+
+    @cached_property
+    def data(self) -> Dataset:
+        settings = self.recipe.data
+        common: dict[str, Any] = {
+            name: getattr(settings, name) for name in ("validation", "seed", "test_images", "mean", "std")
+        }
+        if settings.name == "digits":
+            data = digits(**common)
+        else:
+            root = Path(settings.root or "")
+            data = image_folder(root, on_corrupt=settings.on_corrupt, progress=self.progress, **common)
+        if len(data.classes) != self.recipe.model.num_classes:
+            message = f"{self.recipe.model.num_classes}, but the images have {len(data.classes)} classes"
+            raise self.recipe.error("model.num_classes", message)
+        return data
+
+    @cached_property
+    def example(self) -> Tensor:
+        return example_input(self.data.shape, self.device)
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The dense network in eval mode: loaded, or trained, or the trained one of an earlier run."""
+        model = self._untrained().to(self.device).eval()
+        self._check_accepts_images(model)
+        try:
+            ignored_layers(model, self.recipe.prune.ignored)
+        except LabError as error:
+            raise self.recipe.error("prune.ignored", str(error)) from None
+        path = self.recipe.weights_path()
+        if path is not None:
+            weights.load_weights_(model, path)
+        else:
+            self._train_(model)
+        return model.eval()
+
+    @cached_property
+    def dense_digest(self) -> str:
+        return weights.digest(self.dense)
+
+    def prepare(self) -> None:
+        """Read the images and load or train the network, so that the cells are timed without it."""
+        _ = self.dense_digest, self._test_digest
+
+    def cells(self) -> list[Cell]:
+        """Everything to measure: the dense network, then each group's ratios, discarded and fused."""
+        settings = self.recipe.prune
+        groups = [ALL] if settings.groups == "all" else group_roots(self.dense, self.example, settings)
+        cells = [Cell("dense", 0.0, ALL)]
+        for group in groups:
+            for ratio in settings.ratios:
+                cells += [Cell("discard", ratio, group), Cell("fused", ratio, group)]
+        return cells
+
+    def fusion_of(self, cell: Cell) -> Fusion:
+        return self.recipe.fusion.discarded() if cell.method == "discard" else self.recipe.fusion
+
+    def identity(self, cell: Cell) -> dict[str, Any]:
+        """Everything the result of a cell depends on, in plain values."""
+        common = {
+            "cell": asdict(cell),
+            "model": self.recipe.model.name,
+            "weights": self.dense_digest,
+            "test": self._test_digest,
+            "code": _code_digest(),
+        }
+        if cell.method == "dense":
+            return common
+        prune_settings = to_mapping(self.recipe.prune)
+        for key in ("ratios", "groups"):
+            del prune_settings[key]
+        if self.recipe.prune.importance == "taylor":
+            common["train"] = self.data.digest("train")
+        return {**common, "prune": prune_settings, "fusion": asdict(self.fusion_of(cell))}
+
+    def measure(self, cell: Cell) -> Result:
+        """Compute one cell."""
+        start = time.perf_counter()
+        model, groups, kept = self.dense, (), ""
+        if cell.method != "dense":
+            pruned = self._prune(cell)
+            model, kept = pruned.model, pruned.kept
+            groups = tuple(
+                GroupLine(g.name, g.channels_before, g.channels_after, g.cost, g.merged, g.reason)
+                for g in pruned.groups
+            )
+        batch_size = self.recipe.data.batch_size
+        accuracy = evaluate(model, self.data, "test", batch_size=batch_size, progress=self.progress)
+        params, macs = count_parameters(model), count_macs(model, self.example)
+        seconds = round(time.perf_counter() - start, 3)
+        return Result(cell, accuracy.correct, accuracy.total, params, macs, kept, groups, seconds)
+
+    def _prune(self, cell: Cell) -> Pruned:
+        settings, fusion = self.recipe.prune, self.fusion_of(cell)
+        try:
+            return prune(self.dense, self.example, settings, fusion, cell.ratio, data=self.data, only=cell.group)
+        except OutputChanged as error:
+            raise self.recipe.error("prune.ignored", str(error)) from None
+
+    @cached_property
+    def _test_digest(self) -> str:
+        return self.data.digest("test")
+
+    def _untrained(self) -> nn.Module:
+        settings = self.recipe.model
+        seed = self.recipe.train.seed if self.recipe.train else 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                return build_model(settings.name, settings.num_classes)
+            except LabError as error:
+                raise self.recipe.error("model.name", str(error)) from error.__cause__
+
+    def _check_accepts_images(self, model: nn.Module) -> None:
+        try:
+            with torch.no_grad():
+                output = model(self.example)
+        except RuntimeError as error:
+            shape = "x".join(map(str, self.data.shape))
+            raise self.recipe.error(
+                "model.name", f"'{self.recipe.model.name}' does not accept images of {shape}: {error}"
+            ) from None
+        if not isinstance(output, Tensor) or output.shape != (1, self.recipe.model.num_classes):
+            raise self.recipe.error("model.name", f"'{self.recipe.model.name}' does not return one logit per class")
+
+    def _train_(self, model: nn.Module) -> None:
+        settings = self.recipe.train
+        if settings is None:
+            raise self.recipe.error("model.weights", "no weights and no section 'train'")
+        path = self.folder / "dense.safetensors"
+        recipe = {"model": self.recipe.model.name, "train": asdict(settings), "data": self.data.digest("train")}
+        key = key_of_identity(recipe | {"classes": self.recipe.model.num_classes, "torch": torch.__version__})
+        if weights.read_metadata(path).get("key") == key:
+            weights.load_weights_(model, path)
+            return
+        train_(model, self.data, settings, progress=self.progress)
+        held_out = evaluate(model, self.data, "validation", progress=self.progress)
+        _log.info("validation accuracy of the dense network: %s", held_out)
+        weights.save_weights(model, path, {"key": key, "validation": str(held_out)})
+
+
+def _device(recipe: Recipe) -> torch.device:
+    available = torch.cuda.is_available()
+    if recipe.device == "cuda" and not available:
+        raise recipe.error("device", "there is no GPU that torch can use; allowed here: auto, cpu")
+    return torch.device("cuda" if available and recipe.device != "cpu" else "cpu")
+
+
+def _code_digest() -> str:
+    """Changes with every edit of the code a result depends on, so that a stale result is never taken for a new one."""
+    package = Path(__file__).resolve().parent.parent
+    total = hashlib.sha256(metadata.version("torch-pruning").encode())
+    for name in _CODE:
+        path = package / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            total.update(file.read_bytes())
+    return total.hexdigest()[:16]

@@ -1,0 +1,89 @@
+"""The figure of a run: accuracy over the share of channels removed."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+from intrafusion.lab.pruning import ALL
+from intrafusion.lab.report import Pair, Study
+
+_FUSED, _DISCARD, _DENSE, _INK, _GRID = "#0b6e8f", "#d1603d", "#7a7a7a", "#222222", "#e4e4e4"
+
+
+def draw(study: Study) -> bytes:
+    """A PNG: one panel for all groups at once, or one small panel per group."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = list(dict.fromkeys(pair.group for pair in study.pairs))
+    columns = _columns(max(1, len(groups)))
+    rows = max(1, math.ceil(len(groups) / columns))
+    small = len(groups) > 1
+    size = (3.0 * columns + 0.8, 2.4 * rows + 0.8) if small else (6.6, 4.2)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for index, axis in enumerate(axes.flat):
+        if index >= max(1, len(groups)):
+            axis.set_visible(False)
+            continue
+        group = groups[index] if groups else ALL
+        _panel(axis, study, [pair for pair in study.pairs if pair.group == group], labelled=index == 0)
+        axis.tick_params(labelbottom=index + columns >= len(groups))
+        if group != ALL:
+            axis.set_title(group, fontsize=9, loc="left", color=_INK)
+    figure.suptitle(
+        f"{study.recipe.title}, no fine-tuning",
+        x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK,
+    )  # fmt: skip
+    figure.supxlabel("channels removed (%)", fontsize=9, color=_INK)
+    figure.supylabel("test accuracy (%)", fontsize=9, color=_INK)
+    target = io.BytesIO()
+    figure.savefig(target, format="png", dpi=160, facecolor="white")
+    return target.getvalue()
+
+
+def _columns(count: int) -> int:
+    """Up to four in a row; three or four, whichever leaves fewer gaps, for more."""
+    return count if count <= 4 else min((3, 4), key=lambda columns: (-count % columns, columns))
+
+
+def _panel(axis: Any, study: Study, pairs: list[Pair], *, labelled: bool) -> None:
+    dense = study.dense.accuracy.percent
+    axis.axhline(dense, color=_DENSE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    pairs = sorted(pairs, key=lambda pair: pair.ratio)
+    ratios = [0.0, *(100 * pair.ratio for pair in pairs)]
+    fused = [dense, *(pair.fused.accuracy.percent for pair in pairs)]
+    discard = [dense, *(pair.discard.accuracy.percent for pair in pairs)]
+    axis.plot(ratios, discard, color=_DISCARD, marker="o", markersize=4, linewidth=1.8, zorder=2)
+    axis.plot(ratios, fused, color=_FUSED, marker="o", markersize=4, linewidth=1.8, zorder=3)
+    axis.set_xlim(-2, 101)
+    axis.set_ylim(0, 105)
+    axis.grid(axis="y", color=_GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(length=0, labelsize=8, colors=_INK)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+    if labelled:
+        _label_lines(axis, ratios[-1], {"fused": fused[-1], "discard": discard[-1]}, dense)
+
+
+def _label_lines(axis: Any, x: float, ends: dict[str, float], dense: float) -> None:
+    """Names beside the ends of the lines, moved apart where they would touch."""
+    colours = {"fused": _FUSED, "discard": _DISCARD}
+    lower, upper = sorted(ends, key=lambda name: ends[name])
+    gap = max(0.0, 8 - (ends[upper] - ends[lower]))
+    heights = {lower: ends[lower] - gap / 2, upper: ends[upper] + gap / 2}
+    if heights[lower] < 2:
+        heights = {lower: 2.0, upper: max(heights[upper], 10.0)}
+    for name, height in heights.items():
+        axis.annotate(
+            f"{name} {ends[name]:.1f}", (x, height), xytext=(6, 0), textcoords="offset points", va="center",
+            fontsize=8, color=colours[name], fontweight="bold",
+        )  # fmt: skip
+    axis.annotate(
+        f"dense {dense:.1f}", (100, dense), xytext=(0, 2), textcoords="offset points", ha="right", va="bottom",
+        fontsize=8, color=_DENSE, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+    )  # fmt: skip

@@ -1,0 +1,66 @@
+"""Accuracy, operations and size of a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from intrafusion.lab.data import Dataset
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """``correct`` of ``total`` images; integers, so that nothing depends on the size of a batch."""
+
+    correct: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """In per cent; nan for no images."""
+        return 100 * self.correct / self.total if self.total else float("nan")
+
+    def __str__(self) -> str:
+        return f"{self.percent:.2f} %"
+
+
+def evaluate(
+    model: nn.Module, data: Dataset, split: str = "test", *, batch_size: int = 500, progress: bool = True
+) -> Accuracy:
+    """Count the images of a split whose label has the largest logit.
+
+    The network is in eval mode while it is measured and gets its modes back afterwards.
+    """
+    device = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    correct = total = 0
+    batches = -(-len(data.split(split)) // batch_size)
+    try:
+        with torch.no_grad():
+            bar = tqdm(data.batches(split, batch_size, device=device), desc=f"evaluate {split}", total=batches,
+                       delay=2, leave=False, disable=None if progress else True)  # fmt: skip
+            for images, labels in bar:
+                correct += int((model(images).argmax(1) == labels).sum())
+                total += len(labels)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return Accuracy(correct, total)
+
+
+def count_macs(model: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates of one forward pass of ``example`` (``[1, C, H, W]``): convolutions and matrix products."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(example)
+    return counter.get_total_flops() // 2
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Scalar parameters; buffers are not counted."""
+    return sum(parameter.numel() for parameter in model.parameters())

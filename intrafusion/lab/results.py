@@ -1,0 +1,137 @@
+"""The results of a run, one line each, in a file that survives being interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from intrafusion.lab.errors import LabError
+from intrafusion.lab.measure import Accuracy
+
+Method = Literal["dense", "discard", "fused"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to measure: a method, a ratio in [0, 1), and a group's name or ``"all"``."""
+
+    method: Method
+    ratio: float
+    group: str
+
+
+@dataclass(frozen=True)
+class GroupLine:
+    """What happened to one group; ``cost`` is ``None`` where nothing was transported."""
+
+    name: str
+    before: int
+    after: int
+    cost: float | None
+    merged: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured for a cell: counts, the digest of the removed channels, groups, and seconds taken."""
+
+    cell: Cell
+    correct: int
+    total: int
+    params: int
+    macs: int
+    kept: str = ""
+    groups: tuple[GroupLine, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """Correct and total as one value."""
+        return Accuracy(self.correct, self.total)
+
+
+class ResultStore:
+    """``results.jsonl``: lines are only ever added, each is on the disk before the next cell starts.
+
+    A last line without its line break is what an interrupted write leaves: it is removed and its cell computed
+    again. Of several lines with one key the last counts.
+
+    Raises:
+        LabError: a line before the last cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._results: dict[str, Result] = {}
+        if path.exists():
+            self._load()
+
+    def get(self, key: str) -> Result | None:
+        """The result stored under a key, if there is one."""
+        return self._results.get(key)
+
+    def forget(self) -> None:
+        """Treat every stored result as not there; the lines stay in the file."""
+        self._results.clear()
+
+    def add(self, key: str, result: Result, identity: dict[str, Any]) -> None:
+        """Append a line with everything the key was made from; returns once it is on the disk."""
+        line = {"key": key, **asdict(result), "identity": identity}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            _write_all(handle, (json.dumps(_finite(line), allow_nan=False) + "\n").encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        self._results[key] = result
+
+    def _load(self) -> None:
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(self.path, whole)
+        for number, line in enumerate(content[:whole].splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                self._results[entry["key"]] = _result(entry)
+            except (ValueError, KeyError, TypeError) as error:
+                raise LabError(
+                    f"{self.path}:{number} cannot be read ({type(error).__name__}: {error}); "
+                    "remove that line to compute its cell again"
+                ) from None
+
+
+def key_of_identity(identity: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits of plain, nested values; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _result(entry: dict[str, Any]) -> Result:
+    return Result(
+        Cell(**entry["cell"]),
+        *(int(entry[name]) for name in ("correct", "total", "params", "macs")),
+        kept=entry["kept"],
+        groups=tuple(GroupLine(**group) for group in entry["groups"]),
+        seconds=float(entry["seconds"]),
+    )
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(handle, data) :]
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no nan and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,73 @@
+"""Small things every lab test needs: a cache of its own, one thread, images and recipes made on the spot."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("INTRAFUSION_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def write_image() -> Callable[..., None]:
+    """``write_image(path, seed=0, size=(32, 32))`` saves random pixels."""
+    return _write_image
+
+
+def _write_image(path: Path, seed: int = 0, size: tuple[int, int] = (32, 32)) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def image_root(tmp_path: Path) -> Path:
+    """Two classes, 6 training and 3 test images each."""
+    root = tmp_path / "images"
+    for split, count in (("train", 6), ("test", 3)):
+        for label, name in enumerate(("cat", "dog")):
+            for index in range(count):
+                _write_image(root / split / name / f"{index:04}.png", seed=100 * label + index + len(split))
+    return root
+
+
+@pytest.fixture
+def make_archive(tmp_path: Path) -> Callable[..., Path]:
+    """``make_archive(folder, prefix)`` packs a folder; ``members`` adds files by name and content."""
+
+    def make(
+        folder: Path | None = None, prefix: str = "", members: dict[str, bytes] | None = None, name: str = "a.tar.gz"
+    ) -> Path:
+        path = tmp_path / "archives" / name
+        path.parent.mkdir(exist_ok=True)
+        with tarfile.open(path, "w:gz") as tar:
+            if folder is not None:
+                for child in sorted(folder.iterdir()):
+                    tar.add(child, f"{prefix}{child.name}")
+            for member, content in (members or {}).items():
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return path
+
+    return make

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from intrafusion import Fusion
+from intrafusion.lab.data import digits
+from intrafusion.lab.errors import LabError
+from intrafusion.lab.models import DigitsCNN, build_model
+from intrafusion.lab.pruning import IMPORTANCES, OutputChanged, group_roots, ignored_layers, prune
+from intrafusion.lab.recipe import PruneSection
+from intrafusion.lab.weights import digest
+
+SETTINGS = PruneSection(ratios=(0.5,), ignored=("classifier",))
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+PAPER = Fusion.preset("paper")
+
+
+def make_model() -> DigitsCNN:
+    torch.manual_seed(0)
+    model = DigitsCNN(widths=(8, 12, 12)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model
+
+
+@pytest.fixture
+def model() -> DigitsCNN:
+    return make_model()
+
+
+def test_discarding_is_plain_torch_pruning(model: nn.Module) -> None:
+    pruned = prune(model, EXAMPLE, SETTINGS, Fusion.preset("discard"), 0.5, data=digits())
+    plain = make_model()
+    importance = tp.importance.GroupMagnitudeImportance(p=1)
+    tp.pruner.BasePruner(plain, (EXAMPLE,), importance, ignored_layers=[plain.classifier]).step()
+    assert digest(pruned.model) == digest(plain)
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("global_pruning", [False, True])
+def test_every_importance_keeps_the_same_channels_fused_and_discarded(
+    model: nn.Module, importance: str, global_pruning: bool
+) -> None:
+    settings = replace(SETTINGS, importance=importance, global_pruning=global_pruning, images=50)
+    fusion = Fusion(merge="paper")
+    before = digest(model)
+    data = digits()
+    fused = prune(model, EXAMPLE, settings, fusion, 0.5, data=data)
+    twin = prune(model, EXAMPLE, settings, fusion.discarded(), 0.5, data=data)
+    assert fused.kept == twin.kept
+    assert digest(fused.model) != digest(twin.model)
+    assert digest(model) == before
+    assert all(parameter.grad is None for parameter in [*model.parameters(), *fused.model.parameters()])
+    again = prune(model, EXAMPLE, settings, fusion, 0.5, data=data)
+    assert digest(again.model) == digest(fused.model)
+
+
+def test_random_importance_follows_its_seed_and_leaves_the_global_state_alone(model: nn.Module) -> None:
+    settings = replace(SETTINGS, importance="random")
+    kept = {prune(model, EXAMPLE, replace(settings, seed=s), PAPER, 0.5, data=digits()).kept for s in (1, 1, 2)}
+    assert len(kept) == 2
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    prune(model, EXAMPLE, settings, PAPER, 0.5, data=digits())
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_one_group_alone_leaves_the_others_whole(model: nn.Module) -> None:
+    assert group_roots(model, EXAMPLE, SETTINGS) == ["features.0", "features.3", "features.7"]
+    pruned = prune(model, EXAMPLE, SETTINGS, PAPER, 0.5, data=digits(), only="features.3")
+    widths = [m.out_channels for m in pruned.model.modules() if isinstance(m, nn.Conv2d)]
+    assert widths == [8, 6, 12]
+    assert [group.name for group in pruned.groups if group.channels_after < group.channels_before] == ["features.3"]
+    with pytest.raises(LabError, match=r"no group starts at 'features\.1'; groups: features\.0, features\.3"):
+        prune(model, EXAMPLE, SETTINGS, PAPER, 0.5, data=digits(), only="features.1")
+
+
+def test_resnet20_has_nine_groups_inside_its_blocks() -> None:
+    settings = PruneSection(ratios=(0.5,), ignored=("conv1", "layer*.conv2", "linear"))
+    roots = group_roots(build_model("cifar_resnet20"), torch.zeros(1, 3, 32, 32), settings)
+    assert roots == [f"layer{i}.{j}.conv1" for i in (1, 2, 3) for j in range(3)]
+
+
+def test_round_to(model: nn.Module) -> None:
+    pruned = prune(model, EXAMPLE, replace(SETTINGS, round_to=4), PAPER, 0.5, data=digits())
+    assert {m.out_channels % 4 for m in pruned.model.modules() if isinstance(m, nn.Conv2d)} == {0}
+
+
+def test_ratio_zero_changes_nothing(model: nn.Module) -> None:
+    assert digest(prune(model, EXAMPLE, SETTINGS, PAPER, 0.0, data=digits()).model) == digest(model)
+
+
+def test_patterns(model: nn.Module) -> None:
+    assert ignored_layers(model, ["features.?", "classifier"])[-1] is model.get_submodule("classifier")
+    assert ignored_layers(model, []) == []
+    with pytest.raises(LabError, match=r"'fc' matches no layer; .*: features\.0, features\.3, features\.7, classifier"):
+        ignored_layers(model, ["fc"])
+
+
+def test_a_pruned_output_is_an_error(model: nn.Module) -> None:
+    with pytest.raises(OutputChanged, match="from 10 to 5 values; its last layer must be left alone"):
+        prune(model, EXAMPLE, replace(SETTINGS, ignored=()), PAPER, 0.5, data=digits())

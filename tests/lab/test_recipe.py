@@ -1,0 +1,228 @@
+# ruff: noqa: E501
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from intrafusion import Fusion
+from intrafusion.lab.errors import RecipeError, UsageError
+from intrafusion.lab.nodes import parse
+from intrafusion.lab.recipe import Recipe, load_recipe, read_recipe, to_yaml
+from intrafusion.lab.schema import describe, key_of, options
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+GOOD = """\
+model:
+  name: digits_cnn
+data:
+  name: digits
+train: {}
+prune:
+  ratios: [0.5]
+output: out
+"""
+
+
+def problems(text: str, *assignments: str) -> list[str]:
+    with pytest.raises(RecipeError) as error:
+        read_recipe(text, "r.yaml", assignments)
+    return [str(problem) for problem in error.value.problems]
+
+
+def test_defaults() -> None:
+    recipe = read_recipe(GOOD)
+    assert recipe.prune.importance == "l1"
+    assert recipe.fusion == Fusion.preset("paper")
+    assert recipe.train is not None
+    assert recipe.train.epochs == 10
+    assert recipe.places["prune.ratios"] == "recipe:7"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  name: digits\n", "  name: digitz\n", "r.yaml:4: data.name: unknown value 'digitz'; did you mean 'digits'? allowed: digits, image_folder"),
+        ("ratios: [0.5]", "ratio: [0.5]", "r.yaml:7: prune.ratio: unknown key 'ratio'; did you mean 'ratios'? allowed: ratios, importance, ignored, groups, global, round_to, images, seed"),
+        ("[0.5]", "[0.5, 1.0]", "r.yaml:7: prune.ratios[1]: expected number at least 0 and below 1, got 1"),
+        ("[0.5]", "[.nan]", "r.yaml:7: prune.ratios[0]: expected number at least 0 and below 1, got nan"),
+        ("[0.5]", "[-0.1]", "r.yaml:7: prune.ratios[0]: expected number at least 0 and below 1, got -0.1"),
+        ("[0.5]", "[true]", "r.yaml:7: prune.ratios[0]: expected number at least 0 and below 1, got true"),
+        ("[0.5]", "[[0.5]]", "r.yaml:7: prune.ratios[0]: expected number at least 0 and below 1, got a list"),
+        ("[0.5]", "[]", "r.yaml:7: prune.ratios: expected at least 1 entry, got an empty list"),
+        ("[0.5]", "[0.5, 0.5]", "r.yaml:7: prune.ratios: the same ratio is given twice"),
+        ("[0.5]", "0.5", "r.yaml:7: prune.ratios: expected list of numbers at least 0 and below 1, got 0.5"),
+        ("[0.5]", "[0.5]\n  round_to: 2.5", "r.yaml:8: prune.round_to: expected whole number at least 1, got 2.5"),
+        ("[0.5]", "[0.5]\n  global: 1", "r.yaml:8: prune.global: expected true or false, got 1"),
+        ("[0.5]", "[0.5]\n  groups: [all]", "r.yaml:8: prune.groups: expected all | each, got a list"),
+        ("[0.5]", "[0.5]\n  ignored: fc", "r.yaml:8: prune.ignored: expected list of texts, got 'fc'"),
+        ("[0.5]", "[0.5]\n  seed: null", "r.yaml:8: prune.seed: expected whole number at least 0, got nothing"),
+        ("train: {}", "train: {lr: fast}", "r.yaml:5: train.lr: expected number above 0, got 'fast'"),
+        ("train: {}", "train: 5", "r.yaml:5: train: expected a section with keys, got 5"),
+        ("model:\n  name: digits_cnn\n", "model: 5\n", "r.yaml:1: model: expected a section with keys, got 5"),
+        ("model:\n  name: digits_cnn\n", "", "r.yaml:1: model: missing; expected section"),
+        ("data:\n  name: digits\n", "data: []\n", "r.yaml:3: data: expected a section with keys, got a list"),
+        ("train: {}\n", "", "r.yaml:1: model.weights: missing; give a safetensors file, or add a section 'train'"),
+        ("digits_cnn", "7", "r.yaml:2: model.name: expected text, got 7"),
+        ("digits_cnn", "digits_cnn\n  weights: no/such.safetensors", "r.yaml:3: model.weights: no such file: no/such.safetensors"),
+        ("  name: digits\n", "  name: image_folder\n", "r.yaml:3: data.root: missing; set it with --set data.root=FOLDER (or the path of an archive)"),
+        ("  name: digits\n", "  name: digits\n  root: /no/such\n", "r.yaml:5: data.root: '/no/such' does not exist"),
+        ("output: out\n", "", "r.yaml:1: output: missing; expected text"),
+        ("output: out\n", "output: out\nfusion: papper\n", "r.yaml:9: fusion: unknown preset 'papper'; did you mean 'paper'? allowed: PRESETS"),
+        ("output: out\n", "output: out\nfusion: {preset: paper, cost: l3}\n", "r.yaml:9: fusion.cost: unknown value 'l3'; did you mean 'l2'? allowed: COSTS"),
+        ("output: out\n", "output: out\nfusion: {merg: paper}\n", "r.yaml:9: fusion.merg: unknown key 'merg'; did you mean 'merge'? allowed: FIELDS"),
+        ("output: out\n", "output: out\nfusion: [paper]\n", "r.yaml:9: fusion: expected a preset (PRESETS) or a section"),
+        ("output: out\n", "output: out\nfusion: {rows: false, columns: false}\n", "r.yaml:9: fusion: Fusion.rows and Fusion.columns are both off"),
+        ("output: out\n", "output: out\nplaces: {}\n", "r.yaml:9: places: unknown key 'places'; allowed: model, data, train, prune, fusion, output, device, threads"),
+    ],
+)  # fmt: skip
+def test_one_mistake_one_exact_message(old: str, new: str, message: str) -> None:
+    from intrafusion.fusion import PRESETS
+
+    assert old in GOOD
+    message = message.replace("PRESETS", ", ".join(PRESETS)).replace("COSTS", ", ".join(Fusion.choices()["cost"]))
+    message = message.replace("FIELDS", ", ".join(["preset", *(f.name for f in dataclasses.fields(Fusion))]))
+    (found,) = problems(GOOD.replace(old, new, 1))
+    if "did you mean 'l2'" in message:
+        found, message = (text.replace("; did you mean 'l2'?", ";") for text in (found, message))
+        found = found.replace("; did you mean 'l1'?", ";")
+    assert found.startswith(message)
+
+
+def test_all_mistakes_at_once() -> None:
+    text = GOOD.replace("digits_cnn", "7").replace("0.5", "x").replace("train: {}", "train: {epochs: 0, lrr: 1}")
+    found = problems(text, "data.root=/no/such", "prune.sed=1", "fusion.cost=l9", "output=null")
+    assert [line.split(": ")[0] for line in found if line.startswith("r.yaml")] == [
+        "r.yaml:2", "r.yaml:5", "r.yaml:5", "r.yaml:7",
+    ]  # fmt: skip
+    assert [line.split(": ")[:2] for line in found if line.startswith("--set")] == [
+        ["--set data.root=/no/such", "data.root"],
+        ["--set prune.sed=1", "prune.sed"],
+        ["--set output=null", "output"],
+        ["--set fusion.cost=l9", "fusion.cost"],
+    ]
+
+
+def test_the_head_counts() -> None:
+    with pytest.raises(RecipeError, match=r"^1 problem in the recipe:\n  r.yaml:7: "):
+        read_recipe(GOOD.replace("0.5", "2"), "r.yaml")
+    with pytest.raises(RecipeError, match=r"^2 problems in the recipe:\n"):
+        read_recipe(GOOD.replace("0.5", "2, 3"), "r.yaml")
+
+
+def test_not_a_mapping() -> None:
+    assert problems("- a\n") == ["r.yaml:1: expected a section with keys, got a list"]
+    assert problems("hello\n") == ["r.yaml:1: expected a section with keys, got 'hello'"]
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot read the recipe .*No such file"):
+        load_recipe(tmp_path / "no.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(UsageError, match=r"cannot read the recipe .*utf-8"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "path", "value"),
+    [
+        ("prune.ratios=0.3,0.6", "prune.ratios", (0.3, 0.6)),
+        ("prune.ratios=0.3", "prune.ratios", (0.3,)),
+        ("prune.ratios=[0.3, 0.6]", "prune.ratios", (0.3, 0.6)),
+        ("prune.ignored=a,b.*", "prune.ignored", ("a", "b.*")),
+        ("prune.global=true", "prune.global_pruning", True),
+        ("train.lr=1e-3", "train.lr", 0.001),
+        ("train.epochs=3", "train.epochs", 3),
+        ("train=null", "train", None),
+        ("output=007", "output", "007"),
+        ("output=1,2", "output", "1,2"),
+        ("data.test_images=null", "data.test_images", None),
+        ("fusion=barycentre", "fusion", Fusion.preset("barycentre")),
+        ("fusion.cost=l2", "fusion", dataclasses.replace(Fusion.preset("paper"), cost="l2")),
+        ("fusion={merge: selection}", "fusion", Fusion(merge="selection")),
+    ],
+)
+def test_overrides(assignment: str, path: str, value: Any, tmp_path: Path) -> None:
+    text = GOOD + "fusion: paper\n"
+    if assignment == "train=null":
+        (tmp_path / "w.safetensors").touch()
+        text = text.replace("digits_cnn", f"digits_cnn\n  weights: {tmp_path / 'w.safetensors'}")
+    found: Any = read_recipe(text, "r.yaml", [assignment])
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == value
+
+
+def test_weights_are_looked_for_beside_the_images_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    archive = tmp_path / "data" / "a.tar"
+    archive.touch()
+    text = GOOD.replace("digits_cnn", "digits_cnn\n  weights: w.safetensors")
+    for root in ("data", "data/a.tar"):
+        (tmp_path / "w.safetensors").touch()
+        (tmp_path / "data" / "w.safetensors").unlink(missing_ok=True)
+        assert read_recipe(text, "r", [f"data.root={root}"]).weights_path() == Path("w.safetensors")
+        (tmp_path / "data" / "w.safetensors").touch()
+        assert read_recipe(text, "r", [f"data.root={root}"]).weights_path() == Path("data/w.safetensors")
+
+
+def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pictures").mkdir()
+    assert read_recipe(GOOD, "r", ["data.root=~/pictures"]).data.root == str(tmp_path / "pictures")
+
+
+def test_a_resolved_recipe_reads_back_equal() -> None:
+    recipe = read_recipe(GOOD, "r", ["fusion.cost=l2", "prune.ratios=0.1,0.2", "prune.global=true", "data.mean=0.5"])
+    assert read_recipe(to_yaml(recipe)) == recipe
+
+
+def test_shipped_recipes_exist() -> None:
+    assert {path.stem for path in RECIPES} >= {"digits", "cifar10_resnet20", "cifar10_vgg11_bn"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    weights.touch()
+    extra = [] if path.stem == "digits" else [f"data.root={tmp_path}", f"model.weights={weights}"]
+    recipe = load_recipe(path, extra)
+    assert read_recipe(to_yaml(recipe)) == recipe
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_key_of_a_shipped_recipe_is_there_with_its_type_and_default(path: Path) -> None:
+    text = path.read_text()
+    tree = parse(text, path.name)
+    for section in options(Recipe):
+        name = key_of(section)
+        node = tree.value.get(name)
+        kind = {item.name: item for item in options(Recipe)}[name].type
+        cls = globals_of_recipe().get(str(kind).removesuffix(" | None"))
+        if cls is None or name == "fusion":
+            assert comment_above(text, node.where).count("(")
+            continue
+        if node is None:
+            assert name == "train"
+            continue
+        for item in options(cls):
+            entry = node.value[key_of(item)]
+            assert f"({describe(cls, item)})" in comment_above(text, entry.where), f"{name}.{key_of(item)}"
+
+
+def globals_of_recipe() -> dict[str, Any]:
+    from intrafusion.lab import recipe
+
+    return {name: value for name, value in vars(recipe).items() if name.endswith("Section")}
+
+
+def comment_above(text: str, where: str) -> str:
+    lines = text.splitlines()[: int(where.rsplit(":", 1)[1]) - 1]
+    found: list[str] = []
+    while lines and lines[-1].lstrip().startswith("#"):
+        found.insert(0, lines.pop().strip(" #"))
+    return re.sub(r"\s+", " ", " ".join(found))

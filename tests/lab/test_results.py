@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from intrafusion.lab.errors import LabError
+from intrafusion.lab.results import Cell, GroupLine, Result, ResultStore, key_of_identity
+
+LINE = GroupLine("features.0", 8, 4, 1.5, "paper", "")
+ONE = Result(Cell("discard", 0.5, "all"), 9, 10, 100, 1000, "abc", (LINE,), 0.1)
+TWO = Result(Cell("fused", 0.5, "all"), 10, 10, 100, 1000, "abc", (LINE,), 0.2)
+
+
+def test_what_is_added_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "results.jsonl"
+    store = ResultStore(path)
+    store.add("k1", ONE, {"a": 1})
+    store.add("k2", TWO, {"a": 2})
+    again = ResultStore(path)
+    assert again.get("k1") == ONE
+    assert again.get("k2") == TWO
+    assert again.get("k3") is None
+    assert json.loads(path.read_text().splitlines()[1])["identity"] == {"a": 2}
+
+
+@given(st.integers(1, 10_000))
+def test_a_torn_last_line_is_dropped_wherever_it_is_torn(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    path = tmp_path_factory.mktemp("torn") / "results.jsonl"
+    store = ResultStore(path)
+    store.add("k1", ONE, {})
+    whole = path.stat().st_size
+    store.add("k2", TWO, {})
+    size = path.stat().st_size
+    content = path.read_bytes()
+    path.write_bytes(content[: max(whole, size - 1 - cut % (size - whole))])
+    again = ResultStore(path)
+    assert again.get("k1") == ONE
+    assert again.get("k2") is None
+    again.add("k2", TWO, {})
+    assert path.read_bytes() == content
+
+
+def test_the_last_line_of_a_key_counts_and_forget_forgets(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path / "r.jsonl")
+    store.add("k", ONE, {})
+    store.forget()
+    assert store.get("k") is None
+    store.add("k", TWO, {})
+    assert len(store.path.read_text().splitlines()) == 2
+    assert ResultStore(store.path).get("k") == TWO
+
+
+@pytest.mark.parametrize("line", [b"{}", b"nonsense", b"\xff", b'{"key": 1}', b"[]"])
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "r.jsonl"
+    ResultStore(path).add("k", ONE, {})
+    path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
+    with pytest.raises(LabError, match=rf"^{path}:2 cannot be read .*remove that line"):
+        ResultStore(path)
+
+
+def test_costs_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path / "r.jsonl")
+    odd = Result(ONE.cell, 1, 2, 3, 4, "", (GroupLine("g", 2, 1, float("nan"), "paper", ""),))
+    store.add("k", odd, {})
+    stored = ResultStore(store.path).get("k")
+    assert stored is not None
+    assert stored.groups[0].cost is None
+
+
+def test_keys_depend_on_values_not_on_order() -> None:
+    assert key_of_identity({"a": 1, "b": {"c": 2, "d": 3}}) == key_of_identity({"b": {"d": 3, "c": 2}, "a": 1})
+    assert key_of_identity({"a": 1}) != key_of_identity({"a": 2})

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from intrafusion.lab import bench
+from intrafusion.lab import run as run_module
+from intrafusion.lab.bench import Bench
+from intrafusion.lab.errors import LabError, RecipeError
+from intrafusion.lab.models import DigitsCNN, build_model
+from intrafusion.lab.recipe import Recipe, read_recipe
+from intrafusion.lab.results import Result
+from intrafusion.lab.run import run
+from intrafusion.lab.weights import save_weights
+
+TEXT = """\
+model: {name: digits_cnn}
+data: {name: digits, test_images: 100}
+train: {epochs: 1, batch_size: 128}
+prune: {ratios: [0.25, 0.5], ignored: [classifier]}
+output: OUT
+threads: 1
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return read_recipe(TEXT, "r.yaml", [f"output={tmp_path / 'out'}"])
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The cells that were really computed, in order."""
+    done: list[str] = []
+    real = Bench.measure
+
+    def measure(self: Bench, cell) -> Result:
+        done.append(f"{cell.method} {cell.ratio} {cell.group}")
+        return real(self, cell)
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    return done
+
+
+def test_everything_is_in_the_folder(recipe: Recipe, measured: list[str]) -> None:
+    finished = run(recipe, progress=False)
+    folder = Path(recipe.output)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "accuracy.png", "dense.safetensors", "environment.json", "recipe.yaml", "report.md", "results.jsonl",
+    ]  # fmt: skip
+    assert measured == ["dense 0.0 all"] + [f"{m} {r} all" for r in (0.25, 0.5) for m in ("discard", "fused")]
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [line["total"] for line in lines] == [100] * 5
+    assert lines[1]["kept"] == lines[2]["kept"] != lines[4]["kept"]
+    assert lines[0]["params"] > lines[1]["params"] == lines[2]["params"] > lines[3]["params"]
+    assert json.loads((folder / "environment.json").read_text())["torch"] == metadata.version("torch")
+    assert read_recipe((folder / "recipe.yaml").read_text()) == recipe
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    report = (folder / "report.md").read_text()
+    assert "## Groups at 0.5 removed" in report
+    assert "| `features.3` | 64 -> 32 |" in report
+    assert finished.computed == 5
+    assert finished.table.splitlines()[2].split() == [
+        "removed", "discard", "fused", "gain", "parameters", "MACs",
+    ]  # fmt: skip
+
+
+def test_a_finished_cell_is_never_computed_again(recipe: Recipe, measured: list[str]) -> None:
+    first = run(recipe, progress=False)
+    measured.clear()
+    second = run(recipe, progress=False)
+    assert measured == []
+    assert second.table == first.table
+    run(replace(recipe, prune=replace(recipe.prune, ratios=(0.5, 0.75))), progress=False)
+    assert measured == ["discard 0.75 all", "fused 0.75 all"]
+    measured.clear()
+    run(recipe, fresh=True, progress=False)
+    assert len(measured) == 5
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    recipe: Recipe, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(recipe, progress=False).table
+    store = Path(recipe.output) / "results.jsonl"
+    lines = store.read_bytes().splitlines(keepends=True)
+    store.write_bytes(b"".join(lines[:2]) + lines[2][:40])
+    measured.clear()
+    monkeypatch.setattr(bench, "train_", lambda *_, **__: pytest.fail("trained again"))
+    assert run(recipe, progress=False).table == whole
+    assert measured == ["fused 0.25 all", "discard 0.5 all", "fused 0.5 all"]
+
+
+def test_a_failure_in_the_middle_keeps_what_was_done(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Bench.measure
+
+    def measure(self: Bench, cell) -> Result:
+        if cell.method == "fused":
+            raise KeyboardInterrupt
+        return real(self, cell)
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, progress=False)
+    assert len((Path(recipe.output) / "results.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("assignment", "again"),
+    [
+        ("fusion=barycentre", {"discard", "fused"}),
+        ("fusion.cost=l2", {"discard", "fused"}),
+        ("prune.importance=l2", {"discard", "fused"}),
+        ("train.seed=1", {"dense", "discard", "fused"}),
+        ("data.test_images=99", {"dense", "discard", "fused"}),
+        ("data.batch_size=7", set()),
+        ("data.title=Figures", set()),
+    ],
+)
+def test_a_changed_setting_computes_what_depends_on_it(
+    recipe: Recipe, measured: list[str], assignment: str, again: set[str]
+) -> None:
+    run(recipe, progress=False)
+    measured.clear()
+    run(read_recipe(TEXT, "r.yaml", [f"output={recipe.output}", assignment]), progress=False)
+    assert {cell.split()[0] for cell in measured} == again
+
+
+def test_changed_code_is_not_given_old_results(
+    recipe: Recipe, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(recipe, progress=False)
+    measured.clear()
+    monkeypatch.setattr(bench, "_code_digest", lambda: "other")
+    run(recipe, progress=False)
+    assert len(measured) == 5
+
+
+def test_two_runs_give_the_same_numbers(recipe: Recipe, tmp_path: Path) -> None:
+    first = run(recipe, progress=False).table
+    assert run(replace(recipe, output=str(tmp_path / "other")), progress=False).table == first
+
+
+def test_each_group_alone(recipe: Recipe) -> None:
+    each = replace(recipe, prune=replace(recipe.prune, groups="each", ratios=(0.5,)))
+    table = run(each, progress=False).table.splitlines()
+    assert [line.split()[0] for line in table[2:]] == ["group", table[3], "features.0", "features.3", "features.7"]
+
+
+def test_weights_instead_of_training(recipe: Recipe, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_weights(build_model("digits_cnn"), tmp_path / "w.safetensors")
+    text = TEXT.replace("train: {epochs: 1, batch_size: 128}\n", "")
+    given = [f"output={recipe.output}", f"model.weights={tmp_path / 'w.safetensors'}"]
+    run(read_recipe(text, "r.yaml", given), progress=False)
+    assert not (Path(recipe.output) / "dense.safetensors").exists()
+    save_weights(DigitsCNN(widths=(2, 2, 2)), tmp_path / "w.safetensors")
+    with pytest.raises(LabError, match="does not fit DigitsCNN"):
+        run(read_recipe(text, "r.yaml", given), progress=False)
+
+
+def test_folders_of_images(image_root: Path, tmp_path: Path) -> None:
+    text = TEXT.replace("digits_cnn", "cifar_resnet20, num_classes: 2")
+    text = text.replace("ignored: [classifier]", "ignored: [conv1, layer*.conv2, linear]")
+    broken = image_root / "test" / "dog" / "0000.png"
+    broken.write_bytes(b"no")
+    given = ["data.name=image_folder", f"data.root={image_root}", f"output={tmp_path / 'out'}", "prune.ratios=0.5",
+             "data.validation=0.2", "train.batch_size=4"]  # fmt: skip
+    with pytest.raises(LabError, match=rf"cannot read {broken}"):
+        run(read_recipe(text, "r.yaml", given), progress=False)
+    table = run(read_recipe(text, "r.yaml", [*given, "data.on_corrupt=skip"]), progress=False).table
+    assert "of 5 test images" in table
+    assert f"* cannot read {broken}: not an image" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("model.name=digitscnn", r"model\.name: no network is called 'digitscnn'; did you mean 'digits_cnn'\?"),
+        ("model.name=cifar_resnet20", r"model\.name: 'cifar_resnet20' does not accept images of 1x8x8: "),
+        ("model.num_classes=7", r"model\.num_classes: 7, but the images have 10 classes"),
+        ("prune.ignored=fc", r"prune\.ignored: 'fc' matches no layer"),
+        ("prune.ignored=[]", r"prune\.ignored: pruning changed the network's output"),
+        (f"model.name={__name__}:two_outputs", r"model\.name: .* does not return one logit per class"),
+    ],
+)
+def test_recipes_that_do_not_fit(recipe: Recipe, assignment: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=rf"\n  --set {assignment.replace('[]', '..')}: {message}"):
+        run(read_recipe(TEXT, "r.yaml", [f"output={recipe.output}", assignment]), progress=False)
+
+
+def two_outputs(num_classes: int) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, num_classes + 1))
+
+
+def test_mistakes_show_before_training(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "train_", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(RecipeError, match="matches no layer"):
+        run(replace(recipe, prune=replace(recipe.prune, ignored=("fc",))), progress=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(recipe: Recipe) -> None:
+    with pytest.raises(RecipeError, match="device: there is no GPU that torch can use; allowed here: auto, cpu"):
+        run(replace(recipe, device="cuda"), progress=False)
+
+
+def test_an_output_that_is_a_file(recipe: Recipe) -> None:
+    Path(recipe.output).touch()
+    with pytest.raises(RecipeError, match="output: cannot write to"):
+        run(recipe, progress=False)
+
+
+def test_twins_that_keep_different_channels_stop_the_run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Bench.measure
+    monkeypatch.setattr(Bench, "measure", lambda self, cell: replace(real(self, cell), kept=cell.method))
+    with pytest.raises(LabError, match="25% fused: the fused and the discarded network keep different channels"):
+        run(recipe, progress=False)
+
+
+def test_threads_are_set_for_the_run_only(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(run_module, "_run", lambda *_: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    run(recipe)
+    run(replace(recipe, threads=None))
+    assert seen == [1, 2]
+    assert torch.get_num_threads() == 2
