@@ -26,7 +26,7 @@ from intrafusion.lab.results import Cell, GroupLine, Result, key_of_identity
 from intrafusion.lab.training import train_
 
 _log = logging.getLogger(__name__)
-_CODE = ("ot", "surgery", "pruner.py", "fusion.py", "lab/pruning.py", "lab/measure.py", "lab/models.py")
+_CODE = ("ot", "surgery", "pruner.py", "checks.py", "fusion.py", "lab/pruning.py", "lab/measure.py", "lab/models.py")
 
 
 class Bench:
