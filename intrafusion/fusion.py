@@ -26,6 +26,8 @@ class Fusion:
     targets: what distances are measured to: the `kept` channels, or `kmeans` / `gmm` centres grown from them.
     score_on: which network the importance metric sees: the user's own `model`, or the batch-norm-`folded` one
         (published).
+    rescore: with local pruning, score each group on the network as it is when its turn comes (published), instead of
+        all of them on the network before the step (torch-pruning). How many channels go does not change.
     seed: for k-means and the Gaussian mixture.
 
     Raises ValueError, naming the field and what is allowed, for any other value.
@@ -40,6 +42,7 @@ class Fusion:
     target_mass: str = "uniform"
     targets: str = "kept"
     score_on: str = "model"
+    rescore: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,7 +50,7 @@ class Fusion:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"Fusion.{name} is {value!r}: choose one of {', '.join(map(repr, allowed))}")
-        for name in ("rows", "columns", "bias"):
+        for name in ("rows", "columns", "bias", "rescore"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"Fusion.{name} is {getattr(self, name)!r}: it must be True or False")
         if not (self.rows or self.columns):
@@ -82,7 +85,7 @@ class Fusion:
         raise TypeError(f"fusion must be a preset name or a Fusion, not {type(value).__name__}")
 
     def discarded(self) -> Fusion:
-        """The honest twin: the same channels kept, nothing merged."""
+        """The same scoring, nothing merged."""
         return replace(self, merge="selection")
 
     def __str__(self) -> str:
@@ -91,7 +94,7 @@ class Fusion:
 
 
 PRESETS: dict[str, Fusion] = {
-    "paper": Fusion(merge="paper", score_on="folded"),
+    "paper": Fusion(merge="paper", score_on="folded", rescore=True),
     "barycentre": Fusion(merge="barycentre"),
     "discard": Fusion(merge="selection"),
 }

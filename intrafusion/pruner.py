@@ -66,6 +66,7 @@ class FusionMixin:
     importance: Callable
     ignored_layers: list
     root_module_types: list
+    global_pruning: bool
     num_heads: dict
     in_channel_groups: dict
     out_channel_groups: dict
@@ -177,7 +178,7 @@ class FusionMixin:
             for group in super()._prune():  # type: ignore[misc]
                 root = group[0].dep
                 seen.add((root.target.module, root.handler))
-                yield FusedGroup.wrap(group, self)
+                yield FusedGroup.wrap(self._rescored(group), self)
         finally:
             self._quiet = False
         for root, handler in self._scores:
@@ -185,6 +186,23 @@ class FusionMixin:
                 name, n = module_name(self.DG, root), checks.width(self.DG, root, handler)
                 self._note(name, n, reason="torch-pruning removes none of its channels, or could not leave one")
         self._warn([group for group in self.report.groups[first:] if group.merged == "selection" and group.reason])
+
+    def _rescored(self, group: Group) -> Group:
+        """The same group with as many channels to remove, chosen by their score on the network as it is now.
+
+        Global rankings, heads and chunked channels keep torch-pruning's choice.
+        """
+        heads = self._is_atten_group(group)[0]  # type: ignore[attr-defined]
+        chunks = self._get_channel_groups(group)  # type: ignore[attr-defined]
+        if not self.fusion.rescore or self.global_pruning or heads or chunks > 1:
+            return group
+        root = group[0].dep
+        n = checks.width(self.DG, root.target.module, root.handler)
+        score = self.estimate_importance(self.DG.get_pruning_group(root.target.module, root.handler, list(range(n))))
+        if score is None:
+            return group
+        removed = torch.topk(score.cpu(), k=len(set(group[0].idxs)), largest=False).indices
+        return self.DG.get_pruning_group(root.target.module, root.handler, sorted(removed.tolist()))
 
     def _find_inconsistent(self) -> set[str]:
         """Groups that torch-pruning describes wrongly; asked at every step, since its offsets also go stale."""

@@ -274,7 +274,8 @@ def test_the_paper_preset_scores_the_folded_network():
     by_hand.bn1 = by_hand.bn3 = nn.Identity()
     folded = tp.pruner.BasePruner(by_hand, (example(),), l1(), ignored_layers=[by_hand.fc2])
     folded.step()
-    pruner = IntraFusionPruner(model, example(), l1(), ignored_layers=[model.fc2], fusion="paper")
+    fusion = Fusion(score_on="folded")
+    pruner = IntraFusionPruner(model, example(), l1(), ignored_layers=[model.fc2], fusion=fusion)
     pruner.step()
     assert [entry[2] for entry in pruner.pruning_history()] == [entry[2] for entry in folded.pruning_history()]
 

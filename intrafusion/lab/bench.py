@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion import Fusion
 from intrafusion.lab import weights
 from intrafusion.lab.data import Dataset, digits, image_folder
 from intrafusion.lab.errors import LabError
@@ -90,9 +89,6 @@ class Bench:
                 cells += [Cell("discard", ratio, group), Cell("fused", ratio, group)]
         return cells
 
-    def fusion_of(self, cell: Cell) -> Fusion:
-        return self.recipe.fusion.discarded() if cell.method == "discard" else self.recipe.fusion
-
     def identity(self, cell: Cell) -> dict[str, Any]:
         """Everything the result of a cell depends on, in plain values."""
         common = {
@@ -109,7 +105,7 @@ class Bench:
             del prune_settings[key]
         if self.recipe.prune.importance == "taylor":
             common["train"] = self.data.digest("train")
-        return {**common, "prune": prune_settings, "fusion": asdict(self.fusion_of(cell))}
+        return {**common, "prune": prune_settings, "fusion": asdict(self.recipe.fusion)}
 
     def measure(self, cell: Cell) -> Result:
         """Compute one cell."""
@@ -129,9 +125,12 @@ class Bench:
         return Result(cell, accuracy.correct, accuracy.total, params, macs, kept, groups, seconds)
 
     def _prune(self, cell: Cell) -> Pruned:
-        settings, fusion = self.recipe.prune, self.fusion_of(cell)
+        settings, fusion = self.recipe.prune, self.recipe.fusion
         try:
-            return prune(self.dense, self.example, settings, fusion, cell.ratio, data=self.data, only=cell.group)
+            discard = cell.method == "discard"
+            return prune(
+                self.dense, self.example, settings, fusion, cell.ratio, data=self.data, only=cell.group, discard=discard
+            )
         except OutputChanged as error:
             raise self.recipe.error("prune.ignored", str(error)) from None
 

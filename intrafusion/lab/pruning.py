@@ -7,7 +7,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Pruned:
 
 def prune(
     dense: nn.Module, example: Tensor, settings: PruneSection, fusion: Fusion, ratio: float, *,
-    data: Dataset, only: str = ALL,
+    data: Dataset, only: str = ALL, discard: bool = False,
 ) -> Pruned:  # fmt: skip
     """Prune a copy of ``dense``; the original is untouched.
 
@@ -65,6 +65,7 @@ def prune(
         ratio: share of the channels that go, in [0, 1).
         data: where the images for gradients come from, if the importance needs any.
         only: name of the one group to prune, or ``"all"``.
+        discard: the honest twin instead: plain torch-pruning, cutting the very channels that ``fusion`` removes.
 
     Raises:
         LabError: a name matches no layer.
@@ -84,9 +85,15 @@ def prune(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         pruner.step()
+    groups, history = tuple(pruner.report.groups), pruner.pruning_history()
+    if discard:
+        model = copy.deepcopy(dense).eval()
+        replay = _pruner(model, example, settings, Fusion.preset("discard"), ratio, [])
+        replay.load_pruning_history(history)
+        groups = tuple(replace(group, merged="selection", cost=None, reason="") for group in groups)
     model.zero_grad(set_to_none=True)
     _check_output(model, dense, example)
-    return Pruned(model, tuple(pruner.report.groups), _digest(pruner.pruning_history()))
+    return Pruned(model, groups, _digest(history))
 
 
 def group_roots(model: nn.Module, example: Tensor, settings: PruneSection) -> list[str]:
