@@ -201,8 +201,10 @@ class FusionMixin:
         score = self.estimate_importance(self.DG.get_pruning_group(root.target.module, root.handler, list(range(n))))
         if score is None:
             return group
-        removed = torch.topk(score.cpu(), k=len(set(group[0].idxs)), largest=False).indices
-        return self.DG.get_pruning_group(root.target.module, root.handler, sorted(removed.tolist()))
+        count = len(set(group[0].idxs))
+        removed = torch.topk(score.cpu(), k=count, largest=False).indices
+        chosen = self.DG.get_pruning_group(root.target.module, root.handler, sorted(removed.tolist()))
+        return chosen if len(set(chosen[0].idxs)) == count else group  # tied channels bring others along
 
     def _find_inconsistent(self) -> set[str]:
         """Groups that torch-pruning describes wrongly; asked at every step, since its offsets also go stale."""
