@@ -33,6 +33,34 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         )
 
 
+def calibration_batches(calibration: Any, correct: str) -> list:
+    """The batches of inputs, as a list. Raises ValueError if they are missing, empty, or given for nothing."""
+    if correct != "calibrated":
+        if calibration is not None:
+            raise ValueError(f"calibration inputs are given, but the fusion is {correct!r}: use fusion='calibrated'")
+        return []
+    if calibration is None:
+        raise ValueError("fusion='calibrated' needs calibration=<iterable of input batches, no labels>")
+    batches = [(batch,) if isinstance(batch, Tensor) else batch for batch in calibration]
+    if not batches:
+        raise ValueError("the calibration iterable is empty: give at least one batch of inputs")
+    for number, batch in enumerate(batches):
+        values = list(batch.values()) if isinstance(batch, dict) else batch
+        if not isinstance(batch, (tuple, list, dict)) or not any(isinstance(value, Tensor) for value in values):
+            raise TypeError(
+                f"calibration batch {number} is a {type(batch).__name__}: give tensors, tuples or dictionaries"
+            )
+    return batches
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch of inputs with its tensors on `device`."""
+    move = (
+        {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} if isinstance(batch, dict) else None
+    )
+    return move or tuple(value.to(device) if isinstance(value, Tensor) else value for value in batch)
+
+
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")

@@ -9,6 +9,7 @@ from intrafusion.ot.plan import MASSES
 from intrafusion.ot.targets import TARGETS
 
 SCORE_ON = ("model", "folded")
+CORRECTIONS = ("none", "data-free", "calibrated")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Fusion:
     targets: what distances are measured to: the `kept` channels, or `kmeans` / `gmm` centres grown from them.
     score_on: which network the importance metric sees: the user's own `model`, or the batch-norm-`folded` one
         (published).
+    correct: `none`, or refit the layers in order against the dense network: on the inputs given as `calibration`
+        (`calibrated`), or on synthetic ones that agree with the batch-norms (`data-free`). The plan then says where the
+        rows start; they move to where the group is rebuilt best.
     rescore: with local pruning, score each group on the network as it is when its turn comes (published), instead of
         all of them on the network before the step (torch-pruning). How many channels go does not change.
     seed: for k-means and the Gaussian mixture.
@@ -42,6 +46,7 @@ class Fusion:
     target_mass: str = "uniform"
     targets: str = "kept"
     score_on: str = "model"
+    correct: str = "none"
     rescore: bool = False
     seed: int = 0
 
@@ -66,6 +71,7 @@ class Fusion:
             "target_mass": (*MASSES, "free"),
             "targets": TARGETS,
             "score_on": SCORE_ON,
+            "correct": CORRECTIONS,
         }
 
     @staticmethod
@@ -86,7 +92,7 @@ class Fusion:
 
     def discarded(self) -> Fusion:
         """The same scoring, nothing merged."""
-        return replace(self, merge="selection")
+        return replace(self, merge="selection", correct="none")
 
     def __str__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
@@ -94,6 +100,8 @@ class Fusion:
 
 
 PRESETS: dict[str, Fusion] = {
+    "data-free": Fusion(merge="barycentre", correct="data-free"),
+    "calibrated": Fusion(merge="barycentre", correct="calibrated"),
     "paper": Fusion(merge="paper", score_on="folded", rescore=True),
     "barycentre": Fusion(merge="barycentre"),
     "discard": Fusion(merge="selection"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,9 @@ from intrafusion.report import GroupReport, Report
 from intrafusion.surgery.batchnorm import folded
 from intrafusion.surgery.fuse import Outcome, fuse
 from intrafusion.surgery.groups import GroupTable, batchnorm_of, module_name, tabulate
+from intrafusion.surgery.probes import synthetic_inputs
 from intrafusion.surgery.selfcheck import inconsistent_groups
+from intrafusion.surgery.sequential import Sequential
 from intrafusion.surgery.snapshot import Snapshot
 
 _SHARED_DEFAULTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
@@ -76,11 +78,19 @@ class FusionMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         host = inspect.signature(cls.__mro__[2])
-        ours = inspect.Parameter("fusion", inspect.Parameter.KEYWORD_ONLY, default="paper", annotation="str | Fusion")
-        cls.__signature__ = host.replace(parameters=[*host.parameters.values(), ours])
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        ours = [
+            inspect.Parameter("fusion", keyword, default="paper", annotation="str | Fusion"),
+            inspect.Parameter("calibration", keyword, default=None, annotation="Iterable | None"),
+        ]
+        cls.__signature__ = host.replace(parameters=[*host.parameters.values(), *ours])
 
-    def __init__(self, *args: Any, fusion: str | Fusion = "paper", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, fusion: str | Fusion = "paper", calibration: Iterable | None = None, **kwargs: Any
+    ) -> None:
         self.fusion = Fusion.of(fusion)
+        self._calibration = checks.calibration_batches(calibration, self.fusion.correct)
+        self._corrector: Sequential | None = None
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         checks.check_arguments(bound.arguments)
         model = bound.arguments["model"]
@@ -93,7 +103,8 @@ class FusionMixin:
             bound.arguments["unwrapped_parameters"] = list(bound.arguments["unwrapped_parameters"])
         if bound.arguments.get("ignored_layers") is not None:
             bound.arguments["ignored_layers"] = checks.expand_types(model, bound.arguments["ignored_layers"])
-        self._forward = partial(_outputs, inputs=bound.arguments["example_inputs"], forward_fn=forward_fn)
+        self._run = partial(_outputs, forward_fn=forward_fn)
+        self._example = bound.arguments["example_inputs"]
         modes = [(module, module.training) for module in model.modules()]
         try:
             super().__init__(*bound.args, **bound.kwargs)
@@ -175,10 +186,12 @@ class FusionMixin:
         seen, first = set(), len(self.report.groups)
         self._quiet = True
         try:
-            for group in super()._prune():  # type: ignore[misc]
+            groups = super()._prune()  # type: ignore[misc]
+            for group in groups if self.fusion.correct == "none" else self._in_forward_order(list(groups)):
                 root = group[0].dep
                 seen.add((root.target.module, root.handler))
                 yield FusedGroup.wrap(self._rescored(group), self)
+            self._finish()
         finally:
             self._quiet = False
         for root, handler in self._scores:
@@ -186,6 +199,39 @@ class FusionMixin:
                 name, n = module_name(self.DG, root), checks.width(self.DG, root, handler)
                 self._note(name, n, reason="torch-pruning removes none of its channels, or could not leave one")
         self._warn([group for group in self.report.groups[first:] if group.merged == "selection" and group.reason])
+
+    def _in_forward_order(self, groups: list[Group]) -> Iterator[Group]:
+        """The groups in the order of the forward pass, each as it is by then; prepares the correction of the layers."""
+        if not groups:
+            return
+        batches = self._calibration
+        if self.fusion.correct == "data-free":
+            batches = synthetic_inputs(self.model, self._example, self._run, seed=self.fusion.seed)
+        device = next(self.model.parameters()).device
+        batches = [checks.to_device(batch, device) for batch in batches]
+        self._corrector = Sequential(self.DG, self._run, batches)
+        turn = {id(group): self._corrector.position(self._table(group)) for group in groups}
+        for group in sorted(groups, key=lambda group: turn[id(group)]):
+            root = group[0].dep
+            whole = all(hasattr(item, "dep") for item in group)
+            idxs = [int(i) for i in group[0].idxs]
+            yield self.DG.get_pruning_group(root.target.module, root.handler, idxs) if whole else group
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Correct the layers behind the last group."""
+        if self._corrector is None:
+            return
+        snapshot = Snapshot(self.DG, self.model.modules())
+        try:
+            self._corrector.finish()
+        except Exception as error:
+            snapshot.restore()
+            raise FusionError(f"while refitting the layers after the cut: {error}") from error
+
+    def _table(self, group: Group) -> GroupTable:
+        root = group[0].dep
+        return tabulate(self.DG, root.target.module, root.handler, self._get_channel_groups(group))  # type: ignore[attr-defined]
 
     def _rescored(self, group: Group) -> Group:
         """The same group with as many channels to remove, chosen by their score on the network as it is now.
@@ -213,18 +259,15 @@ class FusionMixin:
         tables = []
         for group in self.DG.get_all_groups(self.ignored_layers, self.root_module_types):
             if not self._is_atten_group(group)[0]:  # type: ignore[attr-defined]
-                root = group[0].dep
-                groups = self._get_channel_groups(group)  # type: ignore[attr-defined]
-                tables.append(tabulate(self.DG, root.target.module, root.handler, groups))
-        return inconsistent_groups(self.DG, tables, self._forward)
+                tables.append(self._table(group))
+        return inconsistent_groups(self.DG, tables, lambda model: self._run(model, self._example))
 
     @torch.no_grad()
     def _prune_group(self, group: FusedGroup, record_history: bool) -> None:
-        root = group[0].dep
-        table = tabulate(self.DG, root.target.module, root.handler, self._get_channel_groups(group))  # type: ignore[attr-defined]
+        table = self._table(group)
         removed = sorted({int(i) for i in group[0].idxs})
         kept = torch.tensor([i for i in range(table.n) if i not in set(removed)], dtype=torch.long)
-        snapshot = Snapshot(self.DG, table.modules())
+        snapshot = Snapshot(self.DG, table.modules() if self._corrector is None else self.model.modules())
         frozen = _frozen_parameters(table.modules())
         try:
             if not 0 <= removed[0] <= removed[-1] < table.n:
@@ -233,6 +276,8 @@ class FusionMixin:
             Group.prune(group, record_history=record_history)
             for module, name in frozen:  # torch-pruning makes a cut parameter trainable
                 module.get_parameter(name).requires_grad_(False)
+            if self._corrector is not None and not self._quiet:
+                self._corrector.finish()
         except Exception as error:
             snapshot.restore()
             where = f"while fusing group {table.name!r} ({table.n} -> {len(kept)} channels)"
@@ -247,14 +292,13 @@ class FusionMixin:
         if self.fusion.merge == "selection":
             return Outcome("selection")
         reason = checks.mismatch(group, table, kept)
+        root = group[0].dep
+        importance = self._scores.get((root.target.module, root.handler))
         if table.name in self._inconsistent:
             reason = "torch-pruning's index map does not describe the network here, and its cut may be wrong as well"
         if not reason and self._is_atten_group(group)[0]:  # type: ignore[attr-defined]
             reason = "queries and keys meet in a product, which a linear merge cannot keep"
-        if reason:
-            return Outcome("selection", reason=reason)
-        root = group[0].dep
-        return fuse(self.DG, table, kept, self._scores.get((root.target.module, root.handler)), self.fusion)
+        return fuse(self.DG, table, kept, importance, self.fusion, self._corrector, veto=reason)
 
     def _foldable(self, group: Group) -> list[tuple[nn.Module, nn.Module, int]]:
         layers = dict.fromkeys(item[0].target.module for item in group)

@@ -22,11 +22,15 @@ from intrafusion.ot.plan import Plan
 
 @dataclass(frozen=True)
 class Pair:
-    """rows R: [k, n] and columns S: [n, k], float64; kept: [k] the channels whose places the new ones take."""
+    """rows R: [k, n] and columns S: [n, k], float64; kept: [k] the channels whose places the new ones take.
+
+    shift: [k] is added to what the new rows produce (None: nothing).
+    """
 
     rows: Tensor
     columns: Tensor
     kept: Tensor
+    shift: Tensor | None = None
 
     @property
     def is_selection(self) -> bool:

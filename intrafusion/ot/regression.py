@@ -78,7 +78,7 @@ class Fit:
 
 
 def ridge(folds: list[Moments], prior: Tensor) -> Fit:
-    """Fit with the ridge towards `prior` [m, d] that predicts the held-out fold best; float64 throughout.
+    """Fit with the ridge towards `prior` [m, d] that predicts the held-out fold best, in float64.
 
     folds: at least one; with one fold only the strongest ridge is used. Inputs that never vary get their prior weight.
     """

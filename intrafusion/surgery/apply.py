@@ -77,7 +77,30 @@ def apply_pair(table: GroupTable, pair: Pair) -> None:
     for slot in table.slots:
         if len(rows.places) or len(columns.places):
             _APPLY[slot.role](draft, table, slot, rows, columns)
+    carrier = shift_carrier(table)
+    if pair.shift is not None and carrier is not None:
+        _add_shift(draft, carrier, pair)
     draft.commit()
+
+
+def shift_carrier(table: GroupTable) -> Slot | None:
+    """The producer that a pair's shift is added to (one only, or a residual stream would get it several times)."""
+    for slot in table.slots:
+        if slot.role is Role.PRODUCER and (slot.partner is not None or slot.owner.bias is not None):
+            return slot
+    return None
+
+
+def _add_shift(draft: Draft, slot: Slot, pair: Pair) -> None:
+    at, shift = slot.local[:, 0][pair.kept.cpu()], pair.shift
+    assert shift is not None
+    owner, name = (slot.owner, "bias") if slot.partner is None else (slot.partner, "bias")
+    if slot.partner is not None and not slot.partner.affine:
+        name = "running_mean"
+        shift = -shift * (draft.of(slot.partner, "running_var")[at].cpu() + slot.partner.eps).sqrt()
+    vector = draft.of(owner, name).clone()
+    vector[at.to(vector.device)] += shift.to(vector)
+    draft.put(owner, name, vector)
 
 
 def _changed(weights: Tensor, selection: Tensor, kept: Tensor) -> _Map:

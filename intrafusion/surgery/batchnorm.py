@@ -125,15 +125,9 @@ def merge_alone(bn: Affine, mix: Tensor, rho: Tensor, *, affine: bool) -> Merged
 
 
 def row_average(mix: Tensor) -> Tensor:
-    """Rows of `mix` scaled to sum to 1: the map for gains, which must not be counted twice.
-
-    A row whose coefficients cancel is replaced by their magnitudes.
-    """
-    total = mix.sum(dim=1, keepdim=True)
-    cancels = total.abs() < 1e-9 * mix.abs().sum(dim=1, keepdim=True)
-    mix = torch.where(cancels, mix.abs(), mix)
-    total = mix.sum(dim=1, keepdim=True)
-    return mix / torch.where(total == 0, 1.0, total)
+    """Magnitudes of the rows of `mix`, scaled to sum to 1: the map for gains, which must not be counted twice."""
+    total = mix.abs().sum(dim=1, keepdim=True)
+    return mix.abs() / torch.where(total == 0, 1.0, total)
 
 
 @contextmanager

@@ -9,10 +9,11 @@ import torch_pruning as tp
 from torch import Tensor
 
 from intrafusion.fusion import Fusion
-from intrafusion.ot import MERGE_RULES, Plan, transport_plan
+from intrafusion.ot import MERGE_RULES, Plan, selection_pair, transport_plan
 from intrafusion.surgery.apply import apply_pair
 from intrafusion.surgery.features import channel_features
 from intrafusion.surgery.groups import GroupTable, Role
+from intrafusion.surgery.sequential import Sequential
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,32 @@ class Outcome:
 
 
 def fuse(
-    graph: tp.DependencyGraph, table: GroupTable, kept: Tensor, importance: Tensor | None, settings: Fusion
+    graph: tp.DependencyGraph,
+    table: GroupTable,
+    kept: Tensor,
+    importance: Tensor | None,
+    settings: Fusion,
+    corrector: Sequential | None = None,
+    veto: str = "",
 ) -> Outcome:
     """Write the fused channels of a group into its kept places, at full size; torch-pruning cuts afterwards.
 
-    kept: [k] increasing root channels; importance: [n], for `importance` masses.
+    kept: [k] increasing root channels; importance: [n], for `importance` masses; corrector: refits layers on the way;
+    veto: a reason, known already, why the group is only cut.
     Raises ValueError or RuntimeError if the plan cannot be computed or a fused value is not finite; the network is then
     as it was.
     """
     if settings.merge == "selection":
         return Outcome("selection")
-    reason = table.unsupported or uneven_chunks(table, kept)
+    if corrector is not None:
+        corrector.refit_until(table)
+    reason = veto or table.unsupported or uneven_chunks(table, kept)
+    if not reason and not any(slot.role in (Role.PRODUCER, Role.SHIFT) for slot in table.slots):
+        reason = "no layer of the group produces its channels"
     if reason:
+        if corrector is not None:
+            corrector.note(table, selection_pair(kept, table.n))
         return Outcome("selection", reason=reason)
-    if not any(slot.role is Role.PRODUCER or slot.role is Role.SHIFT for slot in table.slots):
-        return Outcome("selection", reason="no layer of the group produces its channels")
     plan = transport_plan(
         channel_features(graph, table, rows=settings.rows, columns=settings.columns, bias=settings.bias),
         kept,
@@ -51,14 +63,16 @@ def fuse(
         targets=settings.targets,
         seed=settings.seed,
     )
-    pair = MERGE_RULES[settings.merge](plan)
+    pair = MERGE_RULES[settings.merge](plan) if corrector is None else corrector.pair(table, plan)
     apply_pair(table, pair)
+    if corrector is not None:
+        corrector.note(table, pair)
     note = ""
     if plan.is_identity and not plan.stranded.any():
         note = plan.status.value
     elif plan.stranded.any():
         note = f"{int(plan.stranded.sum())} channels have no kept channel they may mix with, and were discarded"
-    return Outcome(settings.merge, plan, note)
+    return Outcome(settings.merge if corrector is None else settings.correct, plan, note)
 
 
 def uneven_chunks(table: GroupTable, kept: Tensor) -> str:

@@ -1,0 +1,206 @@
+"""Refit one layer of a pruned network so that its output is the dense network's, in closed form.
+
+The regression runs on the layer's real inputs in the pruned network, errors of the layers before included, and aims at
+what the layer gives in the dense network for the same inputs: the compounding of errors stops at every layer. Where the
+output is added to a residual stream, the target also takes up what the stream has lost so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from intrafusion.ot.regression import Fit, Moments, ridge
+from intrafusion.surgery.batchnorm import read
+from intrafusion.surgery.layout import from_channels
+from intrafusion.surgery.observe import Sight
+
+MOST_INPUTS = 8192
+"""A layer whose outputs read more values than this is not refitted: its Gram matrix would not fit in memory."""
+
+_FOLDS = 2
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """What a layer's present outputs are, in terms of the dense network's: weights [k, L] and shift [k], float64."""
+
+    weights: Tensor
+    shift: Tensor
+
+    @classmethod
+    def identity(cls, size: int) -> RowMap:
+        return cls(torch.eye(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64))
+
+    @property
+    def is_identity(self) -> bool:
+        size = self.weights.shape[1]
+        return len(self.weights) == size and torch.equal(self.weights, torch.eye(size).to(self.weights))
+
+    def __call__(self, output: Tensor, axis: int) -> Tensor:
+        """Apply to an activation whose channels are on `axis`."""
+        mapped = output.movedim(axis, -1) @ self.weights.T.to(output) + self.shift.to(output)
+        return mapped.movedim(-1, axis)
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Where a layer's activations have their channels."""
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
+def by_channel(value: Tensor, axis: int) -> Tensor:
+    """[samples, channels]"""
+    return value.movedim(axis, -1).flatten(0, -2)
+
+
+def can_refit(layer: Any) -> bool:
+    """Linear layers and ordinary 1d and 2d convolutions of bearable width."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features <= MOST_INPUTS
+    ordinary = isinstance(layer, (nn.Conv1d, nn.Conv2d)) and layer.groups == 1 and layer.padding_mode == "zeros"
+    return ordinary and layer.weight[0].numel() <= MOST_INPUTS
+
+
+@torch.no_grad()
+def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Iterable[tuple[Sight, Sight]], rows: RowMap) -> bool:
+    """Give a layer (with its batch-norm) new weights; returns False, changing nothing, if its inputs are the dense ones.
+
+    dense, dense_bn: the same layer of the dense network. sights: (dense, pruned), one pair per batch. rows: what the
+    present outputs stand for. The prior of the ridge is the dense weight, read from the present channels as well as they
+    allow.
+
+    Raises ValueError if an activation is not finite.
+    """
+    fits, reads, changed, narrow = _Folds(), _Folds(), False, False
+    axis = channel_axis(layer)
+    for before, now in sights:
+        narrow = before.inputs.shape[axis] != now.inputs.shape[axis]
+        target = rows(before.output, axis)
+        if rows.is_identity and before.other is not None and now.other is not None:
+            lost = before.other - now.other if before.other.shape == now.other.shape else None
+            changed = changed or (lost is not None and bool(lost.any()))
+            target = target if lost is None else target + lost
+        changed = changed or narrow or not torch.equal(before.inputs, now.inputs)
+        if not changed:  # what is the same for one batch is the same for all
+            return False
+        if not (torch.isfinite(target).all() and torch.isfinite(now.inputs).all()):
+            raise ValueError("the calibration inputs give activations that are not finite")
+        for fold, chosen in fits.share(len(target), target.device):
+            fits.add(fold, _patches(layer, now.inputs[chosen]), by_channel(target[chosen], axis))
+            if narrow:
+                reads.add(fold, by_channel(now.inputs[chosen], axis), by_channel(before.inputs[chosen], axis))
+    weight = _folded_weight(dense, dense_bn)
+    if narrow:
+        read_from = ridge(reads.sums, torch.zeros(reads.sums[0].xy.T.shape).to(reads.sums[0].xy)).weight
+        weight = torch.einsum("mn...,nk->mk...", weight, read_from)
+    prior = torch.einsum("lm,m...->l...", rows.weights.to(weight), weight)
+    _write_(layer, bn, ridge(fits.sums, prior.flatten(1)))
+    return True
+
+
+@torch.no_grad()
+def match_statistics_(layer: Any, bn: Any, sights: Iterable[tuple[Sight, Sight]], rows: RowMap) -> None:
+    """Set a batch-norm so that its output has the mean and spread that it should: for layers that are not refitted."""
+    axis = channel_axis(layer)
+    totals: list[Moments | None] = [None, None]
+    for before, now in sights:
+        for i, value in enumerate((rows(before.output, axis), now.output)):
+            sample = by_channel(value, axis)
+            sums = Moments.of(sample[:, :0], sample)
+            totals[i] = sums if totals[i] is None else totals[i] + sums  # pyright: ignore
+    if totals[0] is None or totals[1] is None or not bn.affine:
+        return
+    want, have = ((t.y / t.n, (t.centred()[2] / t.n).sqrt()) for t in totals if t is not None)
+    factor = torch.where(have[1] > 1e-6, want[1] / have[1].clamp(min=1e-6), 1.0).clamp(max=1e2)
+    _set(bn, "weight", bn.weight.detach().double() * factor)
+    _set(bn, "bias", (bn.bias.detach().double() - have[0]) * factor + want[0])
+
+
+class _Folds:
+    """Running sums in two folds; images alternate between them, however they are batched."""
+
+    def __init__(self) -> None:
+        self._sums: list[Moments | None] = [None] * _FOLDS
+        self._seen = 0
+
+    def share(self, count: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        numbers = torch.arange(self._seen, self._seen + count, device=device)
+        self._seen += count
+        for fold in range(_FOLDS):
+            chosen = numbers % _FOLDS == fold
+            if chosen.any():
+                yield fold, chosen
+
+    def add(self, fold: int, x: Tensor, y: Tensor) -> None:
+        more, total = Moments.of(x, y), self._sums[fold]
+        self._sums[fold] = more if total is None else total + more
+
+    @property
+    def sums(self) -> list[Moments]:
+        return [total for total in self._sums if total is not None]
+
+
+def _patches(layer: Any, inputs: Tensor) -> Tensor:
+    """[samples, d] what each output of the layer reads, in the order of its flattened weight."""
+    if isinstance(layer, nn.Linear):
+        return inputs.flatten(0, -2)
+    kernel, dilation, stride, padding = layer.kernel_size, layer.dilation, layer.stride, _padding(layer)
+    if isinstance(layer, nn.Conv1d):
+        inputs = inputs[..., None]
+        kernel, dilation, stride, padding = (*kernel, 1), (*dilation, 1), (*stride, 1), (*padding, 0)
+    if set(kernel) == {1} and set(padding) == {0}:
+        return inputs[:, :, :: stride[0], :: stride[1]].movedim(1, -1).flatten(0, -2)
+    patches = F.unfold(inputs, kernel, dilation=dilation, padding=padding, stride=stride)
+    return patches.transpose(1, 2).flatten(0, 1)
+
+
+def _padding(layer: Any) -> tuple[int, ...]:
+    if layer.padding == "valid":
+        return (0,) * len(layer.kernel_size)
+    if layer.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    return layer.padding
+
+
+def _folded_weight(layer: Any, bn: Any) -> Tensor:
+    weight = layer.weight.detach().double()
+    return weight if bn is None else weight * read(bn).scale.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def _write_(layer: Any, bn: Any, fit: Fit) -> None:
+    """Put a fitted affine map into a layer and its batch-norm, whose statistics become those of the fitted output."""
+    weight, bias = fit.weight, fit.bias
+    if bn is not None:
+        var = read(bn).var if bn.affine else torch.full_like(fit.std, 1.0 - bn.eps)
+        gamma = (
+            fit.std.clamp(min=1e-6 * float(fit.std.max().clamp(min=1e-12))) if bn.affine else torch.ones_like(fit.std)
+        )
+        beta = fit.mean if bn.affine else torch.zeros_like(fit.mean)
+        scale = gamma / (var + bn.eps).sqrt()
+        weight = weight / scale[:, None]
+        own = torch.zeros_like(bias) if layer.bias is None else layer.bias.detach().double()
+        _set(bn, "running_mean", own - (bias - beta) / scale)
+        _set(bn, "running_var", var)
+        if bn.affine:
+            _set(bn, "weight", gamma)
+            _set(bn, "bias", beta)
+    elif layer.bias is not None:
+        _set(layer, "bias", bias)
+    else:
+        layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
+    _set(layer, "weight", from_channels(weight, layer.weight))
+
+
+def _set(owner: nn.Module, name: str, value: Tensor) -> None:
+    old = getattr(owner, name)
+    if name in owner._buffers:
+        setattr(owner, name, value.to(old.dtype))
+        return
+    parameter = nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad)
+    parameter.grad = old.grad
+    setattr(owner, name, parameter)

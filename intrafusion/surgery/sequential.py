@@ -1,0 +1,214 @@
+"""Correct a network layer by layer, in the order of its forward pass, while it is being pruned.
+
+Before a group is cut, every layer up to its producers is refitted, so that what the group's channels are mixed from is
+what the dense network has there. Then the rows are chosen on what these layers give, the group is cut, and the layers
+that read it are refitted when their turn comes. The inputs are the user's, or synthetic ones: no label is ever used.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from intrafusion.ot import Pair, Plan, selection_pair
+from intrafusion.ot.merge import barycentre
+from intrafusion.ot.rows import Samples, match_spread, optimise_rows
+from intrafusion.surgery.apply import shift_carrier
+from intrafusion.surgery.groups import GroupTable, Role, Slot, batchnorm_of, module_name
+from intrafusion.surgery.layout import gather, mix_, to_channels
+from intrafusion.surgery.observe import Sight, call_order, evaluating, look
+from intrafusion.surgery.refit import RowMap, by_channel, can_refit, channel_axis, match_statistics_, refit_
+
+_POSITIONS = 16000
+"""How many positions of an activation the rows are chosen on; more change nothing but the time."""
+_MOST_READERS = 4
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+class Sequential:
+    """One pruning step, corrected layer by layer.
+
+    graph: of the network that is pruned. run: calls a network on one batch of inputs. batches: the inputs. progress:
+    show a bar. The dense network is copied, so that memory holds two networks and one layer's Gram matrix.
+    """
+
+    def __init__(
+        self, graph: tp.DependencyGraph, run: Callable[[nn.Module, Any], Any], batches: Sequence, progress: bool = True
+    ) -> None:
+        self.graph, self.model, self.run, self.batches = graph, graph.model, run, batches
+        self.dense = copy.deepcopy(graph.model).requires_grad_(False).eval()
+        with evaluating(self.model):
+            self.order = call_order(lambda: run(self.model, batches[0]), self.model, _LAYERS)
+        names = [module_name(graph, batchnorm_of(graph, self.model.get_submodule(name))) for name in self.order]
+        self._partner = {
+            layer: bn if batchnorm_of(graph, self.model.get_submodule(layer)) is not None else ""
+            for layer, bn in zip(self.order, names, strict=True)
+        }
+        self._rows: dict[str, RowMap] = {}
+        self._next = 0
+        self._bar = tqdm(total=len(self.order), desc="refit", unit="layer", delay=2, leave=False, disable=not progress)
+
+    def position(self, table: GroupTable) -> int:
+        """When a group's turn comes: where the forward pass first meets one of its producers."""
+        places = [self.order.index(s.name) for s in table.slots if s.role is Role.PRODUCER and s.name in self.order]
+        return min(places, default=len(self.order))
+
+    def refit_until(self, table: GroupTable) -> None:
+        """Refit every layer up to the group's first producer, that one included."""
+        self._refit_to(self.position(table) + 1)
+
+    def finish(self) -> None:
+        """Refit the layers that are left."""
+        self._refit_to(len(self.order))
+        self._next = 0  # a group may still be cut later, by hand
+        self._bar.close()
+
+    def pair(self, table: GroupTable, plan: Plan) -> Pair:
+        """The plan's barycentre, its rows moved to where the group is rebuilt best."""
+        start = barycentre(plan)
+        readers = [reader for slot in self._readers(table) if (reader := self._samples(table, slot)) is not None]
+        if not readers:
+            return start
+        channels = torch.cat([by_channel(reader.z, 1) for reader in readers]).double()
+        mean, cov = channels.mean(dim=0), torch.cov(channels.T)
+        halfway = (start.rows + selection_pair(plan.kept, table.n).rows.to(start.rows)) / 2
+        rows, shift = match_spread(halfway.to(cov), mean, cov)
+        may_shift = shift_carrier(table) is not None
+        rows, shift = optimise_rows(rows, shift if may_shift else torch.zeros_like(shift), readers)
+        rows = self._inside_classes(rows.cpu(), table, plan)
+        return Pair(rows, start.columns, plan.kept, shift.cpu() if may_shift else None)
+
+    def note(self, table: GroupTable, pair: Pair) -> None:
+        """Remember what the outputs of the group's producers stand for, once torch-pruning has cut them."""
+        carrier = shift_carrier(table)
+        for slot in table.slots:
+            if slot.role is not Role.PRODUCER:
+                continue
+            old = self._rows.get(slot.name, RowMap.identity(slot.size))
+            mapped = torch.eye(slot.size, dtype=torch.float64)
+            mix_(mapped, slot.local, pair.rows.cpu(), pair.kept.cpu())
+            moved = torch.zeros(slot.size, dtype=torch.float64)
+            if pair.shift is not None and slot is carrier:
+                moved[slot.local[:, 0][pair.kept.cpu()]] = pair.shift
+            left = self._left(slot, pair.kept.cpu())
+            self._rows[slot.name] = RowMap(mapped[left] @ old.weights, mapped[left] @ old.shift + moved[left])
+
+    @staticmethod
+    def _left(slot: Slot, kept: Tensor) -> Tensor:
+        """Local channels that a cut leaves, increasing."""
+        gone = torch.ones(len(slot.local), dtype=torch.bool)
+        gone[kept] = False
+        alive = torch.ones(slot.size, dtype=torch.bool)
+        local = slot.local[gone]
+        alive[local[local >= 0]] = False
+        return alive.nonzero().flatten()
+
+    @staticmethod
+    def _inside_classes(rows: Tensor, table: GroupTable, plan: Plan) -> Tensor:
+        same = table.classes[plan.kept.cpu()][:, None] == table.classes[None, :]
+        return torch.where(same, rows, 0.0)
+
+    def _refit_to(self, end: int) -> None:
+        while self._next < end:
+            name = self.order[self._next]
+            self._next += 1
+            self._refit(name)
+            self._bar.update()
+
+    def _refit(self, name: str) -> None:
+        layer, dense = self.model.get_submodule(name), self.dense.get_submodule(name)
+        partner = self._partner[name]
+        bn = self.model.get_submodule(partner) if partner else None
+        rows = self._rows.get(name) or RowMap.identity(_outputs(dense))
+        if len(rows.weights) != _outputs(layer):  # cut in a way that the table does not tell
+            return
+        if can_refit(layer):
+            dense_bn = self.dense.get_submodule(partner) if partner else None
+            refit_(layer, bn, dense, dense_bn, self._sights(name), rows)
+        elif bn is not None:
+            match_statistics_(layer, bn, self._sights(name), rows)
+
+    def _sights(self, name: str, add: bool = True) -> Iterator[tuple[Sight, Sight]]:
+        """(dense, pruned) views of a layer, batch by batch."""
+        partner = self._partner[name]
+        with evaluating(self.model):
+            for batch in self.batches:
+                both = []
+                for model in (self.dense, self.model):
+                    bn = model.get_submodule(partner) if partner else None
+                    both.append(look(lambda m=model, b=batch: self.run(m, b), model.get_submodule(name), bn, add=add))
+                yield both[0], both[1]
+
+    def _readers(self, table: GroupTable) -> list[Slot]:
+        consumers = [s for s in table.slots if s.role is Role.CONSUMER and s.name in self.order and s.chunks == 1]
+        return sorted(consumers, key=lambda slot: self.order.index(slot.name))[:_MOST_READERS]
+
+    def _samples(self, table: GroupTable, slot: Slot) -> Samples | None:
+        """What a layer that reads the group sees, at positions spread over all batches; None if that is not understood."""
+        zs, hs = [], []
+        f = torch.clone
+        share = max(1, _POSITIONS // len(self.batches))
+        generator = torch.Generator().manual_seed(0)
+        for dense, pruned in self._sights(slot.name, add=False):
+            blocks = _blocks(pruned, dense, slot, table.n)
+            if blocks is None:
+                return None
+            z, h, chain = blocks
+            f = _chain(chain)
+            chosen = torch.randperm(len(z), generator=generator)[:share].to(z.device)
+            zs.append(z[chosen])
+            hs.append(h[chosen])
+        z, h = torch.cat(zs), torch.cat(hs)
+        weight = to_channels(self.dense.get_submodule(slot.name).weight.detach(), slot.axis)
+        reads = gather(weight.double(), slot.local.to(weight.device)).to(z)
+        held_out = torch.arange(len(z), device=z.device) % 4 == 3
+        return Samples(z, h, f, reads @ reads.T / len(reads), held_out)
+
+
+def _outputs(layer: Any) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def _blocks(pruned: Sight, dense: Sight, slot: Slot, n: int) -> tuple[Tensor, Tensor, Sequence[Callable]] | None:
+    """Positions of an activation as z [P, n, ...], h [P, n] and the calls from one to the other."""
+    z, h, calls = pruned.before, dense.inputs, pruned.chain
+    axis = channel_axis(slot.owner)
+    copies = slot.local.shape[1]
+    plain = torch.equal(slot.local, torch.arange(n * copies).reshape(n, copies)) and slot.size == n * copies
+    if not plain or dense.inputs.shape != pruned.inputs.shape:
+        return None
+    sides = [call.block for call in calls]
+    if z.dim() >= 3 and axis == -1 and z.shape[-1] == n and copies == 1:
+        if any(side != 1 for side in sides):
+            return None
+        return z.flatten(0, -2), h.flatten(0, -2), calls
+    if z.dim() < 2 or z.shape[1] != n:
+        return None
+    if z.dim() == 4 and h.dim() == 4 and all(side is not None for side in sides):
+        side = 1
+        for one in sides:
+            side *= one or 1
+        rows, columns = h.shape[2:]
+        if z.shape[2] // side != rows or z.shape[3] // side != columns:
+            return None
+        z = z[:, :, : rows * side, : columns * side]
+        z = z.unflatten(3, (columns, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        return z, h.movedim(1, -1).flatten(0, 2), calls
+    if h.dim() == 2 and copies == 1:
+        return z, h, calls
+    return None
+
+
+def _chain(calls: Sequence[Callable]) -> Callable[[Tensor], Tensor]:
+    def f(value: Tensor) -> Tensor:
+        for call in calls:
+            value = call(value)
+        return value.flatten(1)
+
+    return f
