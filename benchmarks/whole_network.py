@@ -1,11 +1,11 @@
-"""Whole networks pruned without fine-tuning: discard, the published method, ours without data, ours with unlabelled images.
+"""Whole networks pruned without fine-tuning: discarded, fused as published, and ours without and with images.
 
-    INTRAFUSION_DATA=../shared/data python -m benchmarks.whole_network                      # about an hour on 2 cores
-    INTRAFUSION_DATA=../shared/data python -m benchmarks.whole_network --network ResNet-20 --ratio 0.5   # a few minutes
+    INTRAFUSION_DATA=../shared/data python -m benchmarks.whole_network                    # an hour or two on 2 cores
+    INTRAFUSION_DATA=../shared/data python -m benchmarks.whole_network --network ResNet-20 --ratio 0.5   # minutes
 
 Every group that torch-pruning prunes except the classifier (ResNet-20: its nine within-block groups), L1 importance,
-accuracy on the 10,000 test images in fp32. `data-free` sees no image at all; `calibrated` sees 1,000 unlabelled training
-images. Nothing is chosen on the test images. A finished cell is kept in --results and not computed again.
+accuracy on the 10,000 test images in fp32. `data-free` sees no image at all; `calibrated` sees 1,000 unlabelled
+training images. Nothing is chosen on the test images. A finished cell is kept in --results and not computed again.
 """
 
 from __future__ import annotations

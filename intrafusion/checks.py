@@ -50,6 +50,9 @@ def calibration_batches(calibration: Any, correct: str) -> list:
             raise TypeError(
                 f"calibration batch {number} is a {type(batch).__name__}: give tensors, tuples or dictionaries"
             )
+        for value in values:
+            if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError(f"calibration batch {number} holds NaN or infinite values")
     return batches
 
 

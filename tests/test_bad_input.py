@@ -225,11 +225,11 @@ def test_a_failure_in_the_last_group_puts_every_group_of_the_step_back(monkeypat
     pruner, before = pruner_for(model), state(model)
     fuse, calls = intrafusion.pruner.fuse, []
 
-    def failing(*args):
+    def failing(*args, **kwargs):
         calls.append(args)
         if len(calls) == 3:
             raise RuntimeError("out of luck")
-        return fuse(*args)
+        return fuse(*args, **kwargs)
 
     monkeypatch.setattr(intrafusion.pruner, "fuse", failing)
     with pytest.raises(FusionError, match=r"while fusing group 'conv1' \(16 -> 8 channels\): out of luck"):
@@ -260,7 +260,9 @@ def test_a_failure_of_torch_prunings_own_cut_is_undone_too(monkeypatch):
 
 
 def test_unknown_settings_are_named_with_what_is_allowed():
-    with pytest.raises(ValueError, match=r"unknown fusion preset 'papr': choose one of 'paper'"):
+    with pytest.raises(
+        ValueError, match=r"unknown fusion preset 'papr': choose one of 'data-free', 'calibrated', 'paper'"
+    ):
         pruner_for(plain(), fusion="papr")
     with pytest.raises(ValueError, match=r"Fusion.cost is 'l3': choose one of 'l1', 'l2', 'cosine'"):
         Fusion(cost="l3")

@@ -66,7 +66,7 @@ _FIELDS = ("n", "x", "y", "xx", "xy", "yy")
 class Fit:
     """y ~ weight x + bias: weight [m, d], bias [m], the ridge that cross-validation chose, moments of the fit.
 
-    mean, std: [m] of the fitted output; unexplained: the share of the target's variance that the fit leaves (0 = exact).
+    mean, std: [m] of the fitted output; unexplained: the share of the targets' variance that is left (0: exact).
     """
 
     weight: Tensor
@@ -96,14 +96,16 @@ def ridge(folds: list[Moments], prior: Tensor) -> Fit:
 
 
 def _solve(moments: Moments, prior: Tensor, strength: float) -> Tensor:
-    """prior + (y - prior x) x^T (x x^T + lambda)^-1, as [m, d]."""
+    """prior + (y - prior x) x^T (x x^T + lambda)^-1, as [m, d]. Raises ValueError for sums that are not finite."""
     xx, xy, _ = moments.centred()
     scale = xx.diagonal().mean().clamp(min=1e-12 * moments.n)
     system = xx.clone()
     system.diagonal().add_(strength * scale)
     factor, info = torch.linalg.cholesky_ex(system)
-    if int(info):  # numerically rank-deficient at this ridge
-        return _solve(moments, prior, 10 * strength)
+    if int(info):
+        if not torch.isfinite(system).all() or strength > 1e6:
+            raise ValueError("the second moments of the inputs are not finite")
+        return _solve(moments, prior, 10 * strength)  # numerically rank-deficient at this ridge
     return prior + torch.cholesky_solve(xy - xx @ prior.T, factor).T
 
 

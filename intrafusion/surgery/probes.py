@@ -23,7 +23,7 @@ _LEAVES = 60
 _STEPS = 20
 _RATE = 0.05
 _PIXELS = 500 * 32 * 32
-"""As many images as fit into this many pixels, but at least `_FEWEST`: enough for the Gram matrices of small networks."""
+"""As many images as fit into this many pixels, but at least `_FEWEST`."""
 _FEWEST, _MOST = 64, 500
 _BATCH = 125
 

@@ -68,11 +68,11 @@ def can_refit(layer: Any) -> bool:
 
 @torch.no_grad()
 def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Iterable[tuple[Sight, Sight]], rows: RowMap) -> bool:
-    """Give a layer (with its batch-norm) new weights; returns False, changing nothing, if its inputs are the dense ones.
+    """Give a layer (and its batch-norm) new weights; False, and nothing changed, if its inputs are the dense ones.
 
     dense, dense_bn: the same layer of the dense network. sights: (dense, pruned), one pair per batch. rows: what the
-    present outputs stand for. The prior of the ridge is the dense weight, read from the present channels as well as they
-    allow.
+    present outputs stand for. The prior of the ridge is the dense weight, read from the present channels as well as
+    they allow.
 
     Raises ValueError if an activation is not finite.
     """

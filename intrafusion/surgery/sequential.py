@@ -76,6 +76,8 @@ class Sequential:
         if not readers:
             return start
         channels = torch.cat([by_channel(reader.z, 1) for reader in readers]).double()
+        if not torch.isfinite(channels).all():
+            raise ValueError("the calibration inputs give activations that are not finite")
         mean, cov = channels.mean(dim=0), torch.cov(channels.T)
         halfway = (start.rows + selection_pair(plan.kept, table.n).rows.to(start.rows)) / 2
         rows, shift = match_spread(halfway.to(cov), mean, cov)
@@ -150,25 +152,25 @@ class Sequential:
         return sorted(consumers, key=lambda slot: self.order.index(slot.name))[:_MOST_READERS]
 
     def _samples(self, table: GroupTable, slot: Slot) -> Samples | None:
-        """What a layer that reads the group sees, at positions spread over all batches; None if that is not understood."""
+        """What a reader of the group sees, at positions spread over all batches; None if that is not understood."""
         zs, hs = [], []
-        f = torch.clone
+        calls: Sequence[Callable] = ()
         share = max(1, _POSITIONS // len(self.batches))
         generator = torch.Generator().manual_seed(0)
         for dense, pruned in self._sights(slot.name, add=False):
             blocks = _blocks(pruned, dense, slot, table.n)
             if blocks is None:
                 return None
-            z, h, chain = blocks
-            f = _chain(chain)
+            z, h, calls = blocks
             chosen = torch.randperm(len(z), generator=generator)[:share].to(z.device)
             zs.append(z[chosen])
             hs.append(h[chosen])
         z, h = torch.cat(zs), torch.cat(hs)
-        weight = to_channels(self.dense.get_submodule(slot.name).weight.detach(), slot.axis)
+        layer: Any = self.dense.get_submodule(slot.name)
+        weight = to_channels(layer.weight.detach(), slot.axis)
         reads = gather(weight.double(), slot.local.to(weight.device)).to(z)
         held_out = torch.arange(len(z), device=z.device) % 4 == 3
-        return Samples(z, h, f, reads @ reads.T / len(reads), held_out)
+        return Samples(z, h, _chain(calls), reads @ reads.T / len(reads), held_out)
 
 
 def _outputs(layer: Any) -> int:
