@@ -103,7 +103,7 @@ class Bench:
         prune_settings = to_mapping(self.recipe.prune)
         for key in ("ratios", "groups"):
             del prune_settings[key]
-        if self.recipe.prune.importance == "taylor":
+        if self.recipe.prune.importance == "taylor" or self.recipe.fusion.correct == "calibrated":
             common["train"] = self.data.digest("train")
         return {**common, "prune": prune_settings, "fusion": asdict(self.recipe.fusion)}
 

@@ -81,7 +81,9 @@ def prune(
         if only not in roots:
             raise LabError(f"no group starts at '{only}'; groups: {', '.join(roots)}")
         ignored += [model.get_submodule(name) for name in roots if name != only]
-    pruner = _pruner(model, example, settings, fusion, ratio, ignored)
+    # With scores from before the step, a discarding run keeps the same channels, without the work of fusing them.
+    used = fusion.discarded() if discard and not fusion.rescore else fusion
+    pruner = _pruner(model, example, settings, used, ratio, ignored, _calibration(data, settings, used))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         pruner.step()
@@ -125,7 +127,7 @@ def ignored_layers(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]
 
 def _pruner(
     model: nn.Module, example: Tensor, settings: PruneSection, fusion: Fusion, ratio: float,
-    ignored: list[nn.Module],
+    ignored: list[nn.Module], calibration: list[Tensor] | None = None,
 ) -> IntraFusionPruner:  # fmt: skip
     return IntraFusionPruner(
         model,
@@ -136,7 +138,17 @@ def _pruner(
         ignored_layers=ignored,
         round_to=settings.round_to,
         fusion=fusion,
+        calibration=calibration,
     )
+
+
+def _calibration(data: Dataset, settings: PruneSection, fusion: Fusion) -> list[Tensor] | None:
+    """Unlabelled training images for a fusion that is corrected with images, ``None`` for any other."""
+    if fusion.correct != "calibrated":
+        return None
+    train = data.split("train")
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))[: settings.images]
+    return [data.normalise(train.images[part]) for part in chosen.split(250)]
 
 
 def _accumulate_gradients_(model: nn.Module, data: Dataset, settings: PruneSection) -> None:

@@ -89,7 +89,7 @@ class PruneSection:
     groups: Literal["all", "each"] = option("all", "all groups at once, or each group alone")
     global_pruning: bool = option(False, "rank the channels of all groups together", key="global")
     round_to: int | None = option(None, "channel counts become multiples of this", ge=1)
-    images: int = option(500, "training images behind taylor", ge=1)
+    images: int = option(500, "training images behind taylor and calibrated", ge=1)
     seed: int = option(0, "of random importance, and of the choice of those images", ge=0)
 
     def check(self) -> Iterator[tuple[str, str]]:

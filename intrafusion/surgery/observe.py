@@ -106,6 +106,8 @@ class _Tape(TorchFunctionMode):
             if id(first) in self.origin:
                 self.origin[id(before)] = self.origin[id(first)]
         out = func(*args, **kwargs)
+        if out is first and before is first:  # a dropout in eval mode, a tensor that is contiguous already
+            return out
         if isinstance(out, Tensor) and before is not None and not any(isinstance(a, Tensor) for a in args[1:]):
             if "inplace" in kwargs:
                 kwargs["inplace"] = False

@@ -61,6 +61,12 @@ def test_an_in_place_activation_does_not_hide_what_it_overwrote():
     assert (sight.before < 0).any()
 
 
+def test_calls_that_return_their_argument_are_not_a_loop():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3)).eval()
+    sight = look(lambda: model(torch.randn(5, 4)), model[3], None)
+    assert [call.func.__name__ for call in sight.chain] == ["relu"]
+
+
 def test_what_is_added_to_an_output_is_seen():
     model, x = randomise_(Chain()), torch.randn(2, 3, 8, 8)
     sight = look(lambda: model(x), model.b, None)
