@@ -19,10 +19,11 @@ from intrafusion.report import GroupReport, Report
 from intrafusion.surgery.batchnorm import folded
 from intrafusion.surgery.fuse import Outcome, fuse
 from intrafusion.surgery.groups import GroupTable, batchnorm_of, module_name, tabulate
+from intrafusion.surgery.observe import run_model
 from intrafusion.surgery.probes import synthetic_inputs
 from intrafusion.surgery.selfcheck import inconsistent_groups
 from intrafusion.surgery.sequential import Sequential
-from intrafusion.surgery.snapshot import Snapshot
+from intrafusion.surgery.snapshot import Snapshot, frozen_parameters
 
 _SHARED_DEFAULTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
 
@@ -103,7 +104,7 @@ class FusionMixin:
             bound.arguments["unwrapped_parameters"] = list(bound.arguments["unwrapped_parameters"])
         if bound.arguments.get("ignored_layers") is not None:
             bound.arguments["ignored_layers"] = checks.expand_types(model, bound.arguments["ignored_layers"])
-        self._run = partial(_outputs, forward_fn=forward_fn)
+        self._run = partial(run_model, forward_fn=forward_fn)
         self._example = bound.arguments["example_inputs"]
         modes = [(module, module.training) for module in model.modules()]
         try:
@@ -268,7 +269,7 @@ class FusionMixin:
         removed = sorted({int(i) for i in group[0].idxs})
         kept = torch.tensor([i for i in range(table.n) if i not in set(removed)], dtype=torch.long)
         snapshot = Snapshot(self.DG, table.modules() if self._corrector is None else self.model.modules())
-        frozen = _frozen_parameters(table.modules())
+        frozen = frozen_parameters(table.modules())
         try:
             if not 0 <= removed[0] <= removed[-1] < table.n:
                 raise ValueError(f"channels {removed[0]}..{removed[-1]} are to be removed of {table.n}")
@@ -321,24 +322,6 @@ class FusionMixin:
             self.out_channel_groups,
             self._scope_initial_channels,
         ]
-
-
-def _outputs(model: nn.Module, inputs: Any, forward_fn: Callable | None) -> list[Tensor]:
-    """The tensors that the traced network returns for its example inputs."""
-    if forward_fn is not None:
-        out = forward_fn(model, inputs)
-    else:
-        out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-    return [value for value in tp.utils.flatten_as_list(out) if isinstance(value, Tensor)]
-
-
-def _frozen_parameters(modules: list[nn.Module]) -> list[tuple[nn.Module, str]]:
-    return [
-        (module, name)
-        for module in modules
-        for name, parameter in module._parameters.items()
-        if parameter is not None and not parameter.requires_grad
-    ]
 
 
 class IntraFusionPruner(FusionMixin, tp.pruner.BasePruner):

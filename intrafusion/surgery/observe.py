@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -196,3 +197,12 @@ def call_order(forward: Callable[[], Any], model: nn.Module, kinds: tuple[type, 
         with torch.no_grad():
             forward()
     return list(order)
+
+
+def run_model(model: nn.Module, inputs: Any, forward_fn: Callable | None) -> list[Tensor]:
+    """The tensors that the traced network returns for its example inputs."""
+    if forward_fn is not None:
+        out = forward_fn(model, inputs)
+    else:
+        out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    return [value for value in tp.utils.flatten_as_list(out) if isinstance(value, Tensor)]

@@ -55,3 +55,13 @@ def _restore_state(state: dict[str, Any], saved: dict[str, Any]) -> None:
         elif isinstance(value, list):
             value[:] = content
         state[key] = value
+
+
+def frozen_parameters(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """(module, name) of every parameter that does not want a gradient."""
+    return [
+        (module, name)
+        for module in modules
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not parameter.requires_grad
+    ]
