@@ -154,7 +154,7 @@ def test_a_killed_process_resumes(tmp_path: Path) -> None:
     """SIGKILL in the middle, then the same command: finished cells stay as they are, the rest follows."""
     ratios = ",".join(str(round(0.02 * i, 2)) for i in range(1, 31))
     command = [sys.executable, "-m", "intrafusion.cli", "run", "digits", *QUICK, "--output", "out",
-               "--set", f"prune.ratios={ratios}"]  # fmt: skip
+               "--set", f"prune.ratios={ratios}", "--set", "fusion=paper"]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).resolve().parents[1])}
     results = tmp_path / "out" / "results.jsonl"
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
