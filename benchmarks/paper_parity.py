@@ -79,7 +79,7 @@ def load(network: str, root: Path) -> tuple[nn.Module, list[str]]:
     return model.eval(), [pattern.format(number).rstrip(".") for number in numbers]
 
 
-def pruned(dense: nn.Module, roots: list[str], ratio: float, fusion: Fusion, method: str = "") -> nn.Module:
+def pruned(dense: nn.Module, roots: list[str], ratio: float, fusion: Fusion, method: str = "", **ours) -> nn.Module:
     """A pruned copy of the dense network: the groups of `roots`, all else left alone."""
     model = copy.deepcopy(dense)
     if method == WITHOUT_EPS:
@@ -94,6 +94,7 @@ def pruned(dense: nn.Module, roots: list[str], ratio: float, fusion: Fusion, met
         pruning_ratio=ratio,
         ignored_layers=[m for name, m in weighted.items() if name not in roots],
         fusion=fusion,
+        **ours,
     )
     with mock.patch("intrafusion.ot.plan.pairwise_cost", nudged(method)) if NUDGED in method else nullcontext():
         pruner.step()

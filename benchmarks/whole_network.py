@@ -11,18 +11,16 @@ training images. Nothing is chosen on the test images. A finished cell is kept i
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import time
 from pathlib import Path
 
 import torch
-import torch_pruning as tp
 from torch import nn
 
-from benchmarks.paper_parity import NETWORKS, RATIOS, load
-from intrafusion import Fusion, IntraFusionPruner
+from benchmarks.paper_parity import NETWORKS, RATIOS, load, pruned
+from intrafusion import Fusion
 from intrafusion.lab.data import Dataset, image_folder
 from intrafusion.lab.measure import evaluate
 
@@ -38,19 +36,10 @@ def calibration_images(data: Dataset, count: int = IMAGES, seed: int = 0) -> lis
 
 
 def prune(dense: nn.Module, roots: list[str], ratio: float, method: str, data: Dataset) -> nn.Module:
-    model = copy.deepcopy(dense)
-    weighted = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    """A pruned copy of the dense network."""
     fusion = Fusion.preset(method)
-    IntraFusionPruner(
-        model,
-        torch.zeros(1, 3, 32, 32),
-        tp.importance.GroupMagnitudeImportance(p=1),
-        pruning_ratio=ratio,
-        ignored_layers=[m for name, m in weighted.items() if name not in roots],
-        fusion=fusion,
-        calibration=calibration_images(data) if fusion.correct == "calibrated" else None,
-    ).step()
-    return model
+    images = calibration_images(data) if fusion.correct == "calibrated" else None
+    return pruned(dense, roots, ratio, fusion, calibration=images)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from torch_pruning import ops
 from intrafusion.ot import Pair
 from intrafusion.surgery.apply import apply_pair
 from intrafusion.surgery.groups import GroupTable
+from intrafusion.surgery.observe import evaluating
 from intrafusion.surgery.snapshot import Snapshot
 
 _TOLERANCE = {torch.float16: 0.1, torch.bfloat16: 0.2}
@@ -37,17 +38,11 @@ def inconsistent_groups(
     ]
     if not movable:
         return set()
-    modes = [(module, module.training) for module in graph.model.modules()]
-    graph.model.eval()
-    try:
-        with torch.no_grad():
-            before = forward(graph.model)
-            if _unchanged_by(graph, movable, forward, before):
-                return set()
-            return {table.name for table in movable if not _unchanged_by(graph, [table], forward, before)}
-    finally:
-        for module, training in modes:
-            module.training = training
+    with torch.no_grad(), evaluating(graph.model):
+        before = forward(graph.model)
+        if _unchanged_by(graph, movable, forward, before):
+            return set()
+        return {table.name for table in movable if not _unchanged_by(graph, [table], forward, before)}
 
 
 def class_permutation(classes: Tensor, generator: torch.Generator) -> Tensor:
