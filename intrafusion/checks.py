@@ -58,10 +58,13 @@ def calibration_batches(calibration: Any, correct: str) -> list:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch of inputs with its tensors on `device`."""
-    move = (
-        {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} if isinstance(batch, dict) else None
-    )
-    return move or tuple(value.to(device) if isinstance(value, Tensor) else value for value in batch)
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, dict):
+        return {key: move(value) for key, value in batch.items()}
+    return tuple(move(value) for value in batch)
 
 
 def _check_model(model: Any) -> None:

@@ -182,6 +182,7 @@ class FusionMixin:
 
     def _prune(self) -> Iterator[Group]:
         checks.check_finite(self.model)
+        self._corrector = None  # the one of the step before compares with a network that is gone
         self._scores.clear()
         self._inconsistent = self._find_inconsistent()
         seen, first = set(), len(self.report.groups)

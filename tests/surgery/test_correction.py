@@ -233,6 +233,18 @@ def test_groups_may_be_pruned_by_hand_in_any_order():
         assert {group.merged for group in pruner.report.groups} == {"calibrated"}
 
 
+def test_a_step_that_cuts_nothing_leaves_the_network_alone():
+    """The correction of the step before is over: it must not refit what the user has changed since."""
+    case = PICO[0]
+    model, pruner = build(case, "calibrated", calibration=batches_for(case))
+    pruner.step()
+    model.conv1.weight.data *= 2
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="exceed the maximum iterative steps"):
+        pruner.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_failure_of_the_correction_puts_the_network_back(monkeypatch):
     case = PICO[0]
     model, pruner = build(case, "calibrated", calibration=batches_for(case))
