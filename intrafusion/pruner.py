@@ -17,6 +17,7 @@ from intrafusion import checks
 from intrafusion.fusion import Fusion
 from intrafusion.report import GroupReport, Report
 from intrafusion.surgery.batchnorm import folded
+from intrafusion.surgery.corrector import Corrector
 from intrafusion.surgery.fuse import Outcome, fuse
 from intrafusion.surgery.groups import GroupTable, batchnorm_of, module_name, tabulate
 from intrafusion.surgery.observe import run_model
@@ -91,7 +92,7 @@ class FusionMixin:
     ) -> None:
         self.fusion = Fusion.of(fusion)
         self._calibration = checks.calibration_batches(calibration, self.fusion.correct)
-        self._corrector: Sequential | None = None
+        self._corrector: Corrector | None = None
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         checks.check_arguments(bound.arguments)
         model = bound.arguments["model"]
@@ -206,18 +207,21 @@ class FusionMixin:
         """The groups in the order of the forward pass, each as it is by then; prepares the correction of the layers."""
         if not groups:
             return
-        batches = self._calibration
-        if self.fusion.correct == "data-free":
-            batches = synthetic_inputs(self.model, self._example, self._run, seed=self.fusion.seed)
-        device = next(self.model.parameters()).device
-        batches = [checks.to_device(batch, device) for batch in batches]
-        self._corrector = Sequential(self.DG, self._run, batches)
-        turn = {id(group): self._corrector.position(self._table(group)) for group in groups}
+        self._corrector = corrector = self._new_corrector()
+        turn = {id(group): corrector.position(self._table(group)) for group in groups}
         for group in sorted(groups, key=lambda group: turn[id(group)]):
             root = group[0].dep
             whole = all(hasattr(item, "dep") for item in group)
             idxs = [int(i) for i in group[0].idxs]
             yield self.DG.get_pruning_group(root.target.module, root.handler, idxs) if whole else group
+
+    def _new_corrector(self) -> Corrector:
+        """What corrects the layers of one step; the benchmarks' rivals bring their own."""
+        batches = self._calibration
+        if self.fusion.correct == "data-free":
+            batches = synthetic_inputs(self.model, self._example, self._run, seed=self.fusion.seed)
+        device = next(self.model.parameters()).device
+        return Sequential(self.DG, self._run, [checks.to_device(batch, device) for batch in batches])
 
     @torch.no_grad()
     def _finish(self) -> None:

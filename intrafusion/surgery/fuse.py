@@ -11,9 +11,9 @@ from torch import Tensor
 from intrafusion.fusion import Fusion
 from intrafusion.ot import MERGE_RULES, Plan, selection_pair, transport_plan
 from intrafusion.surgery.apply import apply_pair
+from intrafusion.surgery.corrector import Corrector
 from intrafusion.surgery.features import channel_features
 from intrafusion.surgery.groups import GroupTable, Role
-from intrafusion.surgery.sequential import Sequential
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def fuse(
     kept: Tensor,
     importance: Tensor | None,
     settings: Fusion,
-    corrector: Sequential | None = None,
+    corrector: Corrector | None = None,
     veto: str = "",
 ) -> Outcome:
     """Write the fused channels of a group into its kept places, at full size; torch-pruning cuts afterwards.
