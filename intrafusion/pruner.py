@@ -21,7 +21,7 @@ from intrafusion.surgery.corrector import Corrector
 from intrafusion.surgery.fuse import Outcome, fuse
 from intrafusion.surgery.groups import GroupTable, batchnorm_of, module_name, tabulate
 from intrafusion.surgery.observe import run_model
-from intrafusion.surgery.probes import synthetic_inputs
+from intrafusion.surgery.probes import synthetic_count, synthetic_inputs
 from intrafusion.surgery.selfcheck import inconsistent_groups
 from intrafusion.surgery.sequential import Sequential
 from intrafusion.surgery.snapshot import Snapshot, frozen_parameters
@@ -82,13 +82,13 @@ class FusionMixin:
         host = inspect.signature(cls.__mro__[2])
         keyword = inspect.Parameter.KEYWORD_ONLY
         ours = [
-            inspect.Parameter("fusion", keyword, default="paper", annotation="str | Fusion"),
+            inspect.Parameter("fusion", keyword, default="data-free", annotation="str | Fusion"),
             inspect.Parameter("calibration", keyword, default=None, annotation="Iterable | None"),
         ]
         cls.__signature__ = host.replace(parameters=[*host.parameters.values(), *ours])
 
     def __init__(
-        self, *args: Any, fusion: str | Fusion = "paper", calibration: Iterable | None = None, **kwargs: Any
+        self, *args: Any, fusion: str | Fusion = "data-free", calibration: Iterable | None = None, **kwargs: Any
     ) -> None:
         self.fusion = Fusion.of(fusion)
         self._calibration = checks.calibration_batches(calibration, self.fusion.correct)
@@ -218,8 +218,10 @@ class FusionMixin:
     def _new_corrector(self) -> Corrector:
         """What corrects the layers of one step; the benchmarks' rivals bring their own."""
         batches = self._calibration
-        if self.fusion.correct == "data-free":
-            batches = synthetic_inputs(self.model, self._example, self._run, seed=self.fusion.seed)
+        few = synthetic_count(self.model, self._example, batches)
+        if few:
+            drawn = synthetic_inputs(self.model, self._example, self._run, count=few, seed=self.fusion.seed)
+            batches = [*batches, *drawn]
         device = next(self.model.parameters()).device
         return Sequential(self.DG, self._run, [checks.to_device(batch, device) for batch in batches])
 
@@ -332,7 +334,8 @@ class FusionMixin:
 class IntraFusionPruner(FusionMixin, tp.pruner.BasePruner):
     """Drop-in for `torch_pruning`'s `BasePruner` (= `MetaPruner` = `MagnitudePruner`): same arguments, same order.
 
-    fusion: (keyword-only) a preset name of `intrafusion.PRESETS`, or a `Fusion`.
+    fusion: (keyword-only) a preset name of `intrafusion.PRESETS`, or a `Fusion`. calibration: (keyword-only) batches of
+    inputs without labels, for `fusion="calibrated"`: tensors, tuples or dictionaries of them.
 
     >>> pruner = IntraFusionPruner(model, example_inputs, importance, pruning_ratio=0.5, ignored_layers=[model.fc])
     >>> pruner.step()                      # or: for group in pruner.step(interactive=True): group.prune()

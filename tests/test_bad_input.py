@@ -27,6 +27,10 @@ def l1():
     return tp.importance.GroupMagnitudeImportance(p=1)
 
 
+def increasing(group):
+    return torch.arange(len(group[0].idxs)).float()
+
+
 def pruner_for(model, importance=None, **kwargs):
     return IntraFusionPruner(model, example(), importance or l1(), ignored_layers=[model.fc2], **kwargs)
 
@@ -200,10 +204,23 @@ def test_an_empty_group_does_nothing():
 def test_half_precision_fuses_in_float64_and_comes_back(dtype):
     full, half = plain(), plain().to(dtype)
     for model, x in ((full, example()), (half, example().to(dtype))):
-        IntraFusionPruner(model, x, lambda g: torch.arange(len(g[0].idxs)).float(), ignored_layers=[model.fc2]).step()
+        IntraFusionPruner(model, x, increasing, ignored_layers=[model.fc2], fusion="paper").step()
     assert all(p.dtype == dtype for p in half.parameters())
     gap = (half.conv1.weight.float() - full.conv1.weight).abs().max() / full.conv1.weight.abs().max()
     assert gap.item() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_network_is_corrected_as_well(dtype):
+    dense = plain().to(dtype)
+    x = torch.randn(64, *example().shape[1:]).to(dtype)
+    gaps = []
+    for fusion in ("discard", "data-free"):
+        model = copy.deepcopy(dense)
+        IntraFusionPruner(model, example().to(dtype), l1(), ignored_layers=[model.fc2], fusion=fusion).step()
+        gaps.append((model.eval()(x) - dense.eval()(x)).float().square().mean().item())
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert gaps[1] < 0.5 * gaps[0]
 
 
 def test_a_value_that_overflows_half_precision_is_an_error_and_changes_nothing():
@@ -212,7 +229,11 @@ def test_a_value_that_overflows_half_precision_is_an_error_and_changes_nothing()
     model.conv1.weight.data.fill_(6e4)
     model.bn1.weight.data.fill_(6e4)
     pruner = IntraFusionPruner(
-        model, example().half(), tp.importance.RandomImportance(), ignored_layers=[model.fc2, model.conv2, model.fc1]
+        model,
+        example().half(),
+        tp.importance.RandomImportance(),
+        ignored_layers=[model.fc2, model.conv2, model.fc1],
+        fusion="paper",
     )
     before = state(model)
     with pytest.raises(FusionError, match=r"while fusing group 'conv1'.*would not be finite in torch.float16"):
@@ -232,7 +253,7 @@ def test_a_failure_in_the_last_group_puts_every_group_of_the_step_back(monkeypat
         return fuse(*args, **kwargs)
 
     monkeypatch.setattr(intrafusion.pruner, "fuse", failing)
-    with pytest.raises(FusionError, match=r"while fusing group 'conv1' \(16 -> 8 channels\): out of luck"):
+    with pytest.raises(FusionError, match=r"while fusing group 'fc1' \(10 -> 5 channels\): out of luck"):
         pruner.step()
     assert_unchanged(model, before)
     assert pruner.report.groups == []

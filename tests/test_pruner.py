@@ -316,7 +316,7 @@ def test_the_report_says_what_happened_to_every_group():
     assert by_name["conv1"].merged == "untouched"
     assert (by_name["conv2"].channels_before, by_name["conv2"].channels_after) == (6, 3)
     assert by_name["fc1"].cost > 0
-    assert all(name in table for name in ("conv1", "conv2", "fc1", "6 -> 3", "paper"))
+    assert all(name in table for name in ("conv1", "conv2", "fc1", "6 -> 3", "data-free"))
 
 
 def test_one_network_with_a_dictionary_input_and_forward_fn():

@@ -67,10 +67,7 @@ def optimise_rows(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> tu
     for _ in range(_OUTER + 1):
         with torch.no_grad():
             present = scaled / spread
-            linear = [_read_back(reader, present, offset) for reader in readers]
-            error = sum(
-                float(_loss(r, present, offset, s, held_out=True)) for r, s in zip(readers, linear, strict=True)
-            )
+            error = sum(float(_held_out_error(reader, present, offset)) for reader in readers)
             if not error < best[0]:
                 break
             best = (error, present.double().clone(), offset.double().clone())
@@ -79,9 +76,9 @@ def optimise_rows(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> tu
             optimiser.zero_grad()
             with torch.enable_grad():
                 moved = scaled / spread
-                loss = sum(_loss(reader, moved, offset) for reader in readers)
-                loss.backward()  # pyright: ignore
-            return loss  # pyright: ignore
+                loss = torch.stack([_loss(reader, moved, offset) for reader in readers]).sum()
+                loss.backward()
+            return loss
 
         optimiser.step(closure)
     return best[1], best[2].detach()
@@ -94,26 +91,34 @@ def _forward(reader: Samples, rows: Tensor, shift: Tensor, chosen: Tensor) -> Te
     return reader.f(mixed + shift.reshape(1, -1, *[1] * (mixed.dim() - 2)))
 
 
-def _read_back(reader: Samples, rows: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """S [n, k] and s [n], least squares on the samples that are not held out."""
-    chosen = ~reader.held_out
-    h, target = _forward(reader, rows, shift, chosen).double(), reader.h[chosen].double()
+def _read_back(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """S [n, k] and s [n] by which h [p, k] gives target [p, n] best, least squares."""
+    h, target = h.double(), target.double()
     mean_h, mean_target = h.mean(dim=0), target.mean(dim=0)
     h, target = h - mean_h, target - mean_target
     gram = h.T @ h
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + 1e-12)
     read = torch.linalg.solve(gram, h.T @ target).T
-    return read.to(rows), (mean_target - read @ mean_h).to(rows)
+    return read, mean_target - read @ mean_h
 
 
-def _loss(
-    reader: Samples, rows: Tensor, shift: Tensor, linear: tuple[Tensor, Tensor] | None = None, held_out: bool = False
-) -> Tensor:
-    if linear is None:
-        with torch.no_grad():
-            linear = _read_back(reader, rows, shift)
-    chosen = reader.held_out if held_out else ~reader.held_out
-    error = reader.h[chosen] - _forward(reader, rows, shift, chosen) @ linear[0].T - linear[1]
+def _loss(reader: Samples, rows: Tensor, shift: Tensor) -> Tensor:
+    """The error on the samples that are not held out. S and s are at their optimum: no gradient flows through them."""
+    chosen = ~reader.held_out
+    h, target = _forward(reader, rows, shift, chosen), reader.h[chosen]
+    return _error(reader, h, target, _read_back(h.detach(), target))
+
+
+def _held_out_error(reader: Samples, rows: Tensor, shift: Tensor) -> Tensor:
+    """The error on the held-out samples, with the S and s of the others."""
+    fitted, judged = ~reader.held_out, reader.held_out
+    linear = _read_back(_forward(reader, rows, shift, fitted), reader.h[fitted])
+    return _error(reader, _forward(reader, rows, shift, judged), reader.h[judged], linear)
+
+
+def _error(reader: Samples, h: Tensor, target: Tensor, linear: tuple[Tensor, Tensor]) -> Tensor:
+    read, shift = (value.to(h) for value in linear)
+    error = target - h @ read.T - shift
     return ((error @ reader.metric) * error).sum() / max(1, len(error))
 
 

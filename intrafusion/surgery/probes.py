@@ -8,8 +8,9 @@ batch-norm get the images as they are; inputs that are not images get white nois
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,25 +26,52 @@ _RATE = 0.05
 _PIXELS = 500 * 32 * 32
 """As many images as fit into this many pixels, but at least `_FEWEST`."""
 _FEWEST, _MOST = 64, 500
-_BATCH = 125
+_ENOUGH = 1000
+"""From so many inputs of the user's own, synthetic ones are no longer added."""
+_BATCH, _SMALLEST_BATCH = 125, 16
+"""Images that are matched together: as many as fit into `_PIXELS` / 4, between these two."""
+
+
+def synthetic_count(model: nn.Module, example: Any, batches: Sequence = ()) -> int:
+    """How many synthetic inputs a correction of the network should be run on, beside the user's own batches.
+
+    Few real images say less about a layer with many inputs than many synthetic ones; together they say most. So they
+    are filled up, but only where synthetic inputs can be trusted: images, for a network with batch-norms to match.
+    """
+    image = next(filter(_is_input, _values(example)), None)
+    count = 0 if image is None else min(_MOST, max(_FEWEST, _PIXELS // max(1, image[0].numel() // _channels(image))))
+    if not batches:
+        return max(1, count)
+    own = sum(len(next(v for v in _values(batch) if torch.is_tensor(v))) for batch in batches)
+    if image is None or image.dim() != 4 or not _norms(model):
+        return 0
+    return max(0, min(count, _ENOUGH - own))
 
 
 def synthetic_inputs(
-    model: nn.Module, example: Any, run: Callable[[nn.Module, Any], Any], *, seed: int = 0, progress: bool = True
+    model: nn.Module,
+    example: Any,
+    run: Callable[[nn.Module, Any], Any],
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
 ) -> list[Any]:
     """Batches of inputs shaped like the example, on its device, for which every batch-norm sees what it remembers.
 
     example: the example inputs as a tuple or dictionary of tensors; integer tensors are repeated as they are.
-    run: calls the network on such inputs. Deterministic for a seed.
+    run: calls the network on such inputs. count: how many (default: `synthetic_count`). Deterministic for a seed.
     """
     generator = torch.Generator().manual_seed(seed)
-    first = next((v for v in _values(example) if torch.is_tensor(v) and v.is_floating_point()), None)
+    first = next(filter(_is_input, _values(example)), None)
     if first is None:
         return [example]
-    count = min(_MOST, max(_FEWEST, _PIXELS // max(1, first[0].numel() // max(1, _channels(first)))))
-    batches = []
-    norms = [m for m in model.modules() if isinstance(m, ops.TORCH_BATCHNORM) and m.running_mean is not None]
-    starts = range(0, count, _BATCH)
+    count = synthetic_count(model, example) if count is None else count
+    each = min(_BATCH, max(_SMALLEST_BATCH, _PIXELS // 4 * _channels(first) // max(1, first[0].numel())))
+    starts = range(0, count, each)
+    if first.dtype in (torch.float16, torch.bfloat16):  # pixels move by less than half precision resolves
+        model = copy.deepcopy(model).float()
+    norms, batches = _norms(model), []
     bar = tqdm(
         total=len(starts) * (_STEPS if norms else 1),
         desc="synthetic inputs",
@@ -53,13 +81,13 @@ def synthetic_inputs(
     )
     with bar, evaluating(model):
         for start in starts:
-            size = min(_BATCH, count - start)
+            size = min(each, count - start)
             batch = _map(example, lambda value, size=size: _draw(value, size, generator))
             if norms:
                 _match_statistics_(model, norms, batch, run, bar)
             else:
                 bar.update()
-            batches.append(batch)
+            batches.append(_map(batch, lambda value: value.to(first.dtype) if _is_input(value) else value))
     return batches
 
 
@@ -105,23 +133,25 @@ def _draw(value: Any, size: int, generator: torch.Generator) -> Any:
         drawn = dead_leaves(size, *value.shape[1:], generator=generator)
     else:
         drawn = torch.randn(size, *value.shape[1:], generator=generator)
-    return drawn.to(value)
+    return drawn.to(value.device, torch.promote_types(value.dtype, torch.float32))
 
 
 @torch.enable_grad()
 def _match_statistics_(model: nn.Module, norms: list, batch: Any, run: Callable, bar: tqdm) -> None:
     """Move the pixels until every batch-norm's input has the stored mean and variance."""
-    pixels = [v.requires_grad_(True) for v in _values(batch) if torch.is_tensor(v) and v.is_floating_point()]
+    pixels = [value.requires_grad_(True) for value in filter(_is_input, _values(batch))]
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     gaps: list[Tensor] = []
 
     def measure(bn: Any, args: tuple) -> None:
-        value = args[0].float()
-        others = [axis for axis in range(value.dim()) if axis != 1]
-        var, mean = torch.var_mean(value, dim=others)
+        shape = (1, -1, *[1] * (args[0].dim() - 2))
+        away = args[0].float() - bn.running_mean.float().reshape(shape)
+        others = [axis for axis in range(away.dim()) if axis != 1]
+        mean = away.mean(dim=others)
+        var = away.square().mean(dim=others) - mean.square()  # many times faster than torch.var_mean on a CPU
         spread = (bn.running_var + bn.eps).float().sqrt()
-        gaps.append(((mean - bn.running_mean.float()) / spread).square().mean())
-        gaps.append((((var + bn.eps).sqrt() / spread) - 1).square().mean())
+        gaps.append((mean / spread).square().mean())
+        gaps.append(((var.clamp(min=0) + bn.eps).sqrt() / spread - 1).square().mean())
 
     hooks = [bn.register_forward_pre_hook(measure) for bn in norms]
     try:
@@ -143,6 +173,14 @@ def _match_statistics_(model: nn.Module, norms: list, batch: Any, run: Callable,
         for value in pixels:
             value.requires_grad_(False)
             value.grad = None
+
+
+def _norms(model: nn.Module) -> list:
+    return [m for m in model.modules() if isinstance(m, ops.TORCH_BATCHNORM) and m.running_mean is not None]
+
+
+def _is_input(value: Any) -> bool:
+    return torch.is_tensor(value) and value.is_floating_point()
 
 
 def _channels(value: Tensor) -> int:

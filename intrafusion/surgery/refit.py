@@ -7,6 +7,7 @@ output is added to a residual stream, the target also takes up what the stream h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ MOST_INPUTS = 8192
 """A layer whose outputs read more values than this is not refitted: its Gram matrix would not fit in memory."""
 
 _FOLDS = 2
+_PATCH_VALUES = 2**25
+"""As many values of unfolded inputs are held at once (256 MB in float64)."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Iterable[tupl
             return False
         if not (torch.isfinite(target).all() and torch.isfinite(now.inputs).all()):
             raise ValueError("the calibration inputs give activations that are not finite")
-        for fold, chosen in fits.share(len(target), target.device):
+        each = len(now.inputs) * _patch_values(layer, now.inputs[0], target[0])
+        for fold, chosen in fits.share(len(target), target.device, pieces=-(-each // _PATCH_VALUES)):
             fits.add(fold, _patches(layer, now.inputs[chosen]), by_channel(target[chosen], axis))
             if narrow:
                 reads.add(fold, by_channel(now.inputs[chosen], axis), by_channel(before.inputs[chosen], axis))
@@ -128,13 +132,15 @@ class _Folds:
         self._sums: list[Moments | None] = [None] * _FOLDS
         self._seen = 0
 
-    def share(self, count: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        numbers = torch.arange(self._seen, self._seen + count, device=device)
-        self._seen += count
+    def share(self, count: int, device: torch.device, pieces: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """(fold, images of the batch that belong to it), in at least that many pieces if there are enough images."""
+        numbers = torch.arange(count, device=device)
         for fold in range(_FOLDS):
-            chosen = numbers % _FOLDS == fold
-            if chosen.any():
-                yield fold, chosen
+            members = numbers[(numbers + self._seen) % _FOLDS == fold]
+            for chosen in members.tensor_split(max(1, min(len(members), -(-pieces // _FOLDS)))):
+                if len(chosen):
+                    yield fold, chosen
+        self._seen += count
 
     def add(self, fold: int, x: Tensor, y: Tensor) -> None:
         more, total = Moments.of(x, y), self._sums[fold]
@@ -157,6 +163,13 @@ def _patches(layer: Any, inputs: Tensor) -> Tensor:
         return inputs[:, :, :: stride[0], :: stride[1]].movedim(1, -1).flatten(0, -2)
     patches = F.unfold(inputs, kernel, dilation=dilation, padding=padding, stride=stride)
     return patches.transpose(1, 2).flatten(0, 1)
+
+
+def _patch_values(layer: Any, inputs: Tensor, output: Tensor) -> int:
+    """How many values one image's patches have. inputs, output: of one image."""
+    if isinstance(layer, nn.Linear):
+        return inputs.numel()
+    return output[0].numel() * inputs.shape[0] * math.prod(layer.kernel_size)
 
 
 def _padding(layer: Any) -> tuple[int, ...]:

@@ -166,6 +166,8 @@ class Sequential:
             zs.append(z[chosen])
             hs.append(h[chosen])
         z, h = torch.cat(zs), torch.cat(hs)
+        precise = torch.promote_types(z.dtype, torch.float32)
+        z, h = z.to(precise), h.to(precise)
         layer: Any = self.dense.get_submodule(slot.name)
         weight = to_channels(layer.weight.detach(), slot.axis)
         reads = gather(weight.double(), slot.local.to(weight.device)).to(z)
