@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from intrafusion.ot import COSTS, MERGE_RULES
-from intrafusion.ot.plan import MASSES
+from intrafusion.ot.plan import MASSES, TARGET_MASSES
 from intrafusion.ot.targets import TARGETS
 
 SCORE_ON = ("model", "folded")
@@ -22,8 +22,8 @@ class Fusion:
     rows, columns, bias: which weights make up a channel's features: the filters that produce it, the weights that read
         it, the folded biases.
     source_mass: how much each channel weighs: `uniform` or `importance`.
-    target_mass: how much each kept channel takes up: `uniform`, `importance`, or `free` (each channel goes to its
-        nearest kept one).
+    target_mass: how much each kept channel takes up: `uniform`, `importance`, `free` (each channel goes to its
+        nearest kept one) or `partial` (or nowhere, if it is nearer to zero than to any kept one).
     targets: what distances are measured to: the `kept` channels, or `kmeans` / `gmm` centres grown from them.
     score_on: which network the importance metric sees: the user's own `model`, or the batch-norm-`folded` one
         (published).
@@ -68,7 +68,7 @@ class Fusion:
             "merge": tuple(MERGE_RULES),
             "cost": COSTS,
             "source_mass": MASSES,
-            "target_mass": (*MASSES, "free"),
+            "target_mass": TARGET_MASSES,
             "targets": TARGETS,
             "score_on": SCORE_ON,
             "correct": CORRECTIONS,

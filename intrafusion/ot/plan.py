@@ -2,7 +2,9 @@
 
     P = argmin <C, P>   subject to   P 1 = a,   P^T 1 = b,   P >= 0        (Theus et al. 2024, section 3)
 
-solved exactly by network simplex (POT), or, with free target masses, channel by channel.
+solved exactly by network simplex (POT), or, where the target masses are not prescribed, channel by channel: `free`
+relaxes P^T 1 = b; `partial` relaxes P 1 = a as well, by one more target that is the zero channel. What is nearer to
+nothing than to any kept channel is then transported nowhere: no kept channel has to absorb what it cannot stand for.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from intrafusion.ot.cost import normalise_rows, pairwise_cost
 from intrafusion.ot.targets import TARGETS, representatives
 
 MASSES = ("uniform", "importance")
-"""How much each channel weighs. Targets may also be `free`: every channel goes to its nearest target."""
+"""How much each channel weighs."""
+
+TARGET_MASSES = (*MASSES, "free", "partial")
+"""How much each target takes up. `free`: every channel goes to its nearest target. `partial`: or nowhere."""
 
 _SMALLEST_MASS = 1e-6
 """A channel of importance zero still weighs this fraction of the mean, or it could not be transported at all."""
@@ -30,6 +35,7 @@ class PlanStatus(Enum):
     IDENTITY = "every channel is kept, so each one stays where it is"
     EXACT = "optimal (network simplex)"
     NEAREST = "every channel goes whole to its nearest target (target masses left free)"
+    PARTIAL = "every channel goes whole to its nearest target, or nowhere if nothing is nearer (partial transport)"
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class Plan:
     """A coupling of `n` channels with `k` kept ones.
 
     coupling: [n, k] float64, entries >= 0, summing to 1. cost: <C, coupling>. kept: [k] int64, which of the n
-    channels the targets stand for. stranded: [n] bool, channels that share no coupling class with any kept one
-    and so carry no mass.
+    channels the targets stand for. stranded: [n] bool, channels that share no coupling class with any kept one,
+    or that a partial plan leaves out, and so carry no mass.
     """
 
     coupling: Tensor
@@ -107,13 +113,13 @@ def transport_plan(
     Raises ValueError for unknown settings, missing or negative importance, or features that are not finite.
     """
     _check_choice("source mass", source_mass, MASSES)
-    _check_choice("target mass", target_mass, (*MASSES, "free"))
+    _check_choice("target mass", target_mass, TARGET_MASSES)
     _check_choice("targets", targets, TARGETS)
     features = normalise_rows(features.double())
     n, k = len(features), len(kept)
     classes = torch.zeros(n, dtype=torch.long) if classes is None else classes.cpu()
     kept = kept.cpu()
-    weight = {kind: _mass(kind, importance, n) for kind in {source_mass, target_mass} - {"free"}}
+    weight = {kind: _mass(kind, importance, n) for kind in {source_mass, target_mass} & set(MASSES)}
 
     coupling = features.new_zeros(n, k)
     stranded = torch.zeros(n, dtype=torch.bool)
@@ -132,8 +138,15 @@ def transport_plan(
             home = torch.searchsorted(members, kept[columns])
             means = representatives(features[members], home, targets, seed=seed)
             c = pairwise_cost(features[members], means, cost)
-            if target_mass == "free":
+            if target_mass in ("free", "partial"):
                 block, paid = _nearest(c, share.to(c), home)
+                if target_mass == "partial":
+                    nothing = pairwise_cost(features[members], torch.zeros_like(means[:1]), cost)[:, 0]
+                    left_out = nothing <= c.amin(dim=1)
+                    left_out[home] = False
+                    stranded[members] = left_out.cpu()
+                    block[left_out] = 0.0
+                    paid = float((block * c).sum())
             else:
                 block, paid = solve(c, share, weight[target_mass][kept[columns]])
                 block, paid = block * share.sum().to(block), paid * float(share.sum())
@@ -142,7 +155,8 @@ def transport_plan(
     mass = coupling.sum()
     if mass > 0:
         coupling, total = coupling / mass, total / float(mass)
-    status = PlanStatus.IDENTITY if not solved else PlanStatus.NEAREST if target_mass == "free" else PlanStatus.EXACT
+    relaxed = {"free": PlanStatus.NEAREST, "partial": PlanStatus.PARTIAL}
+    status = relaxed.get(target_mass, PlanStatus.EXACT) if solved else PlanStatus.IDENTITY
     return Plan(coupling, total, kept, status, stranded)
 
 

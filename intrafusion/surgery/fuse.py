@@ -71,7 +71,7 @@ def fuse(
     if plan.is_identity and not plan.stranded.any():
         note = plan.status.value
     elif plan.stranded.any():
-        note = f"{int(plan.stranded.sum())} channels have no kept channel they may mix with, and were discarded"
+        note = f"{int(plan.stranded.sum())} channels are not transported to any kept channel, and were discarded"
     return Outcome(settings.merge if corrector is None else settings.correct, plan, note)
 
 

@@ -86,6 +86,20 @@ def test_free_targets_cost_no_more_than_any_fixed_ones():
     assert free <= transport_plan(x, kept).cost + 1e-12
 
 
+@pytest.mark.parametrize("cost", ["l1", "l2", "cosine"])
+def test_a_partial_plan_takes_only_what_is_nearer_to_a_kept_channel_than_to_zero(cost):
+    a, b = torch.eye(6, dtype=torch.float64)[:2]
+    like_a, unlike_both, opposite = 2 * a + 0.1 * b, torch.ones(6, dtype=torch.float64) - a - b, -a - b
+    x = torch.stack([a, b, like_a, unlike_both, 3 * b, opposite])
+    plan = transport_plan(x, torch.tensor([0, 1]), cost=cost, target_mass="partial")
+    assert plan.stranded.tolist() == [False, False, False, True, False, True]
+    assert plan.coupling.argmax(dim=1)[[0, 1, 2, 4]].tolist() == [0, 1, 0, 1]
+    assert float(plan.coupling.sum()) == pytest.approx(1.0)
+    unit = normalise_rows(x)
+    near = pairwise_cost(unit, unit[:2], cost).amin(dim=1)
+    assert plan.cost == pytest.approx(float(near[[0, 1, 2, 4]].mean()))
+
+
 def test_keeping_everything_is_the_identity():
     plan = transport_plan(features(6), torch.arange(6))
     assert plan.is_identity
