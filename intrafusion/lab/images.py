@@ -43,7 +43,7 @@ class ImageArray:
 
 
 def locate(root: Path, *, progress: bool = True) -> Path:
-    """The folder with ``train/`` and ``test/`` or ``val/``: ``root`` itself, or the unpacked archive that ``root`` is or holds.
+    """The folder with ``train/`` and ``test/`` (or ``val/``): ``root`` itself, or the unpacked archive it is or holds.
 
     Raises:
         LabError: there is no such folder and no archive, or the archive does not hold one.
