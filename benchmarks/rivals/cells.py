@@ -87,7 +87,7 @@ class Network:
 class _WithGradient(nn.Parameter):
     """A parameter whose copies have its gradient; torch leaves it behind."""
 
-    def __deepcopy__(self, memo: dict) -> nn.Parameter:
+    def __deepcopy__(self, memo: dict) -> Tensor:
         copied = super().__deepcopy__(memo)
         copied.grad = None if self.grad is None else self.grad.clone()
         return copied
