@@ -138,8 +138,8 @@ def report(results: Results, command: str, images: int) -> str:
         "and [lowest, highest]. Every method of a column keeps the same number of channels, and the same channels "
         "unless the method chooses its own. Bold: the best of the methods that see no image, and the best of those "
         f"that see {images:,} unlabelled training images. Taylor importance is computed from the same images with "
-        "their labels, for every method. LAMP keeps the channels of L2 where every layer loses the same share. Seconds: "
-        "the median over the row. Nothing was chosen on the test images.",
+        "their labels, for every method. LAMP keeps the channels of L2 where every layer loses the same share. "
+        "Seconds: the median over the row. Nothing was chosen on the test images.",
     ]
     parts += [_table(results, *table) for table in results.tables(groups=False)]
     if results.tables(groups=False):
