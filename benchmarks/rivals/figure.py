@@ -48,7 +48,11 @@ def draw(results: Results, importance: str = "L1") -> dict[str, bytes] | None:
                 lines[name] = axis.plot(x, y, **_look(name))[0]
     order = sorted(lines, key=lambda name: (METHODS[name].images, name not in OURS))
     labels = [f"{name} ({'images' if METHODS[name].images else 'no data'})" for name in order]
-    figure.legend([lines[name] for name in order], labels, loc="outside right center", frameon=False, fontsize=8)
+    legend = figure.legend(
+        [lines[name] for name in order], labels, loc="outside right center", frameon=False, fontsize=8
+    )
+    for name, text in zip(order, legend.get_texts(), strict=True):
+        text.set_fontweight("bold" if name in OURS else "normal")
     figure.suptitle(f"Whole networks, {importance} importance, no fine-tuning", x=0.01, ha="left", fontsize=11,
                     fontweight="bold", color=INK)  # fmt: skip
     figure.supxlabel("channels removed (%)", fontsize=9, color=INK)
