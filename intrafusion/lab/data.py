@@ -97,6 +97,16 @@ class Dataset:
             part = slice(start, stop) if order is None else order[start:stop]
             yield self.normalise(split.images[part].to(device)), split.labels[part].to(device)
 
+    def draw(self, name: str, count: int, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """A random ``count`` of a split's images (all, if it has fewer), in batches of at most 250.
+
+        Normalised images ``[B, C, H, W]`` and labels ``[B]``; a smaller count is the start of a larger one.
+        """
+        split = self.split(name)
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+        for part in order[:count].split(250):
+            yield self.normalise(split.images[part]), split.labels[part]
+
 
 def digits(*, validation: float = 0.1, seed: int = 0, test_images: int | None = None,
            mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None) -> Dataset:  # fmt: skip
@@ -127,12 +137,18 @@ def digits(*, validation: float = 0.1, seed: int = 0, test_images: int | None = 
 def image_folder(
     root: Path, *, validation: float = 0.1, seed: int = 0, test_images: int | None = None,
     mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
-    on_corrupt: str = "error", progress: bool = True,
+    on_corrupt: str = "error", progress: bool = True, size: int | None = None, train_images: int | None = None,
 ) -> Dataset:  # fmt: skip
     """``root/train/<class>/*.jpg`` and ``root/test/<class>/*.jpg``, or an archive of such folders.
 
+    A folder without ``test/`` may have ``val/`` instead.
+
     Args:
         root: the folder, a folder that holds one tar archive of it, or the archive.
+        size: side of the square images that come out, in pixels: the shorter side is brought to 8/7 of it (256 for
+            224) and the centre is cut out; images of exactly this size stay as they are. ``None``: as in the files,
+            which must then agree.
+        train_images: read only this many files of a fixed shuffle of ``train/``; ``None`` for all.
         on_corrupt: ``"error"`` or ``"skip"`` for images that cannot be read.
         mean, std: of pixels scaled to [0, 1]; ``None`` for ImageNet's. The rest as in :func:`digits`.
 
@@ -141,14 +157,15 @@ def image_folder(
     """
     folder = locate(root, progress=progress)
     classes = class_names(folder / "train")
-    if other := set(classes) ^ set(class_names(folder / "test")):
-        raise LabError(f"{folder}: train/ and test/ hold different classes: {', '.join(sorted(other))} in only one")
+    held = "test" if (folder / "test").is_dir() else "val"
+    if other := set(classes) ^ set(class_names(folder / held)):
+        raise LabError(f"{folder}: train/ and {held}/ hold different classes: {', '.join(sorted(other))} in only one")
 
     def load(name: str) -> Split:
-        half = "test" if name == "test" else "train"
-        array = read_split(folder / half, on_corrupt=on_corrupt, progress=progress)
+        half, limit = (held, None) if name == "test" else ("train", train_images)
+        array = read_split(folder / half, on_corrupt=on_corrupt, progress=progress, size=size, limit=limit)
         split = Split(torch.from_numpy(array.images), torch.from_numpy(array.labels), array.skipped)
-        return _limit(split, test_images) if half == "test" else _hold_out(split, name, validation, seed)
+        return _limit(split, test_images) if half == held else _hold_out(split, name, validation, seed)
 
     test = load("test")
     channels, height, width = test.images.shape[1:]

@@ -9,7 +9,7 @@ from typing import Any
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.report import Pair, Study
 
-_FUSED, _DISCARD, _DENSE, _INK, _GRID = "#0b6e8f", "#d1603d", "#7a7a7a", "#222222", "#e4e4e4"
+FUSED, DISCARD, DENSE, INK, GRID = "#0b6e8f", "#d1603d", "#7a7a7a", "#222222", "#e4e4e4"
 
 
 def draw(study: Study) -> bytes:
@@ -33,13 +33,13 @@ def draw(study: Study) -> bytes:
         _panel(axis, study, [pair for pair in study.pairs if pair.group == group], labelled=index == 0)
         axis.tick_params(labelbottom=index + columns >= len(groups))
         if group != ALL:
-            axis.set_title(group, fontsize=9, loc="left", color=_INK)
+            axis.set_title(group, fontsize=9, loc="left", color=INK)
     figure.suptitle(
         f"{study.recipe.title}, no fine-tuning",
-        x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK,
+        x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK,
     )  # fmt: skip
-    figure.supxlabel("channels removed (%)", fontsize=9, color=_INK)
-    figure.supylabel("test accuracy (%)", fontsize=9, color=_INK)
+    figure.supxlabel("channels removed (%)", fontsize=9, color=INK)
+    figure.supylabel("test accuracy (%)", fontsize=9, color=INK)
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=160, facecolor="white")
     return target.getvalue()
@@ -52,27 +52,32 @@ def _columns(count: int) -> int:
 
 def _panel(axis: Any, study: Study, pairs: list[Pair], *, labelled: bool) -> None:
     dense = study.dense.accuracy.percent
-    axis.axhline(dense, color=_DENSE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axis.axhline(dense, color=DENSE, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     pairs = sorted(pairs, key=lambda pair: pair.ratio)
     ratios = [0.0, *(100 * pair.ratio for pair in pairs)]
     fused = [dense, *(pair.fused.accuracy.percent for pair in pairs)]
     discard = [dense, *(pair.discard.accuracy.percent for pair in pairs)]
-    axis.plot(ratios, discard, color=_DISCARD, marker="o", markersize=4, linewidth=1.8, zorder=2)
-    axis.plot(ratios, fused, color=_FUSED, marker="o", markersize=4, linewidth=1.8, zorder=3)
-    axis.set_xlim(-2, 101)
-    axis.set_ylim(0, 105)
-    axis.grid(axis="y", color=_GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(length=0, labelsize=8, colors=_INK)
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
+    axis.plot(ratios, discard, color=DISCARD, marker="o", markersize=4, linewidth=1.8, zorder=2)
+    axis.plot(ratios, fused, color=FUSED, marker="o", markersize=4, linewidth=1.8, zorder=3)
+    style(axis)
     if labelled:
         _label_lines(axis, ratios[-1], {"fused": fused[-1], "discard": discard[-1]}, dense)
 
 
+def style(axis: Any) -> None:
+    """The look of a panel: channels removed from 0 to 100 %, accuracy from 0 to 100 %, light lines to read off."""
+    axis.set_xlim(-2, 101)
+    axis.set_ylim(0, 105)
+    axis.grid(axis="y", color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(length=0, labelsize=8, colors=INK)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+
+
 def _label_lines(axis: Any, x: float, ends: dict[str, float], dense: float) -> None:
     """Names beside the ends of the lines, moved apart where they would touch."""
-    colours = {"fused": _FUSED, "discard": _DISCARD}
+    colours = {"fused": FUSED, "discard": DISCARD}
     lower, upper = sorted(ends, key=lambda name: ends[name])
     gap = max(0.0, 8 - (ends[upper] - ends[lower]))
     heights = {lower: ends[lower] - gap / 2, upper: ends[upper] + gap / 2}
@@ -85,5 +90,5 @@ def _label_lines(axis: Any, x: float, ends: dict[str, float], dense: float) -> N
         )  # fmt: skip
     axis.annotate(
         f"dense {dense:.1f}", (100, dense), xytext=(0, 2), textcoords="offset points", ha="right", va="bottom",
-        fontsize=8, color=_DENSE, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        fontsize=8, color=DENSE, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
     )  # fmt: skip

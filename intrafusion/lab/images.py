@@ -43,7 +43,7 @@ class ImageArray:
 
 
 def locate(root: Path, *, progress: bool = True) -> Path:
-    """The folder with ``train/`` and ``test/``: ``root`` itself, or the unpacked archive that ``root`` is or holds.
+    """The folder with ``train/`` and ``test/`` (or ``val/``): ``root`` itself, or the unpacked archive it is or holds.
 
     Raises:
         LabError: there is no such folder and no archive, or the archive does not hold one.
@@ -62,7 +62,9 @@ def locate(root: Path, *, progress: bool = True) -> Path:
     raise LabError(f"{archive} does not hold the folders train/ and test/")
 
 
-def read_split(folder: Path, *, on_corrupt: str = "error", progress: bool = True) -> ImageArray:
+def read_split(
+    folder: Path, *, on_corrupt: str = "error", progress: bool = True, size: int | None = None, limit: int | None = None
+) -> ImageArray:
     """Decode ``folder/<class>/*`` or read the array an earlier call decoded from the same files.
 
     "The same" means the same names, sizes and times of change.
@@ -70,16 +72,21 @@ def read_split(folder: Path, *, on_corrupt: str = "error", progress: bool = True
     Args:
         folder: one split, with a folder for each class.
         on_corrupt: ``"error"`` raises at the first unreadable image, ``"skip"`` leaves it out and says so.
+        size: side of the square that every image becomes, in pixels (the shorter side is brought to 8/7 of it and the
+            centre is cut out; images of exactly this size stay as they are); ``None`` leaves them as they are.
+        limit: read only this many files of a fixed shuffle; ``None`` for all.
 
     Raises:
         LabError: no class, a class without an image, an unreadable image, images of different sizes.
     """
     classes, files = _list_files(folder)
-    key = _fingerprint(folder, files, on_corrupt)
+    if limit is not None and limit < len(files):
+        files = [files[i] for i in sorted(np.random.default_rng(0).permutation(len(files))[:limit])]
+    key = _fingerprint(folder, files, on_corrupt, size)
     target = cache_folder() / "images" / f"{folder.name}-{key}"
     cached = _read_cache(target)
     if cached is None:
-        cached = _decode(folder, classes, files, on_corrupt, progress)
+        cached = _decode(folder, classes, files, on_corrupt, progress, size)
         if target.exists():
             shutil.rmtree(target)
         _write_cache(target, cached)
@@ -104,7 +111,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
 
 
 def _has_splits(folder: Path) -> bool:
-    return (folder / "train").is_dir() and (folder / "test").is_dir()
+    return (folder / "train").is_dir() and any((folder / held).is_dir() for held in ("test", "val"))
 
 
 def _list_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
@@ -119,8 +126,8 @@ def _list_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     return classes, files
 
 
-def _fingerprint(folder: Path, files: Sequence[tuple[Path, int]], on_corrupt: str) -> str:
-    total = hashlib.sha256(f"{_FORMAT}\n{folder.resolve()}\n{on_corrupt}".encode())
+def _fingerprint(folder: Path, files: Sequence[tuple[Path, int]], on_corrupt: str, size: int | None) -> str:
+    total = hashlib.sha256(f"{_FORMAT}\n{folder.resolve()}\n{on_corrupt}{size or ''}".encode())
     for path, label in files:
         status = path.stat()
         total.update(f"{path.name}\n{label}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
@@ -128,8 +135,9 @@ def _fingerprint(folder: Path, files: Sequence[tuple[Path, int]], on_corrupt: st
 
 
 def _decode(
-    folder: Path, classes: tuple[str, ...], files: Sequence[tuple[Path, int]], on_corrupt: str, progress: bool
-) -> ImageArray:
+    folder: Path, classes: tuple[str, ...], files: Sequence[tuple[Path, int]], on_corrupt: str, progress: bool,
+    size: int | None,
+) -> ImageArray:  # fmt: skip
     images: np.ndarray | None = None
     labels: list[int] = []
     skipped: list[str] = []
@@ -138,7 +146,7 @@ def _decode(
                disable=None if progress else True)  # fmt: skip
     for path, label in bar:
         try:
-            pixels = _read_image(path)
+            pixels = _read_image(path, size)
         except LabError as error:
             if on_corrupt == "error":
                 raise
@@ -150,19 +158,25 @@ def _decode(
             raise LabError(f"images differ in size: {path} is {_size(pixels)}, {first} is {_size(images[0])}")
         images[len(labels)] = pixels
         labels.append(label)
-    empty = [name for label, name in enumerate(classes) if label not in set(labels)]
+    empty = [classes[label] for label in sorted({label for _, label in files} - set(labels))]
     if images is None or empty:
         raise LabError(f"no readable image is left in {folder} for class {', '.join(empty)}: {skipped[0]}")
     images, label_array = images[: len(labels)], np.asarray(labels, dtype=np.int64)
     return ImageArray(images, label_array, classes, tuple(skipped), _digest(images, label_array, classes))
 
 
-def _read_image(path: Path) -> np.ndarray:
+def _read_image(path: Path, size: int | None = None) -> np.ndarray:
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            image = image.convert("RGB")
+            if size is not None and image.size != (size, size):
+                scale = 8 / 7 * size / min(image.size)
+                width, height = (round(side * scale) for side in image.size)
+                left, top = (width - size) // 2, (height - size) // 2
+                image = image.resize((width, height)).crop((left, top, left + size, top + size))
+            return np.asarray(image).transpose(2, 0, 1)
     except FileNotFoundError:
         raise LabError(f"{path} disappeared while it was read") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

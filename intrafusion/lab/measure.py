@@ -31,26 +31,33 @@ class Accuracy:
 def evaluate(
     model: nn.Module, data: Dataset, split: str = "test", *, batch_size: int = 500, progress: bool = True
 ) -> Accuracy:
-    """Count the images of a split whose label has the largest logit.
+    """Count the images of a split whose label has the largest logit, as :func:`hits` finds them."""
+    right = hits(model, data, split, batch_size=batch_size, progress=progress)
+    return Accuracy(int(right.sum()), len(right))
+
+
+def hits(
+    model: nn.Module, data: Dataset, split: str = "test", *, batch_size: int = 500, progress: bool = True
+) -> Tensor:
+    """Which images of a split have the largest logit at their label: bool ``[N]``, on the CPU, in the split's order.
 
     The network is in eval mode while it is measured and gets its modes back afterwards.
     """
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    correct = total = 0
+    right = []
     batches = -(-len(data.split(split)) // batch_size)
     try:
         with torch.no_grad():
             bar = tqdm(data.batches(split, batch_size, device=device), desc=f"evaluate {split}", total=batches,
                        delay=2, leave=False, disable=None if progress else True)  # fmt: skip
             for images, labels in bar:
-                correct += int((model(images).argmax(1) == labels).sum())
-                total += len(labels)
+                right.append((model(images).argmax(1) == labels).cpu())
     finally:
         for module, training in modes:
             module.training = training
-    return Accuracy(correct, total)
+    return torch.cat(right)
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:

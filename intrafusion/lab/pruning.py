@@ -146,9 +146,7 @@ def _calibration(data: Dataset, settings: PruneSection, fusion: Fusion) -> list[
     """Unlabelled training images for a fusion that is corrected with images, ``None`` for any other."""
     if fusion.correct != "calibrated":
         return None
-    train = data.split("train")
-    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))[: settings.images]
-    return [data.normalise(train.images[part]) for part in chosen.split(250)]
+    return [images for images, _ in data.draw("train", settings.images, seed=settings.seed)]
 
 
 def _accumulate_gradients_(model: nn.Module, data: Dataset, settings: PruneSection) -> None:

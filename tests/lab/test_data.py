@@ -79,6 +79,22 @@ def test_batches_cover_every_image_once_in_seeded_order() -> None:
     assert sorted(shuffled(0)) == sorted(order)
 
 
+def test_drawn_images_are_a_seeded_choice_and_a_smaller_one_is_its_start() -> None:
+    data = digits()
+    images, labels = (torch.cat(parts) for parts in zip(*data.draw("train", 300, seed=1), strict=True))
+    assert images.shape == (300, 1, 8, 8)
+    assert torch.equal(next(data.draw("train", 20, seed=1))[0], images[:20])
+    assert not torch.equal(next(data.draw("train", 20, seed=2))[1], labels[:20])
+    assert sum(len(part) for _, part in data.draw("train", 10**6, seed=0)) == len(data.split("train"))
+
+
+def test_val_stands_in_for_test(image_root: Path) -> None:
+    (image_root / "test").rename(image_root / "val")
+    data = image_folder(image_root, size=16, train_images=8)
+    assert data.shape == (3, 16, 16)
+    assert (len(data.split("test")), len(data.split("train"))) == (6, 8)
+
+
 def test_errors(image_root: Path) -> None:
     with pytest.raises(LabError, match=r"a validation share of 0\.01 leaves no validation images of the 12"):
         image_folder(image_root, validation=0.01).split("validation")

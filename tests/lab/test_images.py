@@ -30,7 +30,7 @@ def test_decoded_once_until_a_file_changes(
     first = read_split(image_root / "test")
     decoded: list[Path] = []
     real = images._read_image
-    monkeypatch.setattr(images, "_read_image", lambda path: decoded.append(path) or real(path))
+    monkeypatch.setattr(images, "_read_image", lambda path, *size: decoded.append(path) or real(path, *size))
     again = read_split(image_root / "test")
     assert decoded == []
     assert again.digest == first.digest
@@ -108,3 +108,21 @@ def test_too_large_for_memory(image_root: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(images, "_MAX_BYTES", 1000)
     with pytest.raises(LabError, match="image_folder is for data sets that fit in memory"):
         read_split(image_root / "train")
+
+
+def test_images_of_different_sizes_become_squares(image_root: Path, write_image: Callable[..., None]) -> None:
+    write_image(image_root / "train" / "dog" / "0000.png", size=(80, 40))
+    array = read_split(image_root / "train", size=32)
+    assert array.images.shape == (12, 3, 32, 32)
+    with Image.open(image_root / "train" / "cat" / "0000.png") as image:
+        assert np.array_equal(array.images[0], np.asarray(image).transpose(2, 0, 1))
+    with Image.open(image_root / "train" / "dog" / "0000.png") as image:
+        expected = image.resize((73, 37)).crop((20, 2, 52, 34))
+    assert np.array_equal(array.images[6], np.asarray(expected).transpose(2, 0, 1))
+
+
+def test_a_limited_split_reads_only_so_many_files(image_root: Path) -> None:
+    everything, some = read_split(image_root / "train"), read_split(image_root / "train", limit=5)
+    assert len(some.labels) == 5
+    assert some.classes == everything.classes
+    assert all(any(np.array_equal(image, other) for other in everything.images) for image in some.images)

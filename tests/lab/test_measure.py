@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from intrafusion.lab.data import digits
-from intrafusion.lab.measure import Accuracy, count_macs, count_parameters, evaluate
+from intrafusion.lab.measure import Accuracy, count_macs, count_parameters, evaluate, hits
 from intrafusion.lab.models import DigitsCNN, build_model
 
 
@@ -28,6 +28,7 @@ def test_accuracy_is_that_of_the_split() -> None:
     for split in ("train", "validation", "test"):
         expected = int((data.split(split).labels == 3).sum())
         assert evaluate(constant, data, split).correct == expected
+        assert torch.equal(hits(constant, data, split, batch_size=100), data.split(split).labels == 3)
 
 
 def test_modes_are_given_back() -> None:
