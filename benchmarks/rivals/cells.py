@@ -121,7 +121,7 @@ class SharedInputs:
         self._made: dict[tuple, tuple[Any, float]] = {}
 
     def __call__(self, model: nn.Module, example: Any, run: Callable, *, seed: int = 0, **kwargs: Any) -> Any:
-        key = (digest(model), seed, str(tp.utils.flatten_as_list(example)[0].shape))
+        key = (digest(model), seed, str(tp.utils.flatten_as_list(example)[0].shape), str(kwargs))
         if key in self._made:
             inputs, seconds = self._made[key]
             self.saved += seconds
