@@ -1,7 +1,7 @@
 """Two metrics for any torch-pruning pruner that ask what a channel adds to the others, not how large its weights are.
 
-Like `torch_pruning.importance`, an instance is called with a full group and returns one score per channel; the network is
-the one that the group's dependency graph was built on, and is left as it was.
+Like `torch_pruning.importance`, an instance is called with a full group and returns one score per channel. The network
+is the one that the group's dependency graph was built on, and is left as it was.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from intrafusion.surgery.statistics import activation_of, expected_covariances, 
 class ReconstructionImportance:
     """Keeps the channels from which the layers that read a group are rebuilt best, chosen one after the other.
 
-    batches: unlabelled inputs (tensors, tuples or dictionaries, as the network takes them); without them, the covariance
-    of the channels is computed from the weights and batch-norm statistics alone. forward_fn: forward_fn(model, batch),
-    if model(*batch) is not how the network is called.
+    batches: unlabelled inputs (tensors, tuples or dictionaries, as the network takes them). Without them, the
+    covariance of the channels is computed from the weights and batch-norm statistics alone; a layer without batch-norm
+    is taken to have standard normal inputs (see `surgery.statistics`). forward_fn: forward_fn(model, batch), if
+    model(*batch) is not how the network is called.
 
     A score is the share of its group's error that the channel's pick removes (see `ot.choice`): scores of one group sum
     to 1 and fall in the order of the picks, so that any ratio keeps the first picks. Global pruning compares shares: it
     takes channels where their readers' outputs lose the smallest fraction of their variance.
 
-    Every reader of a group rebuilds its own view of the channels (its own activation, or place on a residual stream) and
-    counts with the size of its outputs, behind its batch-norm. A channel that a reader sees in several copies (behind a
-    flatten or a concat) counts once, with all its copies. A group that nobody reads is rebuilt itself, without inputs. In attention,
-    queries, keys and values are averaged without inputs; only inputs see what the projection really reads.
+    Every reader of a group rebuilds its own view of the channels (its own activation, or place on a residual stream)
+    and counts with the size of its outputs, behind its batch-norm. A channel that a reader sees in several copies
+    (behind a flatten or a concat) counts once, with all its copies. A group that nobody reads is rebuilt itself, from
+    the weights. In attention, queries, keys and values are averaged without inputs; inputs show what is really read.
 
     Raises ValueError for empty batches, activations that are not finite or weights that are not, naming the layer; also
     for a group that is not full.
@@ -82,8 +83,8 @@ class CHIPImportance:
     Tokens take the place of h·w; a linear layer on vectors has neither, and the inputs of one batch take their place. A
     group with several producers gets the mean of their scores, as do the copies of a channel in one of them.
 
-    batches, forward_fn: as for `ReconstructionImportance`, but required. Scores are not normalised between groups, as in
-    the paper, which prunes each layer by itself.
+    batches, forward_fn: as for `ReconstructionImportance`; batches are required. Scores are not normalised between
+    groups, as in the paper, which prunes each layer by itself.
 
     Raises ValueError for empty batches, for a group that is not full, and for activations that are not finite, naming
     the layer.
@@ -125,8 +126,8 @@ class CHIPImportance:
 def channel_independence(maps: Tensor, *, most_values: int = 2**24) -> Tensor:
     """CI of every channel of every input: maps [b, c, p] -> [b, c] float64.
 
-    Nuclear norms are sums of square roots of eigenvalues of the smaller Gram matrix, [c, c] or [p, p], where a zeroed row
-    is a zeroed row and column, or a rank-one change; at most `most_values` numbers are held at once.
+    Nuclear norms are sums of square roots of eigenvalues of the smaller Gram matrix, [c, c] or [p, p], where a zeroed
+    row is a zeroed row and column, or a rank-one change. About `most_values` numbers are held at once.
     """
     maps = maps.double()
     batch, channels, positions = maps.shape

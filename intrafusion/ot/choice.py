@@ -1,9 +1,9 @@
 """Which channels to keep so that least squares rebuilds the others best: a greedy choice, as a pivoted Cholesky.
 
 One reader of a group multiplies the channels h by a matrix V; with M = VᵀV and D the covariance of what is left of h
-after the best affine prediction from the channels chosen so far, its expected squared error is tr(M D). Choosing channel
-j turns D into D - D_:j D_j: / D_jj, and so removes (D M D)_jj / D_jj of the error. The largest goes first (orthogonal
-least squares; Chen, Billings & Luo 1989; for M = 1 the column subset selection of Farahat et al. 2011).
+after the best affine prediction from the channels chosen so far, its expected squared error is tr(M D). Choosing
+channel j turns D into D - D_:j D_j: / D_jj, and so removes (D M D)_jj / D_jj of the error. The largest goes first
+(orthogonal least squares; Chen, Billings & Luo 1989; for M = 1 the column subset selection of Farahat et al. 2011).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def reconstruction_scores(covariances: Sequence[Tensor], metrics: Sequence[Tenso
     covariances, metrics: [n, n] of each reader of the group, at least one, both positive semi-definite; one choice is
     made for all readers, each rebuilds its own view of the channels. The score of a pick is the share of the readers'
     error, sum tr(M D), that it removes. Where a pick removes more than an earlier one, as two channels can that are of
-    use only together, the picks share what they remove; scores so fall with every pick, and sum to 1. A channel that the
-    picks before explain gets next to nothing (at most n·1e-12: enough to keep all scores different).
+    use only together, the picks share what they remove; scores so fall with every pick, and sum to 1. A channel that
+    the picks before explain gets next to nothing (at most n·1e-12: enough to keep all scores different).
 
     Raises ValueError for covariances or metrics that are not finite.
     """

@@ -5,9 +5,9 @@ the standard normal law (Mehler's formula; Daniely, Frostig & Singer 2016, secti
 
     f(z_i) = sum_m a_im h_m(u_i),        cov(f(z_i), f(z_j)) = sum_{m >= 1} a_im a_jm corr(u_i, u_j)^m.
 
-What the first `_TERMS` terms leave of a channel's variance (below 0.3 % for a ReLU with |mean| <= std) is known exactly,
-and is spent on one more power of the correlation. So variances are exact, two equal channels have equal rows, and the
-result is positive semi-definite whenever the correlation is (Schur product theorem).
+What the first `_TERMS` terms leave of a channel's variance (below 0.3 % for a ReLU with |mean| <= std) is known
+exactly, and is spent on one more power of the correlation. So variances are exact, two equal channels have equal rows,
+and the result is positive semi-definite whenever the correlation is (Schur product theorem).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def activation_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean [n] and covariance [n, n] of f(z) for Gaussian z, in float64.
 
-    mean, std: [n] of z, correlation: [n, n]. f: any pointwise function; it is called on [n, points], so that it may hold
-    one parameter per channel. `torch.relu` and `F.relu` are exact, others are integrated numerically.
+    mean, std: [n] of z, correlation: [n, n]. f: any pointwise function; it is called on [n, points], so that it may
+    hold one parameter per channel. `torch.relu` and `F.relu` are exact, others are integrated numerically.
     """
     expansion = expand(mean, std, f)
     covariance = cross_covariance(expansion, expansion, correlation)
@@ -61,7 +61,7 @@ def cross_covariance(x: Expansion, y: Expansion, correlation: Tensor) -> Tensor:
 
 
 def expand(mean: Tensor, std: Tensor, f: Callable[[Tensor], Tensor]) -> Expansion:
-    """The Hermite expansion of f(mean + std·u), u standard normal. mean, std: [n], std >= 0; 0 is a constant channel."""
+    """The Hermite expansion of f(mean + std·u), u standard normal. mean, std: [n]; std 0 is a constant channel."""
     mean, std = mean.double(), std.double()
     average, var, coefficients = _relu(mean, std) if f in (torch.relu, F.relu) else _integrate(mean, std, f)
     constant = std == 0
@@ -82,8 +82,10 @@ def _relu(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _integrate(mean: Tensor, std: Tensor, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The trapezoidal rule on a fine grid: for a smooth f its error under a Gaussian weight is beyond float64, as that of
-    Gauss-Hermite quadrature, and at a kink it is step²/12 times the change of slope, where Gauss-Hermite is far worse.
+    """By the trapezoidal rule on a fine grid.
+
+    For a smooth f and a Gaussian weight its error is beyond float64, as that of Gauss-Hermite quadrature; at a kink it
+    is step²/12 times the change of slope, where Gauss-Hermite is far worse.
     """
     points = torch.arange(-_REACH, _REACH + _STEP, _STEP, dtype=torch.float64, device=mean.device)
     weights = _STEP * torch.exp(-points.square() / 2) / math.sqrt(2 * math.pi)

@@ -1,11 +1,11 @@
 """First and second moments of a group's channels: expected from the weights alone, or measured on inputs.
 
-Expected: the network is followed from the layers that produce the channels to those that read them, and every step maps
-a Gaussian to a Gaussian with the same moments. A layer's output has the correlation of its filters (its inputs are taken
-as white, with mean 0 and variance 1), a batch-norm sets the mean and variance that it remembers, activations are exact
-for Gaussian inputs (`intrafusion.ot.moments`), sums and products are of independent terms, and what follows a concat or
-an operation that is not known is the average of what goes in. Poolings, reshapes and dropouts pass everything on: for
-rebuilding channels from each other, a common scale does not matter.
+Expected: the network is followed from the layers that produce the channels to those that read them, and every step
+maps a Gaussian to a Gaussian with the same moments. A layer's output has the correlation of its filters (its inputs are
+taken as white, with mean 0 and variance 1), a batch-norm sets the mean and variance that it remembers, activations are
+exact for Gaussian inputs (`intrafusion.ot.moments`), sums and products are of independent terms, and what follows a
+concat or an operation that is not known is the average of what goes in. Poolings, reshapes and dropouts pass everything
+on: for rebuilding channels from each other, a common scale does not matter.
 """
 
 from __future__ import annotations
