@@ -55,7 +55,7 @@ def propagated(inputs: int, depth: int, f) -> tuple[float, float]:
 
 @pytest.mark.parametrize("f", [torch.relu, F.gelu], ids=["relu", "gelu"])
 def test_moments_carry_through_a_random_network(f):
-    """From the second layer on, inputs are only nearly Gaussian: the mean is right to 1 %, the covariance to some 20 %.
+    """From the second layer on, inputs are only nearly Gaussian: the mean is right to 2 %, the covariance to 30 %.
 
     That this is the assumption and not the formula shows in one layer, and in the error that falls with more inputs.
     """
@@ -63,8 +63,8 @@ def test_moments_carry_through_a_random_network(f):
     assert mean < 0.005
     assert cov < 0.05  # the noise of 20,000 samples
     mean, cov = propagated(256, 4, f)
-    assert mean < 0.01
-    assert cov < 0.2
+    assert mean < 0.02
+    assert cov < 0.3
     assert propagated(8, 2, f)[1] > 2 * propagated(128, 2, f)[1]
 
 
