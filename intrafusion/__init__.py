@@ -1,6 +1,7 @@
 """Structured pruning that keeps its accuracy without fine-tuning: channels are fused, not discarded."""
 
 from intrafusion.fusion import PRESETS, Fusion
+from intrafusion.importance import CHIPImportance, ReconstructionImportance
 from intrafusion.pruner import (
     FusedGroup,
     FusionError,
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "CHIPImportance",
     "FusedGroup",
     "Fusion",
     "FusionError",
@@ -23,5 +25,6 @@ __all__ = [
     "IntraFusionGroupNormPruner",
     "IntraFusionGrowingRegPruner",
     "IntraFusionPruner",
+    "ReconstructionImportance",
     "Report",
 ]

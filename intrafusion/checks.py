@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,7 +41,12 @@ def calibration_batches(calibration: Any, correct: str) -> list:
         return []
     if calibration is None:
         raise ValueError("fusion='calibrated' needs calibration=<iterable of input batches, no labels>")
-    batches = [(batch,) if isinstance(batch, Tensor) else batch for batch in calibration]
+    return input_batches(calibration)
+
+
+def input_batches(batches: Iterable) -> list:
+    """Unlabelled input batches as a list. Raises ValueError or TypeError if there are none, or for what is no input."""
+    batches = [(batch,) if isinstance(batch, Tensor) else batch for batch in batches]
     if not batches:
         raise ValueError("the calibration iterable is empty: give at least one batch of inputs")
     for number, batch in enumerate(batches):

@@ -139,10 +139,11 @@ class FusionMixin:
         """The metric's score of every channel of a full group: [n], or None if the metric has nothing to score.
 
         With `score_on="folded"` the metric sees the batch-norm-folded network, unless it has nothing to say there
-        (batch-norm scale). Raises FusionError for scores that are not finite or of the wrong shape.
+        (batch-norm scale) or has an attribute `sees_activations`, which folding does not change. Raises FusionError for
+        scores that are not finite or of the wrong shape.
         """
         score = None
-        if self.fusion.score_on == "folded":
+        if self.fusion.score_on == "folded" and not getattr(self.importance, "sees_activations", False):
             with folded(self._foldable(group)):
                 score = self.importance(group)
         if score is None:

@@ -16,9 +16,10 @@ MAY_IMPORT = {
     "report": set(),
     "surgery": {"ot", "surgery", "fusion"},
     "checks": {"surgery"},
+    "importance": {"ot", "surgery", "checks"},
     "pruner": {"ot", "surgery", "fusion", "report", "checks"},
-    "__init__": {"fusion", "report", "pruner"},
-    "lab": {"ot", "surgery", "fusion", "report", "checks", "pruner", "lab", "intrafusion"},
+    "__init__": {"fusion", "report", "importance", "pruner"},
+    "lab": {"ot", "surgery", "fusion", "report", "checks", "importance", "pruner", "lab", "intrafusion"},
     "cli": {"lab", "intrafusion"},
 }
 FORBIDDEN_IN_OT = {"torch_pruning", "torchvision", "pathlib", "os"}

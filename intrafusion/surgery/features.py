@@ -26,7 +26,7 @@ def channel_features(
         if slot.role in _ROWS and rows:
             parts.append(_rows(slot))
         if slot.role is Role.CONSUMER and columns:
-            parts.append(_columns(graph, slot))
+            parts.append(columns_of(graph, slot))
         if slot.role in (Role.PRODUCER, Role.DEPTHWISE) and bias:
             parts.append(gather(_shift(slot)[:, None], slot.local))
     if not parts:
@@ -42,8 +42,8 @@ def _rows(slot: Slot) -> Tensor:
     return folded_rows(slot.partner, matrix, slot.local)
 
 
-def _columns(graph: tp.DependencyGraph, slot: Slot) -> Tensor:
-    """Consumer columns; the consumer's own batch-norm scales its outputs, so it scales these too."""
+def columns_of(graph: tp.DependencyGraph, slot: Slot) -> Tensor:
+    """[n, d] weights that read each channel, times the scale of the batch-norm that follows the reader."""
     weight = slot.owner.weight.detach().double()
     bn = batchnorm_of(graph, slot.owner)
     if bn is not None:
