@@ -177,12 +177,12 @@ def _slot(graph: tp.DependencyGraph, owner: Owner, fn: Callable, reached: set, n
     local = _local_table(reached, n)
     make = _SlotMaker(name, owner, local)
     pruner: Any = graph.get_pruner_of_module(owner)
-    if kind == ops.OPTYPE.DEPTHWISE_CONV:
+    if kind == ops.OPTYPE.DEPTHWISE_CONV and owner.in_channels == owner.out_channels:
         return make(Role.DEPTHWISE, owner.out_channels, partner=batchnorm_of(graph, owner)), ""
-    if kind in (ops.OPTYPE.CONV, ops.OPTYPE.LINEAR):
+    if kind in (ops.OPTYPE.CONV, ops.OPTYPE.DEPTHWISE_CONV, ops.OPTYPE.LINEAR):
         if _shares_weight(graph.model, owner):
             return None, f"{name!r} ties its weight to another layer (torch-pruning unties them)"
-        conv = kind == ops.OPTYPE.CONV
+        conv = kind != ops.OPTYPE.LINEAR
         if _is_grouped_transposed(owner):
             return None, f"{name!r} is a grouped transposed convolution, which torch-pruning cuts at the wrong channels"
         chunks = owner.groups if conv else 1

@@ -137,6 +137,17 @@ def test_layouts_invert_each_other(shape, axis, chunks, channels):
     assert torch.equal(from_channels(matrix, weight, axis, chunks), weight)
 
 
+def test_a_grouped_convolution_cut_to_one_filter_a_group_is_not_depthwise():
+    model = Grouped().eval()
+    x = torch.randn(2, 3, 6, 6)
+    graph = tp.DependencyGraph().build_dependency(model, x)
+    graph.get_pruning_group(model.b, tp.prune_conv_out_channels, [0, 1, 2, 4, 5, 6]).prune()
+    assert (model.b.groups, model.b.out_channels, model.b.in_channels) == (2, 2, 8)
+    table = tabulate(graph, model.a, tp.prune_conv_out_channels)
+    slot = next(slot for slot in table.slots if slot.name == "b")
+    assert (slot.role, slot.size, slot.chunks) == (Role.CONSUMER, 8, 2)
+
+
 def test_columns_of_a_grouped_convolution_are_those_that_read_the_channel():
     """Silencing row c of the layout is silencing input channel c."""
     conv, x = nn.Conv2d(6, 4, 1, groups=2, bias=False), torch.randn(1, 6, 3, 3)
