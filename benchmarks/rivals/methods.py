@@ -1,0 +1,1 @@
+"""Every method of the comparison by name, each pruning a copy of the same network to the same widths."""
