@@ -30,11 +30,11 @@ class Rival:
     """A corrector that chooses a pair per group, in the order of the forward pass, and refits nothing.
 
     graph: of the network that is pruned. run: calls a network on one batch. example: one batch, to see the order of the
-    layers. images: the batches a method may look at, () for a data-free one.
+    layers. images: the batches a method may look at, () for a data-free one. seed: for methods that draw something.
     """
 
-    def __init__(self, graph: tp.DependencyGraph, run: Run, example: Any, images: Sequence = ()) -> None:
-        self.graph, self.model, self.run, self.images = graph, graph.model, run, images
+    def __init__(self, graph: tp.DependencyGraph, run: Run, example: Any, images: Sequence = (), seed: int = 0) -> None:
+        self.graph, self.model, self.run, self.images, self.seed = graph, graph.model, run, images, seed
         with evaluating(self.model):
             self.order = call_order(lambda: run(self.model, example), self.model, _LAYERS)
 

@@ -9,7 +9,6 @@ that from the weights, `FoldR` from images.
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from benchmarks.rivals.base import WeightRival, mean_spread, reestimate_, set_spread_
 from intrafusion.ot import Pair, Plan, pairwise_cost
-from intrafusion.surgery.groups import GroupTable, Role
 from intrafusion.surgery.apply import shift_carrier
 from intrafusion.surgery.batchnorm import bias_of, read
+from intrafusion.surgery.groups import GroupTable, Role
 
 _RESTARTS = 10
 
@@ -42,11 +41,21 @@ def cluster(features: Tensor, kept: Tensor, classes: Tensor, seed: int = 0) -> T
         places = (classes[kept] == label).nonzero().flatten()
         if len(places) == 0:
             continue
-        labels, centres = _kmeans(points[members].numpy(), points[kept[places]].numpy(), seed)
-        distance = pairwise_cost(torch.from_numpy(centres), points[kept[places]], "l2").numpy()
+        inside = _coordinates(points[members])
+        start = inside[torch.searchsorted(members, kept[places])]
+        labels, centres = _kmeans(inside.numpy(), start.numpy(), seed)
+        distance = pairwise_cost(torch.from_numpy(centres), start, "l2").numpy()
         place = places[torch.from_numpy(linear_sum_assignment(distance)[1])]
         membership[members, place[torch.from_numpy(labels).long()]] = 1.0
     return membership
+
+
+def _coordinates(points: Tensor) -> Tensor:
+    """The same points [n, d], up to a rotation, with at most n coordinates."""
+    if points.shape[1] <= len(points):
+        return points
+    values, vectors = torch.linalg.eigh(points @ points.T)
+    return vectors * values.clamp(min=0).sqrt()
 
 
 def _kmeans(points: np.ndarray, start: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,10 +95,6 @@ def repair_factor(filters: Tensor, membership: Tensor) -> Tensor:
 
 class Folding(WeightRival):
     """Folded, and left at that."""
-
-    def __init__(self, *args: Any, seed: int = 0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.seed = seed
 
     def fold(self, table: GroupTable, plan: Plan) -> Pair:
         features = torch.cat([self.filters(table), self.shifts(table), self.columns(table)], dim=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.rivals.base import Rival, same_class
+from benchmarks.rivals.base import Rival, reestimate_, same_class
 from intrafusion.ot import Pair, Plan, selection_pair
 from intrafusion.surgery.groups import GroupTable, Role
 from intrafusion.surgery.observe import evaluating, look
@@ -52,3 +52,10 @@ class Grail(Rival):
                     summed, count = copies.T @ copies + summed.to(copies), count + len(copies)
                 total = summed / count if total is None else total + summed / count
         return total
+
+
+class GrailReestimated(Grail):
+    """The same, then the statistics of every batch-norm from the images."""
+
+    def finish(self) -> None:
+        reestimate_(self.model, self.run, self.images)

@@ -17,7 +17,7 @@ from benchmarks.rivals.base import Rival, Run, mean_spread, reestimate_, set_spr
 from intrafusion.ot import Pair, Plan, selection_pair
 from intrafusion.ot.merge import barycentre
 from intrafusion.surgery.groups import GroupTable
-from intrafusion.surgery.refit import RowMap, by_channel, channel_axis
+from intrafusion.surgery.refit import by_channel, channel_axis
 from intrafusion.surgery.sequential import Sequential
 
 
@@ -31,7 +31,16 @@ class Reestimated(Rival):
 class Repaired(Sequential):
     """Discard (or merge as published Intra-Fusion does, with `merged`), then repair every layer but the last."""
 
-    def __init__(self, graph: tp.DependencyGraph, run: Run, example: Any, images: Sequence, merged: bool = False) -> None:
+    def __init__(
+        self,
+        graph: tp.DependencyGraph,
+        run: Run,
+        example: Any,
+        images: Sequence,
+        *,
+        merged: bool = False,
+        seed: int = 0,
+    ) -> None:
         super().__init__(graph, run, images, progress=False)
         self.merged = merged
 
