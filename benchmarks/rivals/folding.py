@@ -82,7 +82,7 @@ def mean_pair(membership: Tensor, kept: Tensor) -> Pair:
 
 
 def repair_factor(filters: Tensor, membership: Tensor) -> Tensor:
-    """[k] sqrt(N / (1 + (N-1) c)) per cluster: N channels, c the mean cosine of two different ones (section 4 of the paper).
+    """[k] sqrt(N / (1 + (N-1) c)) per cluster: N channels, c the mean cosine of two different ones (Fold-AR).
 
     filters: [n, d]; membership: [n, k]. With unit filters u the denominator is |sum u|^2 / N, so the factor is
     N / |sum u|; it is what the mean of N equally spread signals with correlation c has lost.

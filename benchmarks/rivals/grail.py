@@ -7,6 +7,8 @@ G is the second moment of what the consumer reads, on unlabelled images; the pro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,18 +29,30 @@ def reconstruct(gram: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
 
 
 class Grail(Rival):
-    """Selection, then the ridge regression of all channels on the kept ones, on the network as it is by then."""
+    """Selection, then the ridge regression of all channels on the kept ones.
+
+    The moments are the dense network's, as in the authors' vision code; taken layer by layer on the network as it is
+    by then they did no better (ResNet-20 and VGG11-BN at 50 %).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._grams: dict[str, Tensor | None] = {}
+
+    def position(self, table: GroupTable) -> int:
+        self._grams[table.name] = None if table.unsupported else self.gram(table)
+        return super().position(table)
 
     def pair(self, table: GroupTable, plan: Plan) -> Pair:
         chosen = selection_pair(plan.kept, table.n)
-        gram = self.gram(table)
+        gram = self._grams[table.name]
         if gram is None:
             return chosen
         columns = torch.where(same_class(table, plan.kept), reconstruct(gram.cpu(), plan.kept.cpu()), 0.0)
         return Pair(chosen.rows, columns, plan.kept)
 
     def gram(self, table: GroupTable) -> Tensor | None:
-        """[n, n] second moments of a group's channels where its consumers read them, averaged over these; None if unread."""
+        """[n, n] second moments of a group's channels, summed over the consumers that read them; None if unread."""
         readers = [slot for slot in table.slots if slot.role is Role.CONSUMER and slot.name in self.order]
         total = None
         with evaluating(self.model):

@@ -25,7 +25,7 @@ from intrafusion.surgery.observe import evaluating
 
 WEIGHT_BN, WEIGHT_RIDGE = 1.0, 0.5
 GRID_BN = (0.1, 1.0, 3.0)
-GRID_RIDGE = (0.1, 0.5, 2.0, 8.0)
+GRID_RIDGE = (0.01, 0.1, 0.5, 2.0, 8.0)
 """What the two weights are tuned over."""
 
 
@@ -34,8 +34,8 @@ def combine(
 ) -> Tensor:
     """Columns S [n, k] of the closed form; kept channels are read from themselves.
 
-    filters: [n, d]; shifts: [n, p]; classes: [n]. weight_ridge is in units of the kept filters' mean squared norm, so that
-    it means the same in layers of any scale.
+    filters: [n, d]; shifts: [n, p]; classes: [n]. weight_ridge is in units of the kept filters' mean squared norm, so
+    that it means the same in layers of any scale.
     """
     same = (classes[:, None] == classes[None, :]).to(filters)
     gram = (filters @ filters.T + weight_bn * (shifts @ shifts.T)) * same

@@ -24,8 +24,8 @@ class Method:
     """One method of the comparison.
 
     images: True if it sees the unlabelled images. source: the paper, in one line.
-    prune(dense, roots, ratio, importance, example_inputs, *, images, seed): a pruned copy of `dense`; only groups rooted at
-    the layer names in `roots` are pruned (None: all but the one of the layer that is called last, the classifier).
+    prune(dense, roots, ratio, importance, example_inputs, *, images, seed): a pruned copy of `dense`; only groups
+    rooted at the layer names in `roots` are pruned (None: all but that of the layer called last, the classifier).
     """
 
     name: str

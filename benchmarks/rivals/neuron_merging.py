@@ -1,7 +1,7 @@
 """Neuron Merging (Kim et al., NeurIPS 2020): every removed channel is read from the kept one that is most like it.
 
-The kept rows stay. A removed channel j is replaced by s·(kept channel i), s the ratio of their folded filters' norms, so
-the consumer's column j, times s, is added to column i.
+The kept rows stay. A removed channel j is replaced by s·(kept channel i), s the ratio of their folded filters' norms,
+so the consumer's column j, times s, is added to column i.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ def merge_into_nearest(
 ) -> Tensor:
     """Columns S [n, k]: the scaling matrix of the paper (algorithm for layers with batch-norm).
 
-    filters: [n, d] and shifts: [n, p], folded, so that the sign of a batch-norm's weight is part of the filter. allowed:
-    [n, k]. With y_j ~ s y_i + b the score of i is lam · (1 - cos) + (1 - lam) · |b| / s, the latter scaled to [0, 1] over
-    the candidates. The authors' code takes s and b with the two batch-norms' roles exchanged; here they are as derived.
+    filters: [n, d] and shifts: [n, p], folded, so that the sign of a batch-norm's weight is part of the filter.
+    allowed: [n, k]. With y_j ~ s y_i + b the score of i is lam · (1 - cos) + (1 - lam) · |b| / s, the latter scaled to
+    [0, 1] over the candidates. The authors' code exchanges the two batch-norms in s and b, and divides by variances
+    where deviations are meant; here s and b are as derived.
     """
     norm = filters.norm(dim=1)
     unit = filters / norm.clamp(min=1e-300)[:, None]

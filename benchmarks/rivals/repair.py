@@ -1,7 +1,7 @@
 """REPAIR (Jordan et al., arXiv 2211.08403): every pre-activation gets back the mean and deviation that it should have.
 
-For a merged channel these are the members' means and deviations, averaged as the rows are. Layers are repaired in the order of the
-forward pass, each on what the repaired layers before it give.
+For a merged channel these are the members' means and deviations, averaged as the rows are. Layers are repaired in the
+order of the forward pass, each on what the repaired layers before it give.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ def rescale_(layer: Any, bn: Any, mean: Tensor, std: Tensor, new_mean: Tensor, n
     """Change a layer (or its batch-norm) so that outputs with `mean`, `std` [L] get `new_mean`, `new_std` [L]."""
     alive = std > 1e-6 * std.max().clamp(min=1e-12)
     factor = torch.where(alive, new_std / torch.where(alive, std, 1.0), 1.0)
-    owner = bn if bn is not None and bn.affine else layer
-    if bn is not None and owner is layer:
+    if bn is not None and not bn.affine:
+        _rescale_statistics_(bn, mean, factor, new_mean)
         return
+    owner = layer if bn is None else bn
     old_bias = torch.zeros_like(mean) if owner.bias is None else owner.bias.detach().double()
     axis = 1 if owner is layer and getattr(layer, "transposed", False) else 0
     if axis == 1 and layer.groups > 1:
@@ -111,3 +112,11 @@ def rescale_(layer: Any, bn: Any, mean: Tensor, std: Tensor, new_mean: Tensor, n
     bias = (old_bias - mean) * factor + new_mean
     owner.weight = nn.Parameter(weight, requires_grad=owner.weight.requires_grad)
     owner.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=owner.weight.requires_grad)
+
+
+def _rescale_statistics_(bn: Any, mean: Tensor, factor: Tensor, new_mean: Tensor) -> None:
+    """The same for a batch-norm that has nothing but statistics."""
+    old = (bn.running_var.double() + bn.eps).sqrt()
+    new = old / factor.clamp(min=1e-6)
+    bn.running_mean = (bn.running_mean.double() + mean * old - new_mean * new).to(bn.running_mean.dtype)
+    bn.running_var = (new.square() - bn.eps).to(bn.running_var.dtype)
