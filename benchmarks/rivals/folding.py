@@ -18,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from benchmarks.rivals.base import WeightRival, mean_spread, reestimate_, set_spread_
-from intrafusion.ot import Pair, Plan, pairwise_cost
+from intrafusion.ot import Pair, Plan, pairwise_cost, selection_pair
 from intrafusion.surgery.apply import shift_carrier
 from intrafusion.surgery.batchnorm import bias_of, read
 from intrafusion.surgery.groups import GroupTable, Role
@@ -73,7 +73,8 @@ def _kmeans(points: np.ndarray, start: np.ndarray, seed: int) -> tuple[np.ndarra
 def mean_pair(membership: Tensor, kept: Tensor) -> Pair:
     """Rows averaged, columns summed; a place whose cluster is empty keeps its row and is read by nobody.
 
-    membership: [n, k]."""
+    membership: [n, k].
+    """
     size = membership.sum(dim=0)
     rows = (membership / size.clamp(min=1)).T.clone()
     empty = size == 0
@@ -97,7 +98,14 @@ class Folding(WeightRival):
     """Folded, and left at that."""
 
     def fold(self, table: GroupTable, plan: Plan) -> Pair:
-        features = torch.cat([self.filters(table), self.shifts(table), self.columns(table)], dim=1)
+        """The pair of the clusters of [rows, columns], both sides scaled to the same total norm.
+
+        (On training images this did as well as or better than the sides unscaled, with the biases, or rows alone.)
+        """
+        sides = [side / side.norm() for side in (self.filters(table), self.columns(table)) if side.norm() > 0]
+        if not sides:
+            return selection_pair(plan.kept, table.n)
+        features = torch.cat([side.to(sides[0]) for side in sides], dim=1)
         return mean_pair(cluster(features, plan.kept, table.classes, self.seed), plan.kept)
 
     def pair(self, table: GroupTable, plan: Plan) -> Pair:

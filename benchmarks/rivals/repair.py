@@ -29,7 +29,7 @@ class Reestimated(Rival):
 
 
 class Repaired(Sequential):
-    """Discard (or merge as published Intra-Fusion does, with `merged`), then repair every layer but the last."""
+    """Discard (or merge as published Intra-Fusion does, with `merged`), then repair every layer."""
 
     def __init__(
         self,
