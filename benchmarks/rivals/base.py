@@ -22,7 +22,9 @@ from intrafusion.surgery.groups import GroupTable, Role, Slot
 from intrafusion.surgery.observe import call_order, evaluating
 
 Run = Callable[[nn.Module, Any], Any]
-MakeCorrector = Callable[[tp.DependencyGraph, Run, Sequence], Corrector]
+MakeCorrector = Callable[[tp.DependencyGraph, Run, Any, Sequence], Corrector]
+"""(graph, run, example, images) -> a corrector."""
+
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -135,7 +137,7 @@ def set_spread_(wanted: list[tuple[Any, Tensor, Tensor]], kept: Tensor) -> None:
 @torch.no_grad()
 def reestimate_(model: nn.Module, run: Run, images: Sequence) -> None:
     """Replace the statistics of every batch-norm by those of the images, all batches weighing the same."""
-    norms = [m for m in model.modules() if isinstance(m, ops.TORCH_BATCHNORM) and m.running_mean is not None]
+    norms: list[Any] = [m for m in model.modules() if isinstance(m, ops.TORCH_BATCHNORM) and m.running_mean is not None]
     saved = [(bn, bn.momentum) for bn in norms]
     with evaluating(model):
         for bn in norms:
@@ -152,7 +154,7 @@ def reestimate_(model: nn.Module, run: Run, images: Sequence) -> None:
 class RivalPruner(FusionMixin, tp.pruner.BasePruner):
     """Torch-Pruning's pruner with another paper's corrector in place of ours."""
 
-    make_corrector: Callable[[tp.DependencyGraph, Run, Any, Sequence], Corrector]
+    make_corrector: MakeCorrector
 
     def _new_corrector(self) -> Corrector:
         device = next(self.model.parameters()).device
@@ -161,7 +163,7 @@ class RivalPruner(FusionMixin, tp.pruner.BasePruner):
 
 
 def prune_with(
-    make: Callable[[tp.DependencyGraph, Run, Any, Sequence], Corrector],
+    make: MakeCorrector,
     dense: nn.Module,
     roots: Sequence[str] | None,
     ratio: float,

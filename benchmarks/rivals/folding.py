@@ -9,6 +9,7 @@ that from the weights, `FoldR` from images.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,11 +61,12 @@ def _coordinates(points: Tensor) -> Tensor:
 
 def _kmeans(points: np.ndarray, start: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Labels [n] and centres [k, d] of the tightest of several runs."""
+    k_means: Any = KMeans  # scikit-learn's defaults mislead the type checker
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # duplicates: fewer distinct points than clusters
         runs = [
-            KMeans(len(start), init=start, n_init=1).fit(points),
-            KMeans(len(start), n_init=_RESTARTS, random_state=seed).fit(points),
+            k_means(len(start), init=start, n_init=1).fit(points),
+            k_means(len(start), n_init=_RESTARTS, random_state=seed).fit(points),
         ]
     best = min(runs, key=lambda run: run.inertia_)
     return best.labels_, best.cluster_centers_
@@ -125,7 +127,10 @@ class FoldAR(Folding):
 
 
 class FoldR(Folding):
-    """Repair from images: merged batch-norms keep their members' mean weight and get new statistics."""
+    """Repair from images: merged batch-norms keep their members' mean weight and get new statistics.
+
+    A network without batch-norm is only folded.
+    """
 
     def pair(self, table: GroupTable, plan: Plan) -> Pair:
         folded = self.fold(table, plan)
