@@ -38,7 +38,7 @@ LIKE_L2 = "LAMP"
 """With one ratio for every layer LAMP keeps the channels of L2: it only changes how layers compare with each other."""
 SEEDED_IMPORTANCES = frozenset({"Taylor", "random"})
 """Taylor's gradients come from images, which are drawn."""
-UNSEEDED_METHODS = frozenset({"discard", "paper", "Neuron Merging", "LBYL"})
+UNSEEDED_METHODS = frozenset({"discard", "paper", "paper, same channels", "Neuron Merging", "LBYL"})
 """Methods in which nothing is drawn: the channels alone decide."""
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 FEW_RATIOS = (0.3, 0.5, 0.7)

@@ -1,0 +1,100 @@
+"""LBYL, "leave before you leave" (Lee et al., arXiv 2502.08474): a removed channel is read from all the kept ones.
+
+For every removed channel j the coefficients s of the kept channels minimise
+
+    |f_j - sum_i s_i f_i|^2  +  weight_bn · (c_j - sum_i s_i c_i)^2  +  weight_ridge · |s|^2
+
+with folded filters f and folded biases c: the residual error, the batch-norm error and the activation error. The two
+weights are tuned per network and ratio in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.rivals.base import WeightRival, prune_with
+from intrafusion.ot import Pair, Plan, selection_pair
+from intrafusion.surgery.groups import GroupTable
+from intrafusion.surgery.observe import evaluating
+
+WEIGHT_BN, WEIGHT_RIDGE = 0.1, 1.0
+"""A compromise between ResNet-20 and VGG11-BN, which would each like another pair; chosen on training images."""
+
+GRID_BN = (0.0, 0.1, 1.0, 3.0)
+GRID_RIDGE = (0.01, 0.1, 0.5, 2.0, 8.0)
+"""What the two weights are tuned over."""
+
+
+def combine(
+    filters: Tensor, shifts: Tensor, kept: Tensor, classes: Tensor, weight_bn: float, weight_ridge: float
+) -> Tensor:
+    """Columns S [n, k] of the closed form; kept channels are read from themselves.
+
+    filters: [n, d]; shifts: [n, p]; classes: [n]. weight_ridge is in units of the kept filters' mean squared norm, so
+    that it means the same in layers of any scale.
+    """
+    same = (classes[:, None] == classes[None, :]).to(filters)
+    gram = (filters @ filters.T + weight_bn * (shifts @ shifts.T)) * same
+    system = gram[kept][:, kept]
+    size = filters[kept].square().sum(dim=1).mean().clamp(min=1e-300)
+    system = system + weight_ridge * size * torch.eye(len(kept)).to(system)
+    columns = torch.linalg.solve(system, gram[:, kept].T).T.contiguous()
+    columns[kept] = torch.eye(len(kept)).to(columns)
+    return columns
+
+
+class LBYL(WeightRival):
+    """All kept channels for each removed one."""
+
+    def __init__(
+        self, *args: Any, weight_bn: float = WEIGHT_BN, weight_ridge: float = WEIGHT_RIDGE, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight_bn, self.weight_ridge = weight_bn, weight_ridge
+
+    def pair(self, table: GroupTable, plan: Plan) -> Pair:
+        filters, shifts = self.filters(table), self.shifts(table)
+        classes = table.classes.to(filters.device)
+        columns = combine(
+            filters, shifts.to(filters), plan.kept.to(filters.device), classes, self.weight_bn, self.weight_ridge
+        )
+        return Pair(selection_pair(plan.kept, table.n).rows, columns.cpu(), plan.kept)
+
+
+def tuned_lbyl(
+    dense: nn.Module,
+    roots: Sequence[str] | None,
+    ratio: float,
+    importance: Callable,
+    example_inputs: Any,
+    images: Sequence[Tensor],
+) -> nn.Module:
+    """LBYL with the two weights whose network differs least from the dense one on unlabelled images.
+
+    images: batches [N, ...]. The difference is the Kullback-Leibler divergence of the outputs, read as logits.
+    """
+    candidates = [
+        prune_with(
+            partial(LBYL, weight_bn=bn, weight_ridge=ridge), dense, roots, ratio, importance, example_inputs, None
+        )
+        for bn, ridge in product(GRID_BN, GRID_RIDGE)
+    ]
+    return min(candidates, key=lambda model: divergence(dense, model, images))
+
+
+@torch.no_grad()
+def divergence(dense: nn.Module, model: nn.Module, images: Sequence[Tensor]) -> float:
+    """Mean over the images of KL(softmax of the dense network's outputs, softmax of the model's)."""
+    total, count = 0.0, 0
+    with evaluating(dense, model):
+        for batch in images:
+            want, have = (net(batch).double().log_softmax(dim=-1).flatten(0, -2) for net in (dense, model))
+            total += float((want.exp() * (want - have)).sum())
+            count += len(want)
+    return total / count

@@ -1,0 +1,122 @@
+"""REPAIR (Jordan et al., arXiv 2211.08403): every pre-activation gets back the mean and deviation that it should have.
+
+For a merged channel these are the members' means and deviations, averaged as the rows are. Layers are repaired in the
+order of the forward pass, each on what the repaired layers before it give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from benchmarks.rivals.base import Rival, Run, mean_spread, reestimate_, set_spread_
+from intrafusion.ot import Pair, Plan, selection_pair
+from intrafusion.ot.merge import barycentre
+from intrafusion.surgery.groups import GroupTable
+from intrafusion.surgery.refit import by_channel, channel_axis
+from intrafusion.surgery.sequential import Sequential
+
+
+class Reestimated(Rival):
+    """Discard, then the statistics of every batch-norm from the images."""
+
+    def finish(self) -> None:
+        reestimate_(self.model, self.run, self.images)
+
+
+class Repaired(Sequential):
+    """Discard (or merge as published Intra-Fusion does, with `merged`), then repair every layer."""
+
+    def __init__(
+        self,
+        graph: tp.DependencyGraph,
+        run: Run,
+        example: Any,
+        images: Sequence,
+        *,
+        merged: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(graph, run, images, progress=False)
+        self.merged = merged
+
+    def refit_until(self, table: GroupTable) -> None:
+        """All layers are repaired after the last cut."""
+
+    def pair(self, table: GroupTable, plan: Plan) -> Pair:
+        """The plan's rows, averaged: their scale is what the repair decides."""
+        pair = barycentre(plan) if self.merged else selection_pair(plan.kept, table.n)
+        self._spread = mean_spread(table, pair.rows.cpu())
+        return Pair(pair.rows.cpu(), pair.columns.cpu(), pair.kept)
+
+    def note(self, table: GroupTable, pair: Pair) -> None:
+        if not pair.is_selection:
+            set_spread_(self._spread, pair.kept)
+        super().note(table, pair)
+
+    @torch.no_grad()
+    def _refit(self, name: str) -> None:
+        layer, partner = self.model.get_submodule(name), self._partner[name]
+        bn = self.model.get_submodule(partner) if partner else None
+        rows = self._rows.get(name)
+        dense, now = (_Statistics(channel_axis(layer)) for _ in range(2))
+        for before, after in self._sights(name, add=False):
+            dense.add(before.output)
+            now.add(after.output)
+        mean, std = dense.mean, dense.std
+        if rows is not None:
+            weights = rows.weights.to(mean)
+            mean, std = weights @ mean, weights.abs() @ std
+        if len(mean) == len(now.mean):
+            rescale_(layer, bn, now.mean, now.std, mean, std)
+
+
+class _Statistics:
+    """Running mean and deviation per channel, in float64."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis, self.n, self.sum, self.squares = axis, 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, value: Tensor) -> None:
+        sample = by_channel(value, self.axis).double()
+        self.n += len(sample)
+        self.sum, self.squares = self.sum.to(sample) + sample.sum(0), self.squares.to(sample) + sample.square().sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / self.n
+
+    @property
+    def std(self) -> Tensor:
+        return (self.squares / self.n - self.mean.square()).clamp(min=0).sqrt()
+
+
+def rescale_(layer: Any, bn: Any, mean: Tensor, std: Tensor, new_mean: Tensor, new_std: Tensor) -> None:
+    """Change a layer (or its batch-norm) so that outputs with `mean`, `std` [L] get `new_mean`, `new_std` [L]."""
+    alive = std > 1e-6 * std.max().clamp(min=1e-12)
+    factor = torch.where(alive, new_std / torch.where(alive, std, 1.0), 1.0)
+    if bn is not None and not bn.affine:
+        _rescale_statistics_(bn, mean, factor, new_mean)
+        return
+    owner = layer if bn is None else bn
+    old_bias = torch.zeros_like(mean) if owner.bias is None else owner.bias.detach().double()
+    axis = 1 if owner is layer and getattr(layer, "transposed", False) else 0
+    if axis == 1 and layer.groups > 1:
+        return
+    shape = [-1 if i == axis else 1 for i in range(owner.weight.dim())]
+    weight = owner.weight.detach() * factor.reshape(shape).to(owner.weight)
+    bias = (old_bias - mean) * factor + new_mean
+    owner.weight = nn.Parameter(weight, requires_grad=owner.weight.requires_grad)
+    owner.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=owner.weight.requires_grad)
+
+
+def _rescale_statistics_(bn: Any, mean: Tensor, factor: Tensor, new_mean: Tensor) -> None:
+    """The same for a batch-norm that has nothing but statistics."""
+    old = (bn.running_var.double() + bn.eps).sqrt()
+    new = old / factor.clamp(min=1e-6)
+    bn.running_mean = (bn.running_mean.double() + mean * old - new_mean * new).to(bn.running_mean.dtype)
+    bn.running_var = (new.square() - bn.eps).to(bn.running_var.dtype)
