@@ -145,7 +145,7 @@ class Recipe:
     data: DataSection = option(doc="the images")
     train: TrainSection | None = option(None, "how to train the network when there are no weights")
     prune: PruneSection = option(doc="what is removed")
-    fusion: Fusion = option(PRESETS["paper"], "preset name, or fields of Fusion over a preset", parse=_read_fusion)
+    fusion: Fusion = option(PRESETS["data-free"], "preset name, or fields of Fusion over a preset", parse=_read_fusion)
     output: str = option(doc="folder of the run")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the network runs; auto takes a GPU if there is one")
     threads: int | None = option(
