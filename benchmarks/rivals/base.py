@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -151,6 +152,10 @@ def reestimate_(model: nn.Module, run: Run, images: Sequence) -> None:
         bn.momentum = momentum
 
 
+_NO_PLAN = Fusion(merge="barycentre", target_mass="free", cost="cosine")
+"""The cheapest plan there is: most rivals look at which channels are kept, and at nothing else of it."""
+
+
 class RivalPruner(FusionMixin, tp.pruner.BasePruner):
     """Torch-Pruning's pruner with another paper's corrector in place of ours."""
 
@@ -170,8 +175,12 @@ def prune_with(
     importance: Callable,
     example_inputs: Any,
     images: Sequence[Tensor] | None,
+    fusion: Fusion = _NO_PLAN,
 ) -> nn.Module:
-    """A pruned copy of `dense`, its groups merged and repaired by the corrector that `make` gives."""
+    """A pruned copy of `dense`, its groups merged and repaired by the corrector that `make` gives.
+
+    fusion: how the plan is made that the corrector is shown.
+    """
     model = copy.deepcopy(dense)
     pruner = RivalPruner(
         model,
@@ -179,7 +188,7 @@ def prune_with(
         importance,
         pruning_ratio=ratio,
         ignored_layers=ignored_layers(model, roots, example_inputs),
-        fusion=Fusion(merge="barycentre", correct="data-free" if images is None else "calibrated"),
+        fusion=replace(fusion, correct="data-free" if images is None else "calibrated"),
         calibration=images,
     )
     pruner.make_corrector = make

@@ -62,6 +62,7 @@ def _ours(
 
 def _theirs(
     make: Callable,
+    settings: dict[str, Any],
     sees: bool,
     dense: nn.Module,
     roots: Sequence[str] | None,
@@ -74,7 +75,7 @@ def _theirs(
 ) -> nn.Module:
     """A rival's corrector; it gets the images only if it `sees` them."""
     given = images if sees else None
-    return prune_with(partial(make, seed=seed), dense, roots, ratio, importance, example_inputs, given)
+    return prune_with(partial(make, seed=seed), dense, roots, ratio, importance, example_inputs, given, **settings)
 
 
 def _tuned(
@@ -90,8 +91,8 @@ def _tuned(
     return tuned_lbyl(dense, roots, ratio, importance, example_inputs, images)
 
 
-def _rival(name: str, source: str, make: Callable, images: bool = False) -> Method:
-    return Method(name, images, source, partial(_theirs, make, images))
+def _rival(name: str, source: str, make: Callable, images: bool = False, **settings: Any) -> Method:
+    return Method(name, images, source, partial(_theirs, make, settings, images))
 
 
 def _preset(name: str, source: str, fusion: Fusion, images: bool = False) -> Method:
@@ -119,7 +120,13 @@ METHODS: dict[str, Method] = {
         _preset("data-free", "ours", Fusion.preset("data-free")),
         _rival("discard + batch-norm", f"{_TP}, batch-norm statistics re-estimated", Reestimated, images=True),
         _rival("discard + REPAIR", _REPAIR, Repaired, images=True),
-        _rival("paper + REPAIR", f"{_PAPER}, then {_REPAIR}", partial(Repaired, merged=True), images=True),
+        _rival(
+            "paper + REPAIR",
+            f"{_PAPER}, then {_REPAIR}",
+            partial(Repaired, merged=True),
+            images=True,
+            fusion=Fusion(merge="barycentre"),
+        ),
         _rival("Fold-R", _FOLDING, FoldR, images=True),
         Method("LBYL, tuned", True, f"{_LBYL}, weights tuned on the images", _tuned),
         _rival("GRAIL", _GRAIL, Grail, images=True),
