@@ -4,6 +4,8 @@
 
 The sums are kept in two folds (images alternate), so that lambda is chosen by cross-validation and not by hand: with
 few images it grows and W stays near the prior W0; with many it vanishes.
+
+Shapes may begin with further axes `...`: separate problems (the groups of a convolution) that share lambda.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ _RIDGES = tuple(10.0**exponent for exponent in (1, 0, -1, -2, -3, -4))
 
 @dataclass
 class Moments:
-    """Running sums over samples: count N, sum of x [d], of y [m], of x x^T [d, d], of x y^T [d, m], of y^2 [m].
+    """Running sums over samples: count N, sum of x [..., d], of y [..., m], x x^T [..., d, d], x y^T [..., d, m], y^2.
 
     Accumulated in float64 whatever the samples are in.
     """
@@ -33,14 +35,14 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> Moments:
-        """Sums of one batch. x: [N, d], y: [N, m]."""
+        """Sums of one batch. x: [..., N, d], y: [..., N, m]."""
         return cls(
-            float(len(x)),
-            x.sum(dim=0).double(),
-            y.sum(dim=0).double(),
-            (x.T @ x).double(),
-            (x.T @ y).double(),
-            y.double().square().sum(dim=0),
+            float(x.shape[-2]),
+            x.sum(dim=-2).double(),
+            y.sum(dim=-2).double(),
+            (x.mT @ x).double(),
+            (x.mT @ y).double(),
+            y.double().square().sum(dim=-2),
         )
 
     def __add__(self, other: Moments) -> Moments:
@@ -50,11 +52,11 @@ class Moments:
         return Moments(*(getattr(self, name) - getattr(other, name) for name in _FIELDS))
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean-free sums: x x^T [d, d], x y^T [d, m], y^2 [m]."""
-        mean = self.x / self.n
+        """Mean-free sums: x x^T [..., d, d], x y^T [..., d, m], y^2 [..., m]."""
+        mean = (self.x / self.n)[..., :, None]
         return (
-            self.xx - torch.outer(mean, self.x),
-            self.xy - torch.outer(mean, self.y),
+            self.xx - mean * self.x[..., None, :],
+            self.xy - mean * self.y[..., None, :],
             (self.yy - self.y.square() / self.n).clamp(min=0),
         )
 
@@ -64,9 +66,9 @@ _FIELDS = ("n", "x", "y", "xx", "xy", "yy")
 
 @dataclass(frozen=True)
 class Fit:
-    """y ~ weight x + bias: weight [m, d], bias [m], the ridge that cross-validation chose, moments of the fit.
+    """y ~ weight x + bias: weight [..., m, d], bias [..., m], the ridge that was chosen, moments of the fit.
 
-    mean, std: [m] of the fitted output; unexplained: the share of the targets' variance that is left (0: exact).
+    mean, std: [..., m] of the fitted output; unexplained: the share of the targets' variance that is left (0: exact).
     """
 
     weight: Tensor
@@ -78,7 +80,7 @@ class Fit:
 
 
 def ridge(folds: list[Moments], prior: Tensor) -> Fit:
-    """Fit with the ridge towards `prior` [m, d] that predicts the held-out fold best, in float64.
+    """Fit with the ridge towards `prior` [..., m, d] that predicts the held-out fold best, in float64.
 
     folds: at least one; with one fold only the strongest ridge is used. Inputs that never vary get their prior weight.
     """
@@ -88,25 +90,25 @@ def ridge(folds: list[Moments], prior: Tensor) -> Fit:
     strength = _best_ridge(folds, total, prior) if len(folds) > 1 and min(f.n for f in folds) > 1 else _RIDGES[0]
     weight = _solve(total, prior, strength)
     xx, xy, yy = total.centred()
-    bias = (total.y - weight @ total.x) / total.n
-    variance = ((weight @ xx) * weight).sum(dim=1).clamp(min=0)
-    left = yy - 2 * (weight * xy.T).sum(dim=1) + variance
+    bias = (total.y - _times(weight, total.x)) / total.n
+    variance = ((weight @ xx) * weight).sum(dim=-1).clamp(min=0)
+    left = yy - 2 * (weight * xy.mT).sum(dim=-1) + variance
     unexplained = float(left.sum().clamp(min=0) / yy.sum().clamp(min=1e-300))
     return Fit(weight, bias, strength, total.y / total.n, (variance / total.n).sqrt(), unexplained)
 
 
 def _solve(moments: Moments, prior: Tensor, strength: float) -> Tensor:
-    """prior + (y - prior x) x^T (x x^T + lambda)^-1, as [m, d]. Raises ValueError for sums that are not finite."""
+    """prior + (y - prior x) x^T (x x^T + lambda)^-1, as [..., m, d]. Raises ValueError for sums that are not finite."""
     xx, xy, _ = moments.centred()
-    scale = xx.diagonal().mean().clamp(min=1e-12 * moments.n)
+    scale = xx.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True).clamp(min=1e-12 * moments.n)
     system = xx.clone()
-    system.diagonal().add_(strength * scale)
+    system.diagonal(dim1=-2, dim2=-1).add_(strength * scale)
     factor, info = torch.linalg.cholesky_ex(system)
-    if int(info):
+    if bool(info.any()):
         if not torch.isfinite(system).all() or strength > 1e6:
             raise ValueError("the second moments of the inputs are not finite")
         return _solve(moments, prior, 10 * strength)  # numerically rank-deficient at this ridge
-    return prior + torch.cholesky_solve(xy - xx @ prior.T, factor).T
+    return prior + torch.cholesky_solve(xy - xx @ prior.mT, factor).mT
 
 
 def _best_ridge(folds: list[Moments], total: Moments, prior: Tensor) -> float:
@@ -123,6 +125,10 @@ def _error(held_out: Moments, rest: Moments, prior: Tensor, strength: float) -> 
     """Squared error on the held-out fold of the fit on the rest."""
     weight = _solve(rest, prior, strength)
     xx, xy, yy = held_out.centred()
-    inside = yy - 2 * (weight * xy.T).sum(dim=1) + ((weight @ xx) * weight).sum(dim=1)
-    gap = (held_out.y - weight @ held_out.x) / held_out.n - (rest.y - weight @ rest.x) / rest.n
+    inside = yy - 2 * (weight * xy.mT).sum(dim=-1) + ((weight @ xx) * weight).sum(dim=-1)
+    gap = (held_out.y - _times(weight, held_out.x)) / held_out.n - (rest.y - _times(weight, rest.x)) / rest.n
     return float((inside + held_out.n * gap.square()).sum())
+
+
+def _times(weight: Tensor, x: Tensor) -> Tensor:
+    return (weight @ x[..., None])[..., 0]

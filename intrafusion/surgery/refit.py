@@ -62,10 +62,10 @@ def by_channel(value: Tensor, axis: int) -> Tensor:
 
 
 def can_refit(layer: Any) -> bool:
-    """Linear layers and ordinary 1d and 2d convolutions of bearable width."""
+    """Linear layers and 1d and 2d convolutions, grouped ones too, of bearable width."""
     if isinstance(layer, nn.Linear):
         return layer.in_features <= MOST_INPUTS
-    ordinary = isinstance(layer, (nn.Conv1d, nn.Conv2d)) and layer.groups == 1 and layer.padding_mode == "zeros"
+    ordinary = isinstance(layer, (nn.Conv1d, nn.Conv2d)) and layer.padding_mode == "zeros"
     return ordinary and layer.weight[0].numel() <= MOST_INPUTS
 
 
@@ -75,12 +75,12 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Iterable[tupl
 
     dense, dense_bn: the same layer of the dense network. sights: (dense, pruned), one pair per batch. rows: what the
     present outputs stand for. The prior of the ridge is the dense weight, read from the present channels as well as
-    they allow.
+    they allow; that of a grouped convolution is its present weight.
 
     Raises ValueError if an activation is not finite.
     """
     fits, reads, changed, narrow = _Folds(), _Folds(), False, False
-    axis = channel_axis(layer)
+    axis, groups = channel_axis(layer), getattr(layer, "groups", 1)
     for before, now in sights:
         narrow = before.inputs.shape[axis] != now.inputs.shape[axis]
         target = rows(before.output, axis)
@@ -95,15 +95,19 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Iterable[tupl
             raise ValueError("the calibration inputs give activations that are not finite")
         each = len(now.inputs) * _patch_values(layer, now.inputs[0], target[0])
         for fold, chosen in fits.share(len(target), target.device, pieces=-(-each // _PATCH_VALUES)):
-            fits.add(fold, _patches(layer, now.inputs[chosen]), by_channel(target[chosen], axis))
-            if narrow:
+            patches, wanted = _patches(layer, now.inputs[chosen]), by_channel(target[chosen], axis)
+            fits.add(fold, _by_group(patches, groups), _by_group(wanted, groups))
+            if narrow and groups == 1:
                 reads.add(fold, by_channel(now.inputs[chosen], axis), by_channel(before.inputs[chosen], axis))
-    weight = _folded_weight(dense, dense_bn)
-    if narrow:
-        read_from = ridge(reads.sums, torch.zeros(reads.sums[0].xy.T.shape).to(reads.sums[0].xy)).weight
-        weight = torch.einsum("mn...,nk->mk...", weight, read_from)
-    prior = torch.einsum("lm,m...->l...", rows.weights.to(weight), weight)
-    _write_(layer, bn, ridge(fits.sums, prior.flatten(1)))
+    if groups > 1:
+        prior = _folded_weight(layer, bn)
+    else:
+        weight = _folded_weight(dense, dense_bn)
+        if narrow:
+            read_from = ridge(reads.sums, torch.zeros_like(reads.sums[0].xy.mT)).weight
+            weight = torch.einsum("mn...,nk->mk...", weight, read_from)
+        prior = torch.einsum("lm,m...->l...", rows.weights.to(weight), weight)
+    _write_(layer, bn, ridge(fits.sums, prior.flatten(1).unflatten(0, (groups, -1))))
     return True
 
 
@@ -172,6 +176,11 @@ def _patch_values(layer: Any, inputs: Tensor, output: Tensor) -> int:
     return output[0].numel() * inputs.shape[0] * math.prod(layer.kernel_size)
 
 
+def _by_group(values: Tensor, groups: int) -> Tensor:
+    """[samples, groups * d] -> [groups, samples, d]"""
+    return values.unflatten(1, (groups, -1)).movedim(1, 0)
+
+
 def _padding(layer: Any) -> tuple[int, ...]:
     if layer.padding == "valid":
         return (0,) * len(layer.kernel_size)
@@ -187,13 +196,11 @@ def _folded_weight(layer: Any, bn: Any) -> Tensor:
 
 def _write_(layer: Any, bn: Any, fit: Fit) -> None:
     """Put a fitted affine map into a layer and its batch-norm, whose statistics become those of the fitted output."""
-    weight, bias = fit.weight, fit.bias
+    weight, bias, mean, std = (value.flatten(0, 1) for value in (fit.weight, fit.bias, fit.mean, fit.std))
     if bn is not None:
-        var = read(bn).var if bn.affine else torch.full_like(fit.std, 1.0 - bn.eps)
-        gamma = (
-            fit.std.clamp(min=1e-6 * float(fit.std.max().clamp(min=1e-12))) if bn.affine else torch.ones_like(fit.std)
-        )
-        beta = fit.mean if bn.affine else torch.zeros_like(fit.mean)
+        var = read(bn).var if bn.affine else torch.full_like(std, 1.0 - bn.eps)
+        gamma = std.clamp(min=1e-6 * float(std.max().clamp(min=1e-12))) if bn.affine else torch.ones_like(std)
+        beta = mean if bn.affine else torch.zeros_like(mean)
         scale = gamma / (var + bn.eps).sqrt()
         weight = weight / scale[:, None]
         own = torch.zeros_like(bias) if layer.bias is None else layer.bias.detach().double()

@@ -70,7 +70,13 @@ class Sequential:
         self._bar.close()
 
     def pair(self, table: GroupTable, plan: Plan) -> Pair:
-        """The plan's barycentre, its rows moved to where the group is rebuilt best."""
+        """The plan's barycentre, its rows moved to where the group is rebuilt best.
+
+        In front of a depthwise convolution the rows stay: a mixture of channels that are filtered differently is no
+        filter of a mixture. What is lost is then left to the layers that read the group.
+        """
+        if any(slot.role is Role.DEPTHWISE for slot in table.slots):
+            return selection_pair(plan.kept, table.n)
         start = barycentre(plan)
         readers = [reader for slot in self._readers(table) if (reader := self._samples(table, slot)) is not None]
         if not readers:
@@ -87,10 +93,10 @@ class Sequential:
         return Pair(rows, start.columns, plan.kept, shift.cpu() if may_shift else None)
 
     def note(self, table: GroupTable, pair: Pair) -> None:
-        """Remember what the outputs of the group's producers stand for, once torch-pruning has cut them."""
+        """Remember what the outputs of the group's layers stand for, once torch-pruning has cut them."""
         carrier = shift_carrier(table)
         for slot in table.slots:
-            if slot.role is not Role.PRODUCER:
+            if slot.role not in (Role.PRODUCER, Role.DEPTHWISE):
                 continue
             old = self._rows.get(slot.name, RowMap.identity(slot.size))
             mapped = torch.eye(slot.size, dtype=torch.float64)

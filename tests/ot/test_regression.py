@@ -51,6 +51,18 @@ def test_few_noisy_samples_stay_near_the_prior_and_many_do_not():
     assert torch.allclose(weak.weight, truth, atol=0.01)
 
 
+def test_problems_side_by_side_share_the_ridge_and_nothing_else():
+    xs, ys, _ = zip(*(data(noise=0.5, seed=seed) for seed in range(3)), strict=True)
+    x, y = torch.stack(xs), torch.stack(ys)
+    sums = [Moments.of(x[:, ::2], y[:, ::2]), Moments.of(x[:, 1::2], y[:, 1::2])]
+    together = ridge(sums, torch.zeros(3, 3, 6, dtype=torch.float64))
+    for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        strength = together.ridge * (x - x.mean(dim=0)).square().sum(dim=0).mean().item()
+        oracle = Ridge(alpha=strength).fit(x.numpy(), y.numpy())
+        assert torch.allclose(together.weight[i], torch.from_numpy(oracle.coef_), atol=1e-8)
+        assert torch.allclose(together.bias[i], torch.from_numpy(oracle.intercept_), atol=1e-8)
+
+
 def test_sums_add_up_however_the_samples_are_batched():
     x, y, _ = data()
     whole, parts = Moments.of(x, y), Moments.of(x[:150], y[:150]) + Moments.of(x[150:], y[150:])

@@ -123,6 +123,21 @@ def test_a_layer_behind_a_distorted_one_gets_the_dense_output_back(affine):
         assert (calm - busy).abs().max() < 0.02 * calm.abs().max()
 
 
+@pytest.mark.parametrize("groups", [2, 4])
+def test_a_grouped_layer_behind_a_distorted_one_gets_the_dense_output_back(groups):
+    """Every channel is stretched and shifted by itself, which a grouped layer can undo within its groups."""
+    dense = randomise_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, groups=groups), nn.BatchNorm2d(8)))
+    pruned = copy.deepcopy(dense)
+    pruned[0].weight.data *= torch.tensor([0.5, 2.0, -3.0, 1.0])[:, None, None, None]
+    pruned[0].bias.data += torch.tensor([1.0, 0.0, -2.0, 3.0])
+    batches = [torch.randn(16, 3, 9, 9) for _ in range(4)]
+    want, before = dense(batches[0]), pruned(batches[0])
+    assert refit_(
+        pruned[1], pruned[2], dense[1], dense[2], sights(dense, pruned, "1", batches, "2"), RowMap.identity(8)
+    )
+    assert (want - pruned(batches[0])).abs().max() < 0.02 * (want - before).abs().max()
+
+
 def test_a_layer_whose_inputs_did_not_change_is_left_alone():
     dense = randomise_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3)))
     pruned = copy.deepcopy(dense)
@@ -136,7 +151,7 @@ def test_kinds_of_layers_that_can_be_refitted():
     assert can_refit(nn.Linear(3, 4))
     assert can_refit(nn.Conv2d(3, 4, 3, stride=2))
     assert can_refit(nn.Conv1d(3, 4, 3))
-    assert not can_refit(nn.Conv2d(4, 4, 3, groups=4))
+    assert can_refit(nn.Conv2d(4, 4, 3, groups=4))
     assert not can_refit(nn.ConvTranspose2d(3, 4, 3))
     assert not can_refit(nn.Linear(100_000, 2))
 
