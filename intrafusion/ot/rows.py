@@ -19,6 +19,8 @@ from torch import Tensor
 
 _OUTER, _INNER = 5, 5
 _RIDGE = 1e-3
+_WORK = 2**38
+"""About so many multiplications may the descent take; very wide groups get fewer steps, never none."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,17 @@ def optimise_rows(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> tu
         [scaled, offset], lr=1.0, max_iter=_INNER, history_size=10, line_search_fn="strong_wolfe"
     )
     best = (float("inf"), rows, shift)
-    for _ in range(_OUTER + 1):
+    work = sum(reader.z.numel() for reader in readers) * len(rows) * (_INNER + 1)
+    steps = max(1, min(_OUTER, _WORK // max(1, work)))
+    for step in range(steps + 1):
         with torch.no_grad():
             present = scaled / spread
             error = sum(float(_held_out_error(reader, present, offset)) for reader in readers)
             if not error < best[0]:
                 break
             best = (error, present.double().clone(), offset.double().clone())
+        if step == steps:
+            break
 
         def closure() -> Tensor:
             optimiser.zero_grad()

@@ -25,8 +25,9 @@ from intrafusion.surgery.layout import gather, mix_, to_channels
 from intrafusion.surgery.observe import Sight, call_order, evaluating, look
 from intrafusion.surgery.refit import RowMap, by_channel, can_refit, channel_axis, match_statistics_, refit_
 
-_POSITIONS = 16000
-"""How many positions of an activation the rows are chosen on; more change nothing but the time."""
+_POSITIONS, _PRODUCTS = 16000, 2**32
+"""On how many positions of an activation the rows of n channels are chosen: at most `_POSITIONS`, fewer where positions
+times n^2 would be more than `_PRODUCTS`, but at least 2 n."""
 _MOST_READERS = 4
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -161,7 +162,8 @@ class Sequential:
         """What a reader of the group sees, at positions spread over all batches; None if that is not understood."""
         zs, hs = [], []
         calls: Sequence[Callable] = ()
-        share = max(1, _POSITIONS // len(self.batches))
+        positions = min(_POSITIONS, max(2 * table.n, _PRODUCTS // table.n**2))
+        share = max(1, positions // len(self.batches))
         generator = torch.Generator().manual_seed(0)
         for dense, pruned in self._sights(slot.name, add=False):
             blocks = _blocks(pruned, dense, slot, table.n)
