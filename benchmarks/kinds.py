@@ -18,6 +18,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.rivals.base import ignored_layers
 from intrafusion import IntraFusionPruner
 from intrafusion.lab.data import Dataset, digits
 from intrafusion.lab.measure import evaluate
@@ -112,18 +113,17 @@ def trained(kind: str, data: Dataset) -> nn.Module:
 
 
 def pruned(dense: nn.Module, data: Dataset, ratio: float, preset: str, images: int) -> nn.Module:
-    """A pruned copy; the classifier is the last linear layer."""
-    model = copy.deepcopy(dense)
-    head = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
+    """A pruned copy; the classifier, the layer that is called last, keeps its outputs."""
+    model, example = copy.deepcopy(dense), torch.zeros(1, *data.shape)
     calibration = [batch for batch, _ in data.draw("train", images, seed=0)] if images else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pruner = IntraFusionPruner(
             model,
-            torch.zeros(1, *data.shape),
+            example,
             tp.importance.GroupMagnitudeImportance(p=1),
             pruning_ratio=ratio,
-            ignored_layers=[head],
+            ignored_layers=ignored_layers(model, None, example),
             fusion=preset,
             calibration=calibration,
         )

@@ -19,6 +19,8 @@ from torch import Tensor
 
 _OUTER, _INNER = 5, 5
 _RIDGE = 1e-3
+_SOLVED = 1e-4
+"""A start that leaves less than this share of what the readers read is not changed: its channels are duplicates."""
 _WORK = 2**38
 """About so many multiplications may the descent take; very wide groups get fewer steps, never none."""
 
@@ -67,6 +69,7 @@ def optimise_rows(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> tu
     )
     best = (float("inf"), rows, shift)
     work = sum(reader.z.numel() for reader in readers) * len(rows) * (_INNER + 1)
+    enough = _SOLVED * sum(float(_power(reader)) for reader in readers)
     steps = max(1, min(_OUTER, _WORK // max(1, work)))
     for step in range(steps + 1):
         with torch.no_grad():
@@ -75,7 +78,7 @@ def optimise_rows(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> tu
             if not error < best[0]:
                 break
             best = (error, present.double().clone(), offset.double().clone())
-        if step == steps:
+        if step == steps or error < enough:
             break
 
         def closure() -> Tensor:
@@ -122,9 +125,18 @@ def _held_out_error(reader: Samples, rows: Tensor, shift: Tensor) -> Tensor:
     return _error(reader, _forward(reader, rows, shift, judged), reader.h[judged], linear)
 
 
+def _power(reader: Samples) -> Tensor:
+    """The error on the held-out samples of reading nothing but the mean."""
+    target = reader.h[reader.held_out]
+    return _weighted(reader, target - target.mean(dim=0))
+
+
 def _error(reader: Samples, h: Tensor, target: Tensor, linear: tuple[Tensor, Tensor]) -> Tensor:
     read, shift = (value.to(h) for value in linear)
-    error = target - h @ read.T - shift
+    return _weighted(reader, target - h @ read.T - shift)
+
+
+def _weighted(reader: Samples, error: Tensor) -> Tensor:
     return ((error @ reader.metric) * error).sum() / max(1, len(error))
 
 

@@ -196,11 +196,12 @@ def _blocks(pruned: Sight, dense: Sight, slot: Slot, n: int) -> tuple[Tensor, Te
     if not plain or dense.inputs.shape != pruned.inputs.shape:
         return None
     sides = [call.block for call in calls]
-    if z.dim() >= 3 and axis == -1 and z.shape[-1] == n and copies == 1:
-        if any(side != 1 for side in sides):
-            return None
-        return z.flatten(0, -2), h.flatten(0, -2), calls
-    if z.dim() < 2 or z.shape[1] != n:
+    where = axis % z.dim() if z.dim() == h.dim() else 1
+    if z.dim() < 2 or z.shape[where] != n:
+        return None
+    if z.shape == h.shape and copies == 1 and all(side == 1 for side in sides):
+        return by_channel(z, where), by_channel(h, where), calls
+    if where != 1:
         return None
     if z.dim() == 4 and h.dim() == 4 and all(side is not None for side in sides):
         side = 1

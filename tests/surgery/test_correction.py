@@ -15,6 +15,7 @@ from intrafusion.surgery.observe import call_order, look
 from intrafusion.surgery.probes import dead_leaves, synthetic_inputs
 from intrafusion.surgery.refit import RowMap, can_refit, refit_
 from tests.nets import PICO, Case, Plain, Residual, randomise_
+from tests.surgery.test_invariance import DUPLICABLE, duplicate_channels_, keep_even_channels
 
 
 def l1():
@@ -232,6 +233,19 @@ def test_channels_that_are_linear_combinations_of_kept_ones_are_recovered_exactl
     ).step()
     assert dense[0].out_features == 4
     assert ((dense(x) - want).square().mean() / want.var()).item() < 1e-3
+
+
+@pytest.mark.parametrize("fusion", ["data-free", "calibrated"])
+@pytest.mark.parametrize("case", DUPLICABLE, ids=lambda case: case.name)
+def test_exact_duplicates_are_removed_without_a_trace(case, fusion):
+    """Up to the ridge of the regressions; the plan may pair the wrong channels, since the columns differ."""
+    model, pruner = build(case, fusion, **({"calibration": batches_for(case, 256)} if fusion == "calibrated" else {}))
+    duplicate_channels_(pruner)
+    (x,) = batches_for(case, 32, seed=9)
+    before = model(x)
+    pruner.importance = keep_even_channels
+    pruner.step()
+    assert ((model(x) - before).norm() / before.norm()).item() < 1e-3
 
 
 def test_groups_may_be_pruned_by_hand_in_any_order():
