@@ -56,8 +56,10 @@ def match_spread(rows: Tensor, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tenso
 def optimise_rows(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> tuple[Tensor, Tensor]:
     """Improve rows [k, n] and shift [k] for all readers of a group at once. Returns them in float64.
 
-    The result is never worse than the start on the held-out samples; without samples it is the start.
+    The result is never worse than the start on the held-out samples; without samples, or with far fewer than rows, it
+    is the start.
     """
+    readers = [reader for reader in readers if 2 * int((~reader.held_out).sum()) >= len(rows)]
     if not readers:
         return rows, shift
     spread = _spread(readers[0].z)  # R is conditioned by what it multiplies
