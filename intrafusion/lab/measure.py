@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -134,9 +135,21 @@ def measure_latency(model: nn.Module, example: Tensor, batch: int) -> Latency:
     threads = torch.get_num_threads()
     variables = {"model": model, "images": _repeated(example, batch)}
     with torch.no_grad():
-        timer = Timer("model(images)", globals=variables, num_threads=threads)
+        timer = _timer_class()("model(images)", globals=variables, num_threads=threads)
         timed = timer.adaptive_autorange(max_run_time=_LONGEST_TIMING)
     return Latency(batch, timed.median, timed.iqr, device_name(example.device), threads)
+
+
+def _timer_class() -> Any:
+    """torch's timer, which loads the compiler tools of torch; they complain where there is CUDA but no card."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from torch.utils.benchmark import Timer
+    finally:
+        logger.setLevel(level)
+    return Timer
 
 
 def device_name(device: torch.device) -> str:

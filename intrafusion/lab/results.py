@@ -45,7 +45,7 @@ class GroupLine:
 class Result:
     """What was measured for a cell; older lines lack what has a default.
 
-    kept: digest of the removed channels; seconds: for the whole cell; top5: images whose label is among the five
+    kept: digest of the removed channels; seconds: of pruning and evaluating; top5: images whose label is among the five
     largest logits, ``None`` for five classes or fewer; size: bytes on disk; memory: bytes of a forward pass on a GPU;
     latency: one entry per batch size, none for a discarded network, whose shapes are the fused one's.
     """

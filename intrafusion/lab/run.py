@@ -81,7 +81,7 @@ def _run(recipe: Recipe, fresh: bool, progress: bool) -> Finished:
             _log.info("%s: %s in %.1f s", _label(cell), result.accuracy, result.seconds)
         results.append(result)
     _check_twins(results)
-    study = Study(recipe, tuple(results), bench.data.split("test").skipped)
+    study = Study(recipe, tuple(results), bench.data.split("test").skipped, environment())
     table = write_report(study, folder)
     return Finished(folder, folder / "report.md", table, computed)
 
