@@ -28,7 +28,7 @@ _LEGEND = (
     '<p class="legend"><span class="fused">fused</span> <span class="discard">discard</span> '
     '<span class="dense">dense</span></p>'
 )
-_TEXT_COLUMNS = frozenset({"group", "note", "merged by", "ratios", "kept channel", "made of"})
+_KINDS = {"group": "name", "reason": "text", "kept channel": "name", "made of": "text"}
 _DRAWN_WIDTH = 64
 
 
@@ -138,9 +138,8 @@ def _against(
             lines[method].append(_point(x[key], result, spread.get(key, 0.0)))
     dense = study.dense
     start = Point(x[id(dense)], dense.accuracy.percent, f"dense {dense.accuracy}", spread.get(id(dense), 0.0))
-    top = max(point.x for points in (*lines.values(), [start]) for point in points)
     alt = f"Accuracy of the fused and the discarded networks. {caption}. The figures are in the table of every row"
-    return _figure(accuracy_chart(lines, start, alt=alt, x_label=label, x_top=top, joined=joined), caption)
+    return _figure(accuracy_chart(lines, start, alt=alt, x_label=label, joined=joined), caption)
 
 
 def _groups(study: Study) -> list[str]:
@@ -214,17 +213,27 @@ def _plan(study: Study) -> list[str]:
 
 
 def _only_selected(study: Study) -> list[str]:
-    """Groups that fusion left to plain cutting, or with a note; one row per group and reason."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+    """Groups that fusion left to plain cutting, or fused with a remark."""
+    if not study.pairs:
+        return []
+    cut = _reasons(study, fused=False) or "<p>Nothing: every group that was pruned was fused.</p>"
+    remarks = _reasons(study, fused=True)
+    return [
+        "<h2>What was only selected, and why</h2>",
+        cut,
+        "<h3>Fused, with a remark</h3>" + remarks if remarks else "",
+    ]
+
+
+def _reasons(study: Study, *, fused: bool) -> str:
+    """One row per group and reason, with the ratios at which it was given."""
+    found: dict[tuple[str, str], list[str]] = {}
     for pair in study.pairs:
         for line in pair.fused.groups:
-            if line.reason:
-                found.setdefault((line.name, line.merged, line.reason), []).append(f"{pair.ratio:.4g}")
-    heading = "<h2>What was only selected, and why</h2>"
-    if not found:
-        return [heading, "<p>Nothing: every group that was pruned was fused.</p>"] if study.pairs else []
-    rows = [[name, merged, reason, ", ".join(dict.fromkeys(at))] for (name, merged, reason), at in found.items()]
-    return [heading, _table(["group", "merged by", "note", "ratios"], rows)]
+            if line.reason and fused == (line.merged not in ("selection", "untouched")):
+                found.setdefault((line.name, line.reason), []).append(f"{pair.ratio:.4g}")
+    rows = [[name, reason, ", ".join(dict.fromkeys(at))] for (name, reason), at in found.items()]
+    return _table(["group", "reason", "removed"], rows) if rows else ""
 
 
 def _rows(study: Study) -> list[str]:
@@ -266,7 +275,7 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """In a box of its own, which scrolls where the page is too narrow."""
-    kinds = ["text" if name in _TEXT_COLUMNS else "number" for name in header]
+    kinds = [_KINDS.get(name, "number") for name in header]
     head = "".join(
         f'<th scope="col" class="{kind}">{escape(name)}</th>' for name, kind in zip(header, kinds, strict=True)
     )

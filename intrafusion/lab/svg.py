@@ -23,15 +23,21 @@ class Point:
 
 
 def accuracy_chart(
-    lines: Mapping[str, Sequence[Point]], dense: Point, *, alt: str, x_label: str, x_top: float, joined: bool
+    lines: Mapping[str, Sequence[Point]], dense: Point, *, alt: str, x_label: str, joined: bool, x_top: float = 0.0
 ) -> str:
-    """Accuracy from 0 to 100 % over x from 0 to ``x_top``: one line per method, from the dense network's point on."""
+    """Accuracy from 0 to 100 % over x up to ``x_top`` at least: one line per method, from the dense network's point on.
+
+    x starts at 0 unless that would leave half of the picture empty. Not joined, every point stands for itself.
+    """
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    ticks = _ticks(x_top)
-    top = max(x_top, ticks[-1])
+    found = [point.x for point in (dense, *(point for points in lines.values() for point in points))]
+    low, top = min(found), max(*found, x_top)
+    ticks = _ticks(low if low > top / 2 else 0.0, top)
+    first, last = ticks[0], ticks[-1]
 
     def x(value: float) -> float:
-        return round(_LEFT + (right - _LEFT) * value / top, 1)
+        share = (min(max(value, first), last) - first) / (last - first)
+        return round(_LEFT + (right - _LEFT) * share, 1)
 
     def y(value: float) -> float:
         return round(bottom - (bottom - _TOP) * value / 100, 1)
@@ -53,7 +59,7 @@ def accuracy_chart(
         parts += [_mark(x(point.x), y(point.accuracy), method, point) for point in points]
         for point in points:
             if point.spread:
-                ends = x(max(0.0, point.x - point.spread / 2)), x(min(top, point.x + point.spread / 2))
+                ends = x(point.x - point.spread / 2), x(point.x + point.spread / 2)
                 parts.append(f'<path class="spread {method}" d="M{ends[0]} {y(point.accuracy)}H{ends[1]}"/>')
     parts.append(_mark(x(dense.x), y(dense.accuracy), "dense", dense))
     return _svg(parts, _HEIGHT, alt)
@@ -115,10 +121,11 @@ def _svg(parts: Sequence[str], height: float, alt: str) -> str:
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(alt)}">{"".join(parts)}</svg>'
 
 
-def _ticks(top: float) -> list[float]:
-    """Round numbers from 0 until ``top`` is reached, at most seven."""
-    if top <= 0:
-        return [0.0, 1.0]
-    unit = 10.0 ** math.floor(math.log10(top / 5))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if top / (unit * factor) <= 6)
-    return [step * index for index in range(math.ceil(top / step - 1e-9) + 1)]
+def _ticks(low: float, top: float) -> list[float]:
+    """Round numbers from ``low`` or less to ``top`` or more, at most eight."""
+    span = top - low if top - low > abs(top) / 1000 else abs(top) or 1.0
+    unit = 10.0 ** math.floor(math.log10(span / 5))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if span / (unit * factor) <= 6)
+    first = math.floor(low / step + 1e-9)
+    last = max(first + 1, math.ceil(top / step - 1e-9))
+    return [step * index for index in range(first, last + 1)]

@@ -214,11 +214,11 @@ def test_the_verdict_of_nothing_is_nothing() -> None:
     assert verdict(study(ratios=())) == ""
 
 
-@given(st.floats(1e-9, 1e12))
-def test_ticks_are_few_and_reach_the_top(top: float) -> None:
-    ticks = _ticks(top)
-    assert ticks[0] == 0
-    assert 3 <= len(ticks) <= 7
+@given(st.floats(1e-9, 1e12), st.one_of(st.just(0.0), st.floats(0.5, 1)))
+def test_ticks_are_few_and_hold_everything(top: float, share: float) -> None:
+    ticks = _ticks(share * top, top)
+    assert ticks[0] <= share * top * (1 + 1e-6)
     assert ticks[-1] >= top * (1 - 1e-6)
+    assert 2 <= len(ticks) <= 8
     steps = [b - a for a, b in pairwise(ticks)]
     assert all(math.isclose(step, steps[0], rel_tol=1e-6) for step in steps)
