@@ -27,12 +27,12 @@ def accuracy_chart(
 ) -> str:
     """Accuracy from 0 to 100 % over x up to ``x_top`` at least: one line per method, from the dense network's point on.
 
-    x starts at 0 unless that would leave half of the picture empty. Not joined, every point stands for itself.
+    Joined by lines, x starts at 0; otherwise every point stands for itself, and x starts near the first.
     """
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     found = [point.x for point in (dense, *(point for points in lines.values() for point in points))]
     low, top = min(found), max(*found, x_top)
-    ticks = _ticks(low if low > top / 2 else 0.0, top)
+    ticks = _ticks(0.0 if joined else low, top)
     first, last = ticks[0], ticks[-1]
 
     def x(value: float) -> float:
