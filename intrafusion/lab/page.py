@@ -11,6 +11,7 @@ from intrafusion.lab.measure import LATENCY_BATCHES
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import to_yaml
 from intrafusion.lab.report import (
+    TIMED_ONCE,
     Pair,
     Study,
     command,
@@ -93,8 +94,8 @@ def _curves(study: Study) -> list[str]:
         return []
     dense = Point(0.0, study.dense.accuracy.percent, f"dense {study.dense.accuracy}")
     groups = list(dict.fromkeys(pair.group for pair in study.pairs))
-    joined = groups == [ALL]
-    parts = ["<h2>Accuracy, in % of the test images</h2>", _LEGEND, f'<div class="figures{" large" * joined}">']
+    size = "figures large" if groups == [ALL] else "figures"
+    parts = ["<h2>Accuracy, in % of the test images</h2>", _LEGEND, f'<div class="{size}">']
     for group in groups:
         pairs = [pair for pair in study.pairs if pair.group == group]
         name = "Against channels removed" + ("" if group == ALL else f": {group}")
@@ -106,39 +107,34 @@ def _curves(study: Study) -> list[str]:
         alt = f"Accuracy of the fused and the discarded network. {name}. {told}"
         chart = accuracy_chart(lines, dense, alt=alt, x_label="channels removed (%)", x_top=100, joined=True)
         parts.append(_figure(chart, name))
-    work = {id(result): result.macs / 1e6 for result in study.results}
-    parts.append(_against(study, work, {}, "MACs (millions)", "Against multiply-accumulates of one image", joined))
+    costs = [study.dense, *(pair.fused for pair in study.pairs)]
+    work = {result: (result.macs / 1e6, 0.0) for result in costs}
+    parts.append(_against(study, work, "MACs (millions)", "Against multiply-accumulates of one image"))
     for batch in LATENCY_BATCHES:
-        timed = {id(pair.fused): pair.fused for pair in study.pairs} | {id(study.dense): study.dense}
-        found = {key: t for key, result in timed.items() for t in result.latency if t.batch == batch}
-        if len(found) < len(timed):
+        timed = {result: t for result in costs for t in result.latency if t.batch == batch}
+        if len(timed) < len(costs):
             continue
-        median, iqr = ({key: 1e3 * getattr(t, name) for key, t in found.items()} for name in ("median", "iqr"))
         images = "one image" if batch == 1 else f"{batch} images"
-        taken = found[id(study.dense)]
-        where = f"{taken.device}, {taken.threads} thread{'s' if taken.threads > 1 else ''}"
-        caption = f"Against the latency of {images}: median and interquartile range on {where}"
-        parts.append(_against(study, median, iqr, f"milliseconds for {images}", caption, joined))
+        where = sorted({f"{t.device}, {t.threads} thread{'s' if t.threads > 1 else ''}" for t in timed.values()})
+        caption = f"Against the latency of {images}: median and interquartile range on {' and '.join(where)}"
+        times = {result: (1e3 * t.median, 1e3 * t.iqr) for result, t in timed.items()}
+        parts.append(_against(study, times, f"milliseconds for {images}", caption))
     parts.append("</div>")
-    if any(result.latency for result in study.results):
-        parts.append(
-            '<p class="soft">Each pair is timed once, on the fused network: the discarded one has the same shapes.</p>'
-        )
+    if study.dense.latency:
+        parts.append(f'<p class="soft">{escape(TIMED_ONCE)}</p>')
     return parts
 
 
-def _against(
-    study: Study, x: Mapping[int, float], spread: Mapping[int, float], label: str, caption: str, joined: bool
-) -> str:
-    """Accuracy over what the fused network of each pair costs; ``x`` and ``spread`` by the identity of a result."""
+def _against(study: Study, costs: Mapping[Result, tuple[float, float]], label: str, caption: str) -> str:
+    """Accuracy over what the dense and the fused networks cost, with its spread; a discarded one costs the same."""
     lines: dict[str, list[Point]] = {"discard": [], "fused": []}
     for pair in study.pairs:
-        key = id(pair.fused)
-        for method, result in (("discard", pair.discard), ("fused", pair.fused)):
-            lines[method].append(_point(x[key], result, spread.get(key, 0.0)))
+        lines["discard"].append(_point(costs[pair.fused][0], pair.discard, costs[pair.fused][1]))
+        lines["fused"].append(_point(costs[pair.fused][0], pair.fused, costs[pair.fused][1]))
     dense = study.dense
-    start = Point(x[id(dense)], dense.accuracy.percent, f"dense {dense.accuracy}", spread.get(id(dense), 0.0))
+    start = Point(costs[dense][0], dense.accuracy.percent, f"dense {dense.accuracy}", costs[dense][1])
     alt = f"Accuracy of the fused and the discarded networks. {caption}. The figures are in the table of every row"
+    joined = all(pair.group == ALL for pair in study.pairs)
     return _figure(accuracy_chart(lines, start, alt=alt, x_label=label, joined=joined), caption)
 
 
@@ -216,7 +212,11 @@ def _only_selected(study: Study) -> list[str]:
     """Groups that fusion left to plain cutting, or fused with a remark."""
     if not study.pairs:
         return []
-    cut = _reasons(study, fused=False) or "<p>Nothing: every group that was pruned was fused.</p>"
+    none = study.recipe.fusion.merge == "selection"
+    otherwise = (
+        "Everything: the recipe asks for no fusion." if none else "Nothing: every group that was pruned was fused."
+    )
+    cut = _reasons(study, fused=False) or f"<p>{otherwise}</p>"
     remarks = _reasons(study, fused=True)
     return [
         "<h2>What was only selected, and why</h2>",

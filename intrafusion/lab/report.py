@@ -20,6 +20,8 @@ from intrafusion.lab.results import GroupLine, Result
 _SHOWN_SKIPPED = 20
 _CSV_COLUMNS = ("correct", "total", "top5", "params", "macs", "size", "memory", "seconds", "kept")
 
+TIMED_ONCE = "Each pair is timed once, on the fused network: the discarded one has the same shapes."
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -117,7 +119,8 @@ def to_markdown(study: Study, folder: Path) -> str:
         f"Channels are ranked by `{recipe.prune.importance}`; `discard` and `fused` keep the same ones and are not "
         f"fine-tuned. Fusion: `{recipe.fusion_text()}`. A gain is in points of accuracy.",
         _markdown_table(header, rows, "r" * len(header)),
-        *([f"The dense network: {'; '.join(f'{name} {text}' for name, text in dense.items())}."] if dense else []),
+        *([f"The dense network: {'; '.join(f'{name}: {text}' for name, text in dense.items())}."] if dense else []),
+        *([TIMED_ONCE] if study.dense.latency else []),
         *([published_note(study)] if study.published else []),
         "![Accuracy over the share of channels removed](accuracy.png)",
         *_groups_part(study),
