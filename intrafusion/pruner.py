@@ -291,8 +291,9 @@ class FusionMixin:
             snapshot.restore()
             where = f"while fusing group {table.name!r} ({table.n} -> {len(kept)} channels)"
             raise FusionError(f"{where}: {error}") from error
-        cost = outcome.plan.cost if outcome.plan else None
-        entry = GroupReport(table.name, self.current_step, table.n, len(kept), outcome.merged, cost, outcome.reason)
+        cost, plan = (outcome.plan.cost, outcome.plan.main_targets) if outcome.plan else (None, ())
+        width = (table.n, len(kept))
+        entry = GroupReport(table.name, self.current_step, *width, outcome.merged, cost, outcome.reason, plan)
         self.report.groups.append(entry)
         if not self._quiet and outcome.merged == "selection" and outcome.reason:
             self._warn([entry])

@@ -13,7 +13,8 @@ class GroupReport:
 
     name: the layer that gives the group its channels, with its width before and after; cost: <C, P> of the plan (None
     if there was none); merged: the merge rule, `selection` (cut only) or `untouched`; reason: why it was not fused, or
-    what is unusual.
+    what is unusual; plan: for each channel the kept channel (both by their number before the step) that the plan gives
+    most of it to, and that part of it in [0, 1]; (-1, 0.0) for a channel that is left out, () if there was no plan.
     """
 
     name: str
@@ -23,6 +24,7 @@ class GroupReport:
     merged: str
     cost: float | None = None
     reason: str = ""
+    plan: tuple[tuple[int, float], ...] = ()
 
     def cells(self) -> tuple[str, ...]:
         cost = "" if self.cost is None else f"{self.cost:.4g}"

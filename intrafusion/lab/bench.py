@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from intrafusion.lab import weights
 from intrafusion.lab.data import Dataset, digits, image_folder
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.measure import count_macs, count_parameters, evaluate
+from intrafusion.lab.measure import (
+    LATENCY_BATCHES,
+    count_macs,
+    count_parameters,
+    evaluate,
+    measure_latency,
+    peak_memory,
+    places,
+    size_on_disk,
+)
 from intrafusion.lab.models import build_model, example_input
 from intrafusion.lab.pruning import ALL, OutputChanged, Pruned, group_roots, ignored_layers, prune
 from intrafusion.lab.recipe import Recipe, to_mapping
@@ -115,14 +124,28 @@ class Bench:
             pruned = self._prune(cell)
             model, kept = pruned.model, pruned.kept
             groups = tuple(
-                GroupLine(g.name, g.channels_before, g.channels_after, g.cost, g.merged, g.reason)
+                GroupLine(g.name, g.channels_before, g.channels_after, g.cost, g.merged, g.reason, plan)
                 for g in pruned.groups
+                for plan in [g.plan if cell.method == "fused" else ()]
             )
         batch_size = self.recipe.data.batch_size
-        accuracy = evaluate(model, self.data, "test", batch_size=batch_size, progress=self.progress)
-        params, macs = count_parameters(model), count_macs(model, self.example)
+        place = places(model, self.data, "test", batch_size=batch_size, progress=self.progress)
         seconds = round(time.perf_counter() - start, 3)
-        return Result(cell, accuracy.correct, accuracy.total, params, macs, kept, groups, seconds)
+        timed = () if cell.method == "discard" else LATENCY_BATCHES
+        return Result(
+            cell,
+            correct=int((place < 1).sum()),
+            total=len(place),
+            params=count_parameters(model),
+            macs=count_macs(model, self.example),
+            kept=kept,
+            groups=groups,
+            seconds=seconds,
+            top5=int((place < 5).sum()) if len(self.data.classes) > 5 else None,
+            size=size_on_disk(model),
+            memory=peak_memory(model, self.example),
+            latency=tuple(measure_latency(model, self.example, batch) for batch in timed),
+        )
 
     def _prune(self, cell: Cell) -> Pruned:
         settings, fusion = self.recipe.prune, self.recipe.fusion

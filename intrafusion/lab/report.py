@@ -1,18 +1,26 @@
-"""From results to what a person reads: a table for the terminal, a Markdown page and a figure."""
+"""From results to what a person reads: a table for the terminal, pages in Markdown and HTML, a figure and CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from intrafusion.lab.files import write_atomic
+from intrafusion.lab.measure import LATENCY_BATCHES, MEMORY_BATCH
+from intrafusion.lab.paper import Published, published
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import Recipe
-from intrafusion.lab.results import Result
+from intrafusion.lab.results import GroupLine, Result
 
 _SHOWN_SKIPPED = 20
+_CSV_COLUMNS = ("correct", "total", "top5", "params", "macs", "size", "memory", "seconds", "kept")
+
+TIMED_ONCE = "Each pair is timed once, on the fused network: the discarded one has the same shapes."
 
 
 @dataclass(frozen=True)
@@ -29,95 +37,200 @@ class Pair:
         """Points of accuracy that fusion saves."""
         return self.fused.accuracy.percent - self.discard.accuracy.percent
 
+    @property
+    def label(self) -> str:
+        """The ratio, and the group if only one was pruned."""
+        group = "" if self.group == ALL else f"{self.group}, "
+        return f"{group}{self.ratio:.4g} removed"
+
 
 @dataclass(frozen=True)
 class Study:
-    """All results of a run, the dense network first, and the images that were left out of the test."""
+    """All results of a run, the dense network first.
+
+    Attributes:
+        skipped: the images that were left out of the test.
+        environment: versions and machine, by name.
+    """
 
     recipe: Recipe
     results: tuple[Result, ...]
     skipped: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dense(self) -> Result:
         """The network before pruning."""
         return next(result for result in self.results if result.cell.method == "dense")
 
-    @property
+    @cached_property
     def pairs(self) -> list[Pair]:
         """One entry per group and ratio, in the order of the run."""
         fused = {(r.cell.group, r.cell.ratio): r for r in self.results if r.cell.method == "fused"}
         discarded = [r for r in self.results if r.cell.method == "discard"]
         return [Pair(r.cell.group, r.cell.ratio, r, fused[r.cell.group, r.cell.ratio]) for r in discarded]
 
+    @cached_property
+    def published(self) -> Published | None:
+        """The paper's figures for this set-up, if it has any."""
+        return published(self.recipe, list(dict.fromkeys(pair.group for pair in self.pairs)))
+
+    @property
+    def middle(self) -> float:
+        """The ratio nearest to one half: what is shown where one ratio has to do."""
+        return min((pair.ratio for pair in self.pairs), key=lambda ratio: abs(ratio - 0.5), default=0.5)
+
+    @property
+    def middle_groups(self) -> list[GroupLine]:
+        """What happened to the groups at that ratio, but for those where nothing did."""
+        lines = [line for pair in self.pairs if pair.ratio == self.middle for line in pair.fused.groups]
+        return [line for line in lines if line.before != line.after or line.reason]
+
 
 def write_report(study: Study, folder: Path) -> str:
-    """Write ``report.md`` and ``accuracy.png`` into ``folder`` and return the table for the terminal."""
+    """Write ``report.md``, ``report.html``, ``results.csv`` and ``accuracy.png``; return the table for the terminal."""
     from intrafusion.lab.figure import draw
+    from intrafusion.lab.page import to_html
 
     write_atomic(folder / "accuracy.png", draw(study))
+    write_atomic(folder / "results.csv", to_csv(study))
     write_atomic(folder / "report.md", to_markdown(study, folder))
+    write_atomic(folder / "report.html", to_html(study, folder))
     return to_text(study)
 
 
 def to_text(study: Study) -> str:
     """The summary and the table, aligned with spaces."""
-    header, rows = _table(study)
+    header, rows = table(study)
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([_summary(study), "", text[0], "-" * len(text[0]), *text[1:]])
+    return "\n".join([summary(study), "", text[0], "-" * len(text[0]), *text[1:]])
 
 
 def to_markdown(study: Study, folder: Path) -> str:
     """The page: what was run, the table, the figure, what happened to each group, and how to do it again."""
     recipe = study.recipe
-    header, rows = _table(study)
-    command = f"intrafusion run {shlex.quote(str(folder / 'recipe.yaml'))}"
+    header, rows = table(study, measured=True)
+    dense = measurements(study.dense)
     parts = [
         f"# {recipe.title}",
-        _summary(study) + ".",
+        f"{summary(study)}. {verdict(study)}".rstrip(),
         f"Channels are ranked by `{recipe.prune.importance}`; `discard` and `fused` keep the same ones and are not "
         f"fine-tuned. Fusion: `{recipe.fusion_text()}`. A gain is in points of accuracy.",
         _markdown_table(header, rows, "r" * len(header)),
+        *([f"The dense network: {'; '.join(f'{name}: {text}' for name, text in dense.items())}."] if dense else []),
+        *([TIMED_ONCE] if study.dense.latency else []),
+        *([published_note(study)] if study.published else []),
         "![Accuracy over the share of channels removed](accuracy.png)",
         *_groups_part(study),
         *_skipped_part(study),
         "## Again",
-        f"```\n{command}\n```",
-        "Every number with its cell is in `results.jsonl`, every setting in `recipe.yaml`, every version in "
-        "`environment.json`.",
+        f"```\n{command(folder)}\n```",
+        "Every number with its cell is in `results.jsonl` and `results.csv`, every setting in `recipe.yaml`, every "
+        "version in `environment.json`; `report.html` shows more.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(study: Study) -> str:
+def to_csv(study: Study) -> str:
+    """One line per cell, with plain numbers; empty where nothing was measured."""
+    rows = []
+    for result in study.results:
+        timed = {latency.batch: latency for latency in result.latency}
+        row = {name: getattr(result.cell, name) for name in ("method", "group", "ratio")}
+        row |= {name: getattr(result, name) for name in _CSV_COLUMNS}
+        for batch in LATENCY_BATCHES:
+            row |= {f"latency_{batch}_{part}_s": getattr(timed.get(batch), part, None) for part in ("median", "iqr")}
+        rows.append(row)
+    target = io.StringIO()
+    writer = csv.DictWriter(target, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return target.getvalue()
+
+
+def command(folder: Path) -> str:
+    """What does the run again."""
+    return f"intrafusion run {shlex.quote(str(folder / 'recipe.yaml'))}"
+
+
+def summary(study: Study) -> str:
+    """The dense network in one line."""
     dense, recipe = study.dense, study.recipe
     return (
         f"{recipe.title}: dense {dense.accuracy} "
-        f"({dense.correct:,} of {dense.total:,} test images), {dense.params:,} parameters, {_si(dense.macs)} MACs"
+        f"({dense.correct:,} of {dense.total:,} test images), {dense.params:,} parameters, {si(dense.macs)} MACs"
     )
 
 
-def _table(study: Study) -> tuple[list[str], list[list[str]]]:
-    single = any(pair.group != ALL for pair in study.pairs)
-    header = [*(["group"] if single else []), "removed", "discard", "fused", "gain", "parameters", "MACs"]
-    rows = []
-    for pair in study.pairs:
-        size = f"{study.dense.params:,} -> {pair.fused.params:,}"
-        work = f"{_si(study.dense.macs)} -> {_si(pair.fused.macs, study.dense.macs)}"
-        numbers = [f"{pair.ratio:.4g}", str(pair.discard.accuracy), str(pair.fused.accuracy), f"{pair.gain:+.2f}"]
-        rows.append([*([pair.group] if single else []), *numbers, size, work])
-    return header, rows
+def verdict(study: Study) -> str:
+    """How often fusion gained and lost, and by how much at the extremes; empty without pairs."""
+    if not study.pairs:
+        return ""
+    worst, best = (choose(study.pairs, key=lambda pair: pair.gain) for choose in (min, max))
+    gained = sum(pair.gain > 0 for pair in study.pairs)
+    lost = sum(pair.gain < 0 for pair in study.pairs)
+    return (
+        f"Against discarding the same channels, fusion gains in {gained} of {len(study.pairs)} rows and loses in "
+        f"{lost}: from {worst.gain:+.2f} points ({worst.label}) to {best.gain:+.2f} ({best.label})."
+    )
+
+
+def published_note(study: Study) -> str:
+    """Where published figures come from, and that their network is another."""
+    theirs = study.published
+    if theirs is None:
+        return ""
+    return (
+        f"Published: {theirs.source}; {theirs.where}. It is another checkpoint (dense {theirs.dense:.2f} %, ours "
+        f"{study.dense.accuracy}), so compare what is lost, not the figures themselves."
+    )
+
+
+def table(study: Study, *, measured: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, one per pair; ``measured`` adds what the run's machine decides, where it was measured."""
+    pairs, dense = study.pairs, study.dense
+    columns = {
+        "group": [pair.group for pair in pairs],
+        "removed": [f"{pair.ratio:.4g}" for pair in pairs],
+        "discard": [str(pair.discard.accuracy) for pair in pairs],
+        "fused": [str(pair.fused.accuracy) for pair in pairs],
+        "gain": [f"{pair.gain:+.2f}" for pair in pairs],
+    }
+    if all(pair.group == ALL for pair in pairs):
+        del columns["group"]
+    if study.published:
+        figures = [study.published.figures.get((pair.group, pair.ratio)) for pair in pairs]
+        for index, method in enumerate(("discard", "fused")):
+            columns[f"published {method}"] = [f"{both[index]:.2f} %" if both else "" for both in figures]
+    if measured and all(pair.discard.top5_accuracy and pair.fused.top5_accuracy for pair in pairs):
+        columns["top 5 discard"] = [str(pair.discard.top5_accuracy) for pair in pairs]
+        columns["top 5 fused"] = [str(pair.fused.top5_accuracy) for pair in pairs]
+    columns["parameters"] = [f"{dense.params:,} -> {pair.fused.params:,}" for pair in pairs]
+    columns["MACs"] = [f"{si(dense.macs)} -> {si(pair.fused.macs, dense.macs)}" for pair in pairs]
+    if measured:
+        found = [measurements(pair.fused) for pair in pairs]
+        columns |= {name: [each.get(name, "") for each in found] for name in measurements(dense)}
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+
+
+def measurements(result: Result) -> dict[str, str]:
+    """What was measured beside accuracy and counts, by name."""
+    found = {}
+    if result.size is not None:
+        found["on disk"] = f"{si(result.size)}B"
+    if result.memory is not None:
+        found[f"memory, batch {MEMORY_BATCH}"] = f"{si(result.memory)}B"
+    for timed in result.latency:
+        found[f"latency, batch {timed.batch}"] = f"{1e3 * timed.median:.3g} ms (IQR {1e3 * timed.iqr:.2g})"
+    return found
 
 
 def _groups_part(study: Study) -> list[str]:
-    pairs = [pair for pair in study.pairs if pair.fused.groups]
-    if not pairs:
+    lines = study.middle_groups
+    if not lines:
         return []
-    chosen = min((pair.ratio for pair in pairs), key=lambda ratio: abs(ratio - 0.5))
-    lines = [line for pair in pairs if pair.ratio == chosen for line in pair.fused.groups]
-    lines = [line for line in lines if line.before != line.after or line.reason]
     rows = [
         [
             f"`{line.name}`",
@@ -129,15 +242,19 @@ def _groups_part(study: Study) -> list[str]:
         for line in lines
     ]
     header = ["group", "channels", "plan cost", "merged by", "note"]
-    return [f"## Groups at {chosen:.4g} removed", _markdown_table(header, rows, "lrrll")]
+    return [f"## Groups at {study.middle:.4g} removed", _markdown_table(header, rows, "lrrll")]
 
 
 def _skipped_part(study: Study) -> list[str]:
     if not study.skipped:
         return []
-    listed = "\n".join(f"* {entry}" for entry in study.skipped[:_SHOWN_SKIPPED])
+    return ["## Test images left out", "\n".join(f"* {entry}" for entry in shown_skipped(study))]
+
+
+def shown_skipped(study: Study) -> list[str]:
+    """The first images that were left out, and how many more there are."""
     more = len(study.skipped) - _SHOWN_SKIPPED
-    return ["## Test images left out", listed + (f"\n* and {more} more" if more > 0 else "")]
+    return [*study.skipped[:_SHOWN_SKIPPED], *([f"and {more} more"] if more > 0 else [])]
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> str:
@@ -146,7 +263,7 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], sides:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _si(count: int, like: int | None = None) -> str:
+def si(count: int, like: int | None = None) -> str:
     """A count in the unit that suits it, or that suits ``like``."""
     for factor, letter in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
         if (count if like is None else like) >= factor:

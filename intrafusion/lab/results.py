@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.measure import Accuracy
+from intrafusion.lab.measure import Accuracy, Latency
 
 Method = Literal["dense", "discard", "fused"]
 
@@ -27,7 +27,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class GroupLine:
-    """What happened to one group; ``cost`` is ``None`` where nothing was transported."""
+    """What happened to one group.
+
+    cost: ``None`` where nothing was transported; plan: see :class:`intrafusion.report.GroupReport`.
+    """
 
     name: str
     before: int
@@ -35,11 +38,17 @@ class GroupLine:
     cost: float | None
     merged: str
     reason: str
+    plan: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured for a cell: counts, the digest of the removed channels, groups, and seconds taken."""
+    """What was measured for a cell; older lines lack what has a default.
+
+    kept: digest of the removed channels; seconds: of pruning and evaluating; top5: images whose label is among the five
+    largest logits, ``None`` for five classes or fewer; size: bytes on disk; memory: bytes of a forward pass on a GPU;
+    latency: one entry per batch size, none for a discarded network, whose shapes are the fused one's.
+    """
 
     cell: Cell
     correct: int
@@ -49,11 +58,20 @@ class Result:
     kept: str = ""
     groups: tuple[GroupLine, ...] = ()
     seconds: float = 0.0
+    top5: int | None = None
+    size: int | None = None
+    memory: int | None = None
+    latency: tuple[Latency, ...] = ()
 
     @property
     def accuracy(self) -> Accuracy:
         """Correct and total as one value."""
         return Accuracy(self.correct, self.total)
+
+    @property
+    def top5_accuracy(self) -> Accuracy | None:
+        """The same for the five largest logits, where it was measured."""
+        return None if self.top5 is None else Accuracy(self.top5, self.total)
 
 
 class ResultStore:
@@ -118,9 +136,15 @@ def _result(entry: dict[str, Any]) -> Result:
         Cell(**entry["cell"]),
         *(int(entry[name]) for name in ("correct", "total", "params", "macs")),
         kept=entry["kept"],
-        groups=tuple(GroupLine(**group) for group in entry["groups"]),
+        groups=tuple(_group_line(group) for group in entry["groups"]),
         seconds=float(entry["seconds"]),
+        **{name: entry.get(name) for name in ("top5", "size", "memory")},
+        latency=tuple(Latency(**timing) for timing in entry.get("latency", ())),
     )
+
+
+def _group_line(group: dict[str, Any]) -> GroupLine:
+    return GroupLine(**{**group, "plan": tuple((target, share) for target, share in group.get("plan", ()))})
 
 
 def _write_all(handle: int, data: bytes) -> None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from intrafusion.lab.bench import Bench
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.files import write_atomic
+from intrafusion.lab.measure import device_name
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import Recipe, to_yaml
 from intrafusion.lab.report import Study, write_report
@@ -80,7 +81,7 @@ def _run(recipe: Recipe, fresh: bool, progress: bool) -> Finished:
             _log.info("%s: %s in %.1f s", _label(cell), result.accuracy, result.seconds)
         results.append(result)
     _check_twins(results)
-    study = Study(recipe, tuple(results), bench.data.split("test").skipped)
+    study = Study(recipe, tuple(results), bench.data.split("test").skipped, environment())
     table = write_report(study, folder)
     return Finished(folder, folder / "report.md", table, computed)
 
@@ -112,8 +113,8 @@ def environment() -> dict[str, str]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {**versions, "device": device, "threads": str(torch.get_num_threads())}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {**versions, "device": device_name(device), "threads": str(torch.get_num_threads())}
 
 
 def _check_twins(results: list[Result]) -> None:

@@ -55,10 +55,16 @@ def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None =
     Raises:
         OSError: the folder cannot be written.
     """
+    write_atomic(path, to_bytes(model, metadata))
+
+
+def to_bytes(model: nn.Module, metadata: dict[str, str] | None = None) -> bytes:
+    """The state dict of ``model`` as a safetensors file; tied weights are written once per key."""
     from safetensors.torch import save
 
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    write_atomic(path, save(state, metadata or {}))
+    contiguous = torch.contiguous_format
+    state = {key: tensor.detach().cpu().clone(memory_format=contiguous) for key, tensor in model.state_dict().items()}
+    return save(state, metadata or {})
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -64,6 +64,14 @@ class Plan:
         return self.coupling.sum(dim=0)
 
     @property
+    def main_targets(self) -> tuple[tuple[int, float], ...]:
+        """For each channel the kept channel that takes most of it, and that part of its mass; (-1, 0.0) for none."""
+        mass, (most, target) = self.source, self.coupling.max(dim=1)
+        share = torch.where(mass > 0, most / mass, 0.0).tolist()
+        chosen = torch.where(mass.cpu() > 0, self.kept[target.cpu()], -1).tolist()
+        return tuple((channel, round(part, 4)) for channel, part in zip(chosen, share, strict=True))
+
+    @property
     def is_identity(self) -> bool:
         return self.status is PlanStatus.IDENTITY
 

@@ -28,6 +28,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("intrafusion.lab.measure._LONGEST_TIMING", 0.02)
+
+
 @pytest.fixture
 def write_image() -> Callable[..., None]:
     """``write_image(path, seed=0, size=(32, 32))`` saves random pixels."""

@@ -1,16 +1,27 @@
 from __future__ import annotations
 
+import csv
 import io
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from intrafusion.lab.figure import draw
+from intrafusion.lab.measure import Latency
+from intrafusion.lab.page import to_html
 from intrafusion.lab.recipe import read_recipe
-from intrafusion.lab.report import Study, to_markdown, to_text
+from intrafusion.lab.report import Study, table, to_csv, to_markdown, to_text, verdict
 from intrafusion.lab.results import Cell, GroupLine, Result
+from intrafusion.lab.svg import _ticks
 
 RECIPE = read_recipe(
     "model: {name: digits_cnn}\ndata: {name: digits, title: Figures}\ntrain: {}\n"
@@ -72,3 +83,142 @@ def test_the_figure_draws_both_lines_whatever_the_number_of_panels(groups: tuple
 def test_a_study_without_pairs_still_reports() -> None:
     assert "dense 87.70 %" in to_markdown(study(ratios=()), Path("x"))
     assert draw(study(ratios=()))
+
+
+VGG_ROOTS = tuple(f"features.{index}" for index in (0, 4, 8, 11, 15, 18, 22, 25))
+VGG = read_recipe(
+    "model: {name: cifar_vgg11_bn}\ndata: {name: digits, title: CIFAR-10 (JPEG)}\ntrain: {}\n"
+    "prune: {ratios: [0.3, 0.6], groups: each}\noutput: x\n"
+)
+
+
+def measured(plain: Study) -> Study:
+    """With everything a run measures, and a loss of fusion in the last row."""
+    times = tuple(Latency(batch, 0.001 * batch, 0.0001, "a <processor>", 2) for batch in (1, 64))
+    results = [
+        replace(r, top5=990, size=8_000_000, memory=1_000, latency=() if r.cell.method == "discard" else times)
+        for r in plain.results
+    ]
+    plan = ((0, 1.0), (0, 0.6), (2, 1.0), (2, 0.9), (4, 1.0), (-1, 0.0), (6, 1.0), (6, 1.0))
+    lines = (GroupLine("conv", 8, 4, 1.25, "paper", "", plan), *results[-1].groups[1:])
+    results[-1] = replace(results[-1], correct=400, groups=lines)
+    return replace(plain, results=tuple(results), environment={"torch": "2.4 & more", "device": "a <processor>"})
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, the text, and whether tags nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def having(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+STUDIES = {
+    "measured": measured(study(skipped=("cannot read <b>.png",))),
+    "each": measured(replace(study(VGG_ROOTS), recipe=VGG)),
+    "old results": study(),
+    "no pairs": study(ratios=()),
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_html_page_stands_alone_and_fits_any_screen(name: str) -> None:
+    source = to_html(STUDIES[name], Path("my <runs>"))
+    page = Page(source)
+    assert page.open == []
+    assert not re.search(r"(https?:)?//|@import|url\(|<script|<link|<img|<iframe", source)
+    assert page.having("html") == [{"lang": "en"}]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.having("meta")
+    assert next(tag for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)) == "h1"
+    assert len(page.having("h1")) == 1
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.having("svg"))
+    # No width in pixels beyond a phone's, in styles or attributes; pictures are as wide as their box.
+    assert all(int(width) <= 320 for width in re.findall(r"[^-]width: *(\d+)px", source))
+    assert all(int(width) <= 320 for width in re.findall(r"minmax\((?!min)(\d+)px", source))
+    assert all("width" not in svg for svg in page.having("svg"))
+    assert len(page.having("table")) == sum(box.get("class") == "scroll" for box in page.having("div"))
+    assert "prefers-color-scheme: dark" in source
+    assert "my <runs>/recipe.yaml" in page.text
+
+
+def test_the_html_page_shows_losses_failures_and_foreign_text_as_they_are() -> None:
+    source = to_html(STUDIES["measured"], Path("x"))
+    page = Page(source)
+    assert '<td class="number loss">-10.00</td>' in source
+    assert '<td class="number win">+11.20</td>' in source
+    assert "fusion gains in 1 of 2 rows and loses in 1: from -10.00 points (0.6 removed)" in page.text
+    assert "a <processor>" in page.text
+    assert "cannot read <b>.png" in page.text
+    assert "not understood" in page.text
+    assert sum(path.get("class", "") == "flow stays" for path in page.having("path")) == 4
+    assert sum(path.get("class", "") == "flow merges" for path in page.having("path")) == 3
+    assert sum(circle.get("class", "") == "left-out" for circle in page.having("circle")) == 1
+    assert len(page.having("svg")) == 5  # ratio, MACs, two latencies, a plan
+
+
+def test_every_cell_is_a_line_of_the_csv() -> None:
+    shown = STUDIES["measured"]
+    rows = list(csv.DictReader(io.StringIO(to_csv(shown))))
+    assert [row["method"] for row in rows] == [r.cell.method for r in shown.results]
+    assert [int(row["correct"]) for row in rows] == [r.correct for r in shown.results]
+    assert [row["latency_64_median_s"] for row in rows] == ["0.064", "", "0.064", "", "0.064"]
+    assert rows[1]["top5"] == "990"
+    assert next(csv.DictReader(io.StringIO(to_csv(study()))))["size"] == ""
+
+
+def test_measured_columns_are_there_only_where_something_was_measured() -> None:
+    assert table(study(), measured=True) == table(study())
+    header, rows = table(STUDIES["measured"], measured=True)
+    assert dict(zip(header, rows[0], strict=True))["latency, batch 64"] == "64 ms (IQR 0.1)"
+    assert {"top 5 discard", "top 5 fused", "on disk", "memory, batch 64"} < set(header)
+
+
+def test_published_figures_stand_beside_ours_where_the_set_up_is_the_papers() -> None:
+    header, rows = table(STUDIES["each"])
+    columns = [header.index(name) for name in ("group", "removed", "published discard", "published fused")]
+    shown = [[row[column] for column in columns] for row in rows]
+    assert shown[0] == ["features.0", "0.3", "88.22 %", "79.10 %"]
+    assert shown[-2] == ["features.25", "0.3", "89.30 %", "89.31 %"]
+    assert shown[-1] == ["features.25", "0.6", "", ""]  # the paper has no 60 %
+    assert "another checkpoint (dense 89.56 %, ours 87.70 %)" in to_markdown(STUDIES["each"], Path("x"))
+    for other in (
+        replace(study(VGG_ROOTS[1:]), recipe=VGG),
+        replace(study(VGG_ROOTS), recipe=replace(VGG, data=replace(VGG.data, title="CIFAR-1000"))),
+        replace(study(VGG_ROOTS), recipe=replace(VGG, prune=replace(VGG.prune, importance="random"))),
+        study(VGG_ROOTS),
+    ):
+        assert other.published is None
+
+
+def test_the_verdict_of_nothing_is_nothing() -> None:
+    assert verdict(study(ratios=())) == ""
+
+
+@given(st.floats(1e-9, 1e12), st.one_of(st.just(0.0), st.floats(0.5, 1)))
+def test_ticks_are_few_and_hold_everything(top: float, share: float) -> None:
+    ticks = _ticks(share * top, top)
+    assert ticks[0] <= share * top * (1 + 1e-6)
+    assert ticks[-1] >= top * (1 - 1e-6)
+    assert 2 <= len(ticks) <= 8
+    steps = [b - a for a, b in pairwise(ticks)]
+    assert all(math.isclose(step, steps[0], rel_tol=1e-6) for step in steps)

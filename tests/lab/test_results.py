@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from intrafusion.lab.errors import LabError
+from intrafusion.lab.measure import Latency
 from intrafusion.lab.results import Cell, GroupLine, Result, ResultStore, key_of_identity
 
-LINE = GroupLine("features.0", 8, 4, 1.5, "paper", "")
+LINE = GroupLine("features.0", 8, 4, 1.5, "paper", "", ((0, 1.0), (0, 0.75), (-1, 0.0)))
+TIME = Latency(64, 0.001, 0.0001, "a processor", 1)
 ONE = Result(Cell("discard", 0.5, "all"), 9, 10, 100, 1000, "abc", (LINE,), 0.1)
-TWO = Result(Cell("fused", 0.5, "all"), 10, 10, 100, 1000, "abc", (LINE,), 0.2)
+TWO = Result(Cell("fused", 0.5, "all"), 10, 10, 100, 1000, "abc", (LINE,), 0.2, 10, 500, None, (TIME,))
 
 
 def test_what_is_added_is_read_back(tmp_path: Path) -> None:
@@ -61,6 +64,19 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, line: bytes) -> No
     path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
     with pytest.raises(LabError, match=rf"^{path}:2 cannot be read .*remove that line"):
         ResultStore(path)
+
+
+def test_lines_from_before_a_field_existed_are_read(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path / "r.jsonl")
+    store.add("k", TWO, {})
+    entry = json.loads(store.path.read_text())
+    for name in ("top5", "size", "memory", "latency"):
+        del entry[name]
+    del entry["groups"][0]["plan"]
+    store.path.write_text(json.dumps(entry) + "\n")
+    old = ResultStore(store.path).get("k")
+    assert old == replace(TWO, groups=(replace(LINE, plan=()),), top5=None, size=None, memory=None, latency=())
+    assert old.top5_accuracy is None
 
 
 def test_costs_that_are_not_finite_become_null(tmp_path: Path) -> None:

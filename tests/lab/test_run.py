@@ -51,12 +51,17 @@ def test_everything_is_in_the_folder(recipe: Recipe, measured: list[str]) -> Non
     finished = run(recipe, progress=False)
     folder = Path(recipe.output)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "accuracy.png", "dense.safetensors", "environment.json", "recipe.yaml", "report.md", "results.jsonl",
+        "accuracy.png", "dense.safetensors", "environment.json", "recipe.yaml", "report.html", "report.md",
+        "results.csv", "results.jsonl",
     ]  # fmt: skip
     assert measured == ["dense 0.0 all"] + [f"{m} {r} all" for r in (0.25, 0.5) for m in ("discard", "fused")]
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert [line["total"] for line in lines] == [100] * 5
     assert lines[1]["kept"] == lines[2]["kept"] != lines[4]["kept"]
+    assert [bool(line["latency"]) for line in lines] == [True, False, True, False, True]
+    assert all(line["correct"] <= line["top5"] <= 100 for line in lines)
+    assert len(lines[2]["groups"][0]["plan"]) == 32
+    assert lines[1]["groups"][0]["plan"] == []
     assert lines[0]["params"] > lines[1]["params"] == lines[2]["params"] > lines[3]["params"]
     assert json.loads((folder / "environment.json").read_text())["torch"] == metadata.version("torch")
     assert read_recipe((folder / "recipe.yaml").read_text()) == recipe

@@ -193,3 +193,17 @@ def test_a_solver_that_loses_mass_is_an_error(monkeypatch):
     monkeypatch.setattr(ot, "emd", lambda a, b, cost, **_: (np.zeros_like(cost), {"result_code": 1, "cost": 0.0}))
     with pytest.raises(RuntimeError, match="loses mass"):
         solve(torch.rand(3, 2), torch.ones(3), torch.ones(2))
+
+
+@given(n=st.integers(2, 9), seed=st.integers(0, 99), target_mass=st.sampled_from(["uniform", "free", "partial"]))
+@settings(max_examples=30, deadline=None)
+def test_main_targets_name_kept_channels_and_a_channel_stays_with_itself(n, seed, target_mass):
+    kept = torch.arange(0, n, 2)
+    plan = transport_plan(features(n, seed=seed), kept, target_mass=target_mass)
+    assert len(plan.main_targets) == n
+    for channel, (target, share) in enumerate(plan.main_targets):
+        assert (target == -1 and share == 0) == bool(plan.stranded[channel])
+        assert target in [-1, *kept.tolist()]
+        assert 0 <= share <= 1
+        if channel in kept:
+            assert (target, share) == (channel, 1.0)
