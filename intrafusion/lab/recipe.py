@@ -9,14 +9,18 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from intrafusion.fusion import PRESETS, Fusion
-from intrafusion.lab.errors import Problem, RecipeError, UsageError
+from intrafusion.lab.errors import LabError, Problem, RecipeError, UsageError
+from intrafusion.lab.models import build_model, find_layers
 from intrafusion.lab.nodes import Node, override, parse, parse_assignment
 from intrafusion.lab.schema import FAILED, Reader, Rule, key_of, option, options, unknown
 
-ImportanceName = Literal["l1", "l2", "taylor", "lamp", "bn_scale", "random", "fpgm"]
+ImportanceName = Literal[
+    "l1", "l2", "taylor", "lamp", "bn_scale", "random", "fpgm", "chip", "reconstruction", "reconstruction_data_free"
+]
 
 
 def _read_path(reader: Reader, node: Node, path: str) -> Any:
@@ -80,23 +84,63 @@ class TrainSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TargetSection:
+    """How much of the network is left; the ratio is searched for."""
+
+    macs: float | None = option(None, "share of the multiply-accumulates that is left", gt=0, lt=1)
+    parameters: float | None = option(None, "share of the parameters that is left", gt=0, lt=1)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """One of the two."""
+        if (self.macs is None) == (self.parameters is None):
+            yield "macs", "give either macs or parameters"
+
+    @property
+    def goal(self) -> tuple[str, float]:
+        """The quantity by its key, and the share of it that is left."""
+        return next((name, share) for name, share in vars(self).items() if share is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruneSection:
     """What torch-pruning removes."""
 
-    ratios: tuple[float, ...] = option(doc="share of the channels that go", ge=0, lt=1, min_length=1)
+    ratios: tuple[float, ...] | None = option(
+        None, "share of the channels that go; null with a target", ge=0, lt=1, min_length=1
+    )
+    target: TargetSection | None = option(
+        None, "macs or parameters: the share that is left, met within 2 %, instead of ratios"
+    )
+    overrides: Mapping[str, float] | None = option(
+        None, "layer-name patterns with a ratio of their own; with global, outside the ranking", ge=0, lt=1
+    )
     importance: ImportanceName = option("l1", "torch-pruning importance")
     ignored: tuple[str, ...] = option((), "layer names that are left alone; * stands for anything")
     groups: Literal["all", "each"] = option("all", "all groups at once, or each group alone")
     global_pruning: bool = option(False, "rank the channels of all groups together", key="global")
+    isomorphic: bool = option(False, "with global: rank only groups of the same structure together")
+    iterative_steps: int = option(1, "reach the ratio in this many equal steps", ge=1)
     round_to: int | None = option(None, "channel counts become multiples of this", ge=1)
-    images: int = option(500, "training images behind taylor and calibrated", ge=1)
+    images: int = option(500, "training images behind taylor, chip, reconstruction and calibrated", ge=1)
     seed: int = option(0, "of random importance, and of the choice of those images", ge=0)
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """Ratios are given once each."""
+        """Ratios or a target, and nothing that contradicts another key."""
         ratios = self.ratios or ()
         if len(set(ratios)) < len(ratios):
             yield "ratios", "the same ratio is given twice"
+        if self.ratios is None and self.target is None:
+            yield "ratios", "missing; give a list of numbers at least 0 and below 1, or a target"
+        if self.ratios is not None and self.target is not None:
+            yield "target", "in conflict with ratios; leave out one of them (--set prune.ratios=null)"
+        if self.target is not None and self.groups == "each":
+            yield "target", "of the whole network, in conflict with groups: each"
+        if self.target is not None and self.global_pruning and self.iterative_steps > 1:
+            yield "target", "in conflict with global and iterative_steps: what later steps rank depends on the fusion"
+        if self.overrides and self.groups == "each":
+            yield "overrides", "in conflict with groups: each, where every group has the ratios"
+        if self.isomorphic and not self.global_pruning:
+            yield "isomorphic", "needs global: true"
 
 
 def _read_fusion(reader: Reader, node: Node, path: str) -> Any:
@@ -155,9 +199,11 @@ class Recipe:
     source: str = field(default="", repr=False, compare=False)
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """There is something to prune, and the weights exist."""
+        """There is a network with the layers that are named, and the weights exist."""
         if self.model is None:
             return
+        if self.model.name is not None:
+            yield from _layer_problems(self.model, self.prune)
         if self.model.weights is None and self.train is None:
             yield "model.weights", "missing; give a safetensors file, or add a section 'train'"
         if self.model.weights is not None:
@@ -185,6 +231,23 @@ class Recipe:
             return None
         tried = weight_places(self.model.weights, self.data.root)
         return next((path for path in tried if path.is_file()), tried[0])
+
+
+def _layer_problems(model: ModelSection, prune: PruneSection | None) -> Iterator[tuple[str, str]]:
+    """The network cannot be built, or a pattern matches none of its layers."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network = build_model(model.name, model.num_classes)
+    except LabError as error:
+        yield "model.name", str(error)
+        return
+    patterns = {f"prune.ignored[{i}]": pattern for i, pattern in enumerate((prune and prune.ignored) or ())}
+    patterns |= {f"prune.overrides.{pattern}": pattern for pattern in (prune and prune.overrides) or ()}
+    for key, pattern in patterns.items():
+        try:
+            find_layers(network, pattern)
+        except LabError as error:
+            yield key, str(error)
 
 
 def weight_places(weights: str, root: str | None) -> list[Path]:

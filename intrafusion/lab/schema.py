@@ -114,9 +114,9 @@ class Reader:
             return self.report(node.where, path, f"expected a section with keys, got {_shown(node)}")
         values = self.entries(cls, node, path, known)
         strangers = [key for key in node.value if key not in known]
-        for key in [key for key, item in known.items() if _is_required(item) and key not in node.value]:
-            if difflib.get_close_matches(key, strangers, n=1):
-                continue  # a misspelt key is one problem, not two
+        absent = [key for key in known if key not in node.value]
+        misspelt = {key for key in absent if difflib.get_close_matches(key, strangers, n=1)}  # one problem, not two
+        for key in [key for key in absent if _is_required(known[key]) and key not in misspelt]:
             wanted = type_text(typing.get_type_hints(cls)[known[key].name], rule_of(known[key]))
             values[key] = self.report(node.where, _join(path, key), f"missing; expected {wanted}")
         failed = FAILED in values.values()
@@ -125,7 +125,7 @@ class Reader:
         wrong = list(check(draft))
         for key, message in wrong:
             full = _join(path, key)
-            if not any(problem.key == full for problem in self.problems):
+            if key not in misspelt and not any(_is_within(problem.key, full) for problem in self.problems):
                 self.report(self.places.get(full, node.where), full, message)
         if failed or wrong:
             return FAILED
@@ -171,6 +171,8 @@ class Reader:
             return self._literal(arguments, node, path)
         if origin is tuple:
             return self._tuple(kind, arguments[0], node, path, rule)
+        if origin is Mapping:
+            return self._mapping(kind, arguments[1], node, path, rule)
         if isinstance(kind, type) and is_dataclass(kind):
             return self.section(kind, node, path)
         return self._scalar(kind, node, path, rule)
@@ -207,8 +209,16 @@ class Reader:
             return self._wrong(kind, node, path, rule)
         if len(children) < rule.min_length:
             return self.report(node.where, path, f"expected at least {rule.min_length} entry, got an empty list")
+        self.places |= {f"{path}[{i}]": child.where for i, child in enumerate(children)}
         values = [self.value(item, child, f"{path}[{i}]", rule) for i, child in enumerate(children)]
         return FAILED if FAILED in values else tuple(values)
+
+    def _mapping(self, kind: Any, item: Any, node: Node, path: str, rule: Rule) -> Any:
+        if not isinstance(node.value, dict):
+            return self._wrong(kind, node, path, rule)
+        self.places |= {_join(path, key): child.where for key, child in node.value.items()}
+        values = {key: self.value(item, child, _join(path, key), rule) for key, child in node.value.items()}
+        return FAILED if FAILED in values.values() else values
 
     def _scalar(self, kind: Any, node: Node, path: str, rule: Rule) -> Any:
         value: Any = node.value
@@ -247,6 +257,8 @@ def type_text(kind: Any, rule: Rule | None = None) -> str:
     if origin is tuple:
         item = "texts" if arguments[0] is str else f"{_WORDS.get(arguments[0], 'value')}s"
         text = f"list of {item}"
+    elif origin is Mapping:
+        text = f"mapping of names to {_WORDS[arguments[1]]}s"
     else:
         text = _WORDS.get(kind, "section" if is_dataclass(kind) else getattr(kind, "__name__", str(kind)))
     return f"{text} {rule.range_text()}" if rule and rule.range_text() else text
@@ -272,6 +284,10 @@ def _is_required(item: Field[Any]) -> bool:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
+
+
+def _is_within(key: str, section: str) -> bool:
+    return key == section or key.startswith((f"{section}.", f"{section}["))
 
 
 def _choices(allowed: tuple[Any, ...]) -> str:

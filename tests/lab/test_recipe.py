@@ -36,7 +36,7 @@ def problems(text: str, *assignments: str) -> list[str]:
 def test_defaults() -> None:
     recipe = read_recipe(GOOD)
     assert recipe.prune.importance == "l1"
-    assert recipe.fusion == Fusion.preset("paper")
+    assert recipe.fusion == Fusion.preset("data-free")
     assert recipe.train is not None
     assert recipe.train.epochs == 10
     assert recipe.places["prune.ratios"] == "recipe:7"
@@ -46,7 +46,7 @@ def test_defaults() -> None:
     ("old", "new", "message"),
     [
         ("  name: digits\n", "  name: digitz\n", "r.yaml:4: data.name: unknown value 'digitz'; did you mean 'digits'? allowed: digits, image_folder"),
-        ("ratios: [0.5]", "ratio: [0.5]", "r.yaml:7: prune.ratio: unknown key 'ratio'; did you mean 'ratios'? allowed: ratios, importance, ignored, groups, global, round_to, images, seed"),
+        ("ratios: [0.5]", "ratio: [0.5]", "r.yaml:7: prune.ratio: unknown key 'ratio'; did you mean 'ratios'? allowed: ratios, target, overrides, importance, ignored, groups, global, isomorphic, iterative_steps, round_to, images, seed"),
         ("[0.5]", "[0.5, 1.0]", "r.yaml:7: prune.ratios[1]: expected number at least 0 and below 1, got 1"),
         ("[0.5]", "[.nan]", "r.yaml:7: prune.ratios[0]: expected number at least 0 and below 1, got nan"),
         ("[0.5]", "[-0.1]", "r.yaml:7: prune.ratios[0]: expected number at least 0 and below 1, got -0.1"),
@@ -132,7 +132,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         ("prune.ratios=0.3,0.6", "prune.ratios", (0.3, 0.6)),
         ("prune.ratios=0.3", "prune.ratios", (0.3,)),
         ("prune.ratios=[0.3, 0.6]", "prune.ratios", (0.3, 0.6)),
-        ("prune.ignored=a,b.*", "prune.ignored", ("a", "b.*")),
+        ("prune.ignored=classifier,features.*", "prune.ignored", ("classifier", "features.*")),
         ("prune.global=true", "prune.global_pruning", True),
         ("train.lr=1e-3", "train.lr", 0.001),
         ("train.epochs=3", "train.epochs", 3),
