@@ -45,10 +45,13 @@ _CODE = (
 
 
 class Bench:
-    """Holds what the cells of a run share; each part is made when it is first needed."""
+    """Holds what the cells of a run share; each part is made when it is first needed.
 
-    def __init__(self, recipe: Recipe, folder: Path, progress: bool) -> None:
-        self.recipe, self.folder, self.progress = recipe, folder, progress
+    ``trained`` off leaves a network without a weights file as it is first drawn.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, progress: bool, trained: bool = True) -> None:
+        self.recipe, self.folder, self.progress, self.trained = recipe, folder, progress, trained
         self.device = _device(recipe)
 
     @cached_property
@@ -87,7 +90,7 @@ class Bench:
         path = self.recipe.weights_path()
         if path is not None:
             weights.load_weights_(model, path)
-        else:
+        elif self.trained:
             self._train_(model)
         return model.eval()
 
@@ -132,7 +135,7 @@ class Bench:
         start = time.perf_counter()
         model, groups, kept = self.dense, (), ""
         if cell.method != "dense":
-            pruned = self._prune(cell, self.recipe.prune, self.recipe.fusion)
+            pruned = self.prune(cell, self.recipe.prune, self.recipe.fusion)
             model, kept = pruned.model, pruned.kept
             groups = tuple(
                 GroupLine(g.name, g.channels_before, g.channels_after, g.cost, g.merged, g.reason)
@@ -144,7 +147,8 @@ class Bench:
         seconds = round(time.perf_counter() - start, 3)
         return Result(cell, accuracy.correct, accuracy.total, params, macs, kept, groups, seconds)
 
-    def _prune(self, cell: Cell, settings: PruneSection, fusion: Fusion) -> Pruned:
+    def prune(self, cell: Cell, settings: PruneSection, fusion: Fusion) -> Pruned:
+        """The pruned copy that a cell stands for."""
         try:
             discard = cell.method == "discard"
             return prune(
@@ -164,7 +168,7 @@ class Bench:
         quick, discard, whole = without_images(settings), self.recipe.fusion.discarded(), count(self.dense)
 
         def left(ratio: float) -> float:
-            return count(self._prune(Cell("fused", ratio, ALL), quick, discard).model) / whole
+            return count(self.prune(Cell("fused", ratio, ALL), quick, discard).model) / whole
 
         try:
             return (find_ratio(left, wanted),)

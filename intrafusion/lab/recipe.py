@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 import yaml
@@ -16,7 +16,17 @@ from intrafusion.fusion import PRESETS, Fusion
 from intrafusion.lab.errors import LabError, Problem, RecipeError, UsageError
 from intrafusion.lab.models import build_model, find_layers
 from intrafusion.lab.nodes import Node, override, parse, parse_assignment
-from intrafusion.lab.schema import FAILED, Reader, Rule, key_of, option, options, unknown
+from intrafusion.lab.schema import (
+    FAILED,
+    Reader,
+    Rule,
+    json_schema,
+    key_of,
+    option,
+    options,
+    type_schema,
+    unknown,
+)
 
 ImportanceName = Literal[
     "l1", "l2", "taylor", "lamp", "bn_scale", "random", "fpgm", "chip", "reconstruction", "reconstruction_data_free"
@@ -176,6 +186,23 @@ def _read_fusion(reader: Reader, node: Node, path: str) -> Any:
         return reader.report(node.where, path, str(error))
 
 
+def _fusion_schema() -> dict[str, Any]:
+    preset, choices, kinds = {"enum": list(PRESETS)}, Fusion.choices(), get_type_hints(Fusion)
+    settings = {
+        item.name: {"enum": list(choices[item.name])}
+        if item.name in choices
+        else type_schema(kinds[item.name], Rule(""))
+        for item in fields(Fusion)
+    }
+    section = {
+        "type": "object",
+        "properties": {"preset": preset, **settings},
+        "required": [],
+        "additionalProperties": False,
+    }
+    return {"anyOf": [preset, section]}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole run, checked.
@@ -189,7 +216,12 @@ class Recipe:
     data: DataSection = option(doc="the images")
     train: TrainSection | None = option(None, "how to train the network when there are no weights")
     prune: PruneSection = option(doc="what is removed")
-    fusion: Fusion = option(PRESETS["data-free"], "preset name, or fields of Fusion over a preset", parse=_read_fusion)
+    fusion: Fusion = option(
+        PRESETS["data-free"],
+        "preset name, or fields of Fusion over a preset",
+        parse=_read_fusion,
+        schema=_fusion_schema(),
+    )
     output: str = option(doc="folder of the run")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the network runs; auto takes a GPU if there is one")
     threads: int | None = option(
@@ -300,6 +332,15 @@ def to_mapping(section: Any) -> dict[str, Any]:
             value = to_mapping(value)
         result[key_of(item)] = list(value) if isinstance(value, tuple) else value
     return result
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "intrafusion recipe",
+        **json_schema(Recipe),
+    }
 
 
 def to_yaml(recipe: Recipe) -> str:

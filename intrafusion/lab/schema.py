@@ -18,6 +18,8 @@ from intrafusion.lab.nodes import Node
 
 FAILED: Any = object()
 _WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 Parser = Callable[["Reader", Node, str], Any]
 
 
@@ -35,7 +37,8 @@ class Checked(Protocol):
 class Rule:
     """What a field's metadata says: its documentation, its range, its name in the file, a parser of its own.
 
-    ``length`` bounds the number of entries of a list; the range then holds for each of them.
+    ``min_length`` bounds the number of entries of a list; the range then holds for each of them. ``schema`` is the JSON
+    schema of what ``parse`` accepts, where the type does not say it.
     """
 
     doc: str
@@ -46,6 +49,7 @@ class Rule:
     min_length: int = 0
     key: str | None = None
     parse: Parser | None = None
+    schema: Mapping[str, Any] | None = None
 
     def range_text(self) -> str:
         """The range in words: ``at least 0 and below 1``; empty if there is none."""
@@ -268,6 +272,43 @@ def describe(cls: type, item: Field[Any]) -> str:
     """Type, range and default of a key in one line, as it stands above the key in the shipped recipes."""
     text = type_text(typing.get_type_hints(cls)[item.name], rule_of(item))
     return f"{text}, required" if _is_required(item) else f"{text}, default {_default_text(item.default)}"
+
+
+def json_schema(cls: type) -> dict[str, Any]:
+    """The JSON schema of a section, for editors: what :class:`Reader` accepts, but for rules between keys."""
+    known, hints = {key_of(item): item for item in options(cls)}, typing.get_type_hints(cls)
+    return {
+        "type": "object",
+        "description": (cls.__doc__ or "").splitlines()[0],
+        "properties": {key: _property_schema(hints[item.name], item) for key, item in known.items()},
+        "required": [key for key, item in known.items() if _is_required(item)],
+        "additionalProperties": False,
+    }
+
+
+def _property_schema(kind: Any, item: Field[Any]) -> dict[str, Any]:
+    rule = rule_of(item)
+    schema = {"description": rule.doc} | (dict(rule.schema) if rule.schema else type_schema(kind, rule))
+    if not _is_required(item) and not is_dataclass(item.default):
+        schema["default"] = list(item.default) if isinstance(item.default, tuple) else item.default
+    return schema
+
+
+def type_schema(kind: Any, rule: Rule) -> dict[str, Any]:
+    """The JSON schema of one type within the range of ``rule``."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [type_schema(argument, rule) for argument in arguments]}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin is tuple:
+        return {"type": "array", "items": type_schema(arguments[0], rule), "minItems": rule.min_length}
+    if origin is Mapping:
+        return {"type": "object", "additionalProperties": type_schema(arguments[1], rule)}
+    if is_dataclass(kind):
+        return json_schema(typing.cast(type, kind))
+    bounds = {word: getattr(rule, name) for name, word in _BOUNDS.items()} if kind in (int, float) else {}
+    return {"type": _JSON_TYPES[kind]} | {word: bound for word, bound in bounds.items() if bound is not None}
 
 
 def _default_text(value: Any) -> str:
