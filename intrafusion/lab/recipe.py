@@ -312,9 +312,12 @@ def load_recipe(path: Path | str, assignments: Sequence[str] = ()) -> Recipe:
 def read_recipe(text: str, source: str = "recipe", assignments: Sequence[str] = ()) -> Recipe:
     """:func:`load_recipe` on text."""
     tree = parse(text, source)
-    for assignment in assignments:
-        tree = override(tree, *parse_assignment(assignment), {"fusion": "preset"})
     reader = Reader()
+    for assignment in assignments:
+        try:
+            tree = override(tree, *parse_assignment(assignment), {"fusion": "preset"})
+        except RecipeError as error:
+            reader.problems += error.problems
     recipe = reader.section(Recipe, tree, "")
     if reader.problems:
         raise RecipeError(reader.problems)
