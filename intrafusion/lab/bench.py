@@ -64,7 +64,8 @@ class Bench:
             data = digits(**common)
         else:
             root = Path(settings.root or "")
-            data = image_folder(root, on_corrupt=settings.on_corrupt, progress=self.progress, **common)
+            common |= {name: getattr(settings, name) for name in ("on_corrupt", "size", "train_images")}
+            data = image_folder(root, progress=self.progress, **common)
         if len(data.classes) != self.recipe.model.num_classes:
             message = f"{self.recipe.model.num_classes}, but the images have {len(data.classes)} classes"
             raise self.recipe.error("model.num_classes", message)

@@ -69,14 +69,23 @@ class DataSection:
     std: tuple[float, ...] | None = option(None, "per channel, of pixels in [0, 1]", gt=0, min_length=1)
     batch_size: int = option(500, "images per evaluation step", ge=1)
     validation: float = option(0.1, "share of the training images held out", gt=0, lt=1)
+    size: int | None = option(
+        None, "side of the square that every image of a folder becomes, in pixels; null for as they are", ge=1
+    )
+    train_images: int | None = option(
+        None, "read only N training images of a folder, of a fixed shuffle; null for all", ge=1
+    )
     test_images: int | None = option(None, "evaluate on the first N of a fixed shuffle; null for all", ge=1)
     seed: int = option(0, "which images are held out", ge=0)
     on_corrupt: Literal["error", "skip"] = option("error", "what to do with an unreadable image")
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """An image folder needs a root that exists."""
+        """An image folder needs a root that exists; digits are as they are."""
         if self.name == "image_folder" and self.root is None:
             yield "root", "missing; set it with --set data.root=FOLDER (or the path of an archive)"
+        for key in ("size", "train_images"):
+            if self.name == "digits" and getattr(self, key) is not None:
+                yield key, "only for image_folder"
         if self.root is not None and not Path(self.root).exists():
             yield "root", f"'{self.root}' does not exist"
 

@@ -184,7 +184,13 @@ def test_a_resolved_recipe_reads_back_equal() -> None:
 
 
 def test_shipped_recipes_exist() -> None:
-    assert {path.stem for path in RECIPES} >= {"digits", "cifar10_resnet20", "cifar10_vgg11_bn"}
+    assert {path.stem for path in RECIPES} >= {
+        "digits",
+        "cifar10_resnet20",
+        "cifar10_vgg11_bn",
+        "cifar10_vgg11_bn_groups",
+        "imagenet_resnet50",
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
