@@ -92,7 +92,9 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert error.value.code == 0
     out = capsys.readouterr().out
     assert "intrafusion run cifar10_resnet20 --set data.root=/data/cifar10" in out
-    assert "shipped recipes: cifar10_resnet20, cifar10_vgg11_bn, cifar10_vgg11_bn_groups, digits, imagenet_resnet50" in out
+    assert (
+        "shipped recipes: cifar10_resnet20, cifar10_vgg11_bn, cifar10_vgg11_bn_groups, digits, imagenet_resnet50" in out
+    )
     assert out.splitlines()[-1].startswith("intrafusion 0.")
     assert cli.main([]) == cli.USAGE
 

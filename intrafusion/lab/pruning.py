@@ -24,7 +24,7 @@ ALL = "all"
 
 
 class OutputChanged(LabError):
-    """Pruning removed values of the network's own output."""
+    """Pruning removed values of the network's own output, or left layers that do not fit together."""
 
 
 class OverrideError(LabError):
@@ -91,7 +91,7 @@ def prune(
 
     Raises:
         LabError: a name matches no layer.
-        OutputChanged: the last layer was pruned.
+        OutputChanged: the last layer was pruned, or torch-pruning missed layers that belong together.
         intrafusion.FusionError: a group cannot be pruned.
     """
     model = copy.deepcopy(dense).eval()
@@ -250,7 +250,14 @@ def _accumulate_gradients_(model: nn.Module, data: Dataset, settings: PruneSecti
 
 def _check_output(model: nn.Module, dense: nn.Module, example: Tensor) -> None:
     with torch.no_grad():
-        before, after = dense(example).shape, model(example).shape
+        before = dense(example).shape
+        try:
+            after = model(example).shape
+        except RuntimeError as error:
+            raise OutputChanged(
+                f"the pruned network cannot be run ({error}): torch-pruning does not follow its channels through some "
+                "operation; leave the layers before it alone"
+            ) from error
     if before != after:
         raise OutputChanged(
             f"pruning changed the network's output from {before[-1]} to {after[-1]} values; "

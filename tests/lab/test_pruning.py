@@ -177,3 +177,10 @@ def test_coupled_layers_are_named() -> None:
 
 def channels(model: nn.Module) -> list[int]:
     return [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+def test_a_network_that_torch_pruning_breaks_is_an_error() -> None:
+    settings = PruneSection(ratios=(0.5,), ignored=("linear",))  # zero-padded shortcuts
+    model = build_model("cifar_resnet20").eval()
+    with pytest.raises(OutputChanged, match=r"the pruned network cannot be run \(.*shapes.*\): torch-pruning does not"):
+        prune(model, torch.zeros(1, 3, 32, 32), settings, Fusion.preset("discard"), 0.5, data=digits())

@@ -181,6 +181,11 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_a_resolved_recipe_reads_back_equal() -> None:
     recipe = read_recipe(GOOD, "r", ["fusion.cost=l2", "prune.ratios=0.1,0.2", "prune.global=true", "data.mean=0.5"])
     assert read_recipe(to_yaml(recipe)) == recipe
+    aim = ["prune.ratios=null", "prune.target.macs=0.4", "prune.overrides={features.*: 0.1}", "prune.iterative_steps=3"]
+    recipe = read_recipe(GOOD, "r", aim)
+    assert recipe.prune.target is not None
+    assert recipe.prune.target.goal == ("macs", 0.4)
+    assert read_recipe(to_yaml(recipe)) == recipe
 
 
 def test_shipped_recipes_exist() -> None:

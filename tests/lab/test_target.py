@@ -9,6 +9,7 @@ from intrafusion.lab.errors import RecipeError
 from intrafusion.lab.measure import count_macs, count_parameters
 from intrafusion.lab.pruning import prune
 from intrafusion.lab.recipe import read_recipe
+from intrafusion.lab.results import Cell, key_of_identity
 from intrafusion.lab.target import UnreachableTarget, find_ratio
 
 TEXT = """\
@@ -58,3 +59,21 @@ def test_a_target_out_of_reach_names_its_key(tmp_path: Path) -> None:
     recipe = read_recipe(TEXT, "r.yaml", [f"output={tmp_path}", "prune.round_to=32"])
     with pytest.raises(RecipeError, match=r"r\.yaml:4: prune\.target\.macs: 0\.5 cannot be met within 2%"):
         Bench(recipe, tmp_path, progress=False).cells()
+
+
+def test_the_identity_of_a_cell_has_every_setting_it_depends_on(tmp_path: Path) -> None:
+    cell = Cell("fused", 0.5, "all")
+
+    def identity(*assignments: str) -> dict:
+        recipe = read_recipe(TEXT, "r.yaml", [f"output={tmp_path}", "prune.global=true", *assignments])
+        return Bench(recipe, tmp_path, progress=False, trained=False).identity(cell)
+
+    changes = [
+        "prune.overrides={features.0: 0.1}", "prune.overrides={features.0: 0.2}", "prune.iterative_steps=2",
+        "prune.isomorphic=true", "prune.importance=chip", "prune.importance=reconstruction", "prune.images=20",
+    ]  # fmt: skip
+    plain = [identity("prune.target={parameters: 0.4}", "prune.iterative_steps=1"), identity()]
+    found = [identity("prune.target=null", "prune.ratios=0.5", change) for change in changes]
+    assert plain[0] == plain[1]
+    assert len({key_of_identity(entry) for entry in [*found, plain[0]]}) == len(changes) + 1
+    assert ["train" in entry for entry in found] == ["chip" in c or "construction" in c for c in changes]
