@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+Command = Callable[[argparse.Namespace], int]
 
 _EXAMPLES = """\
 examples:
@@ -23,10 +26,26 @@ examples:
   intrafusion run cifar10_resnet20 --set data.root=/data/cifar10
       the same on CIFAR-10 images and a trained ResNet-20
   intrafusion run my_recipe.yaml --set prune.ratios=0.3,0.5 --set fusion.merge=barycentre --output runs/mine
+  intrafusion run digits --set prune.ratios=null --set prune.target.macs=0.4
+      as many channels go as leave 40 % of the multiply-accumulates
 
 An interrupted run continues where it stopped when the same command is given again.
-Exit codes: 0 done, 1 failed, 2 the recipe or the command line is wrong, 130 interrupted.
 """
+_INSPECT_EXAMPLES = """\
+examples:
+  intrafusion inspect digits
+  intrafusion inspect cifar10_resnet20 --set data.root=/data/cifar10 --set prune.target.macs=0.5 --set prune.ratios=null
+  intrafusion inspect digits --json | jq '.cuts[].groups[] | select(.outcome != "fused")'
+
+Nothing is trained and nothing is written: where the recipe has no weights file, the weights are random, which changes
+no width unless prune.global is on. Layers are not refitted.
+"""
+_SCHEMA_EXAMPLES = """\
+example:
+  intrafusion schema > recipe.schema.json
+      and in the first line of a recipe: # yaml-language-server: $schema=recipe.schema.json
+"""
+_EXIT_CODES = "\nexit codes: 0 done, 1 failed, 2 the recipe or the command line is wrong, 130 interrupted\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,28 +104,42 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="intrafusion",
         description="Prune networks and keep their accuracy: channels are fused, not discarded.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES + _EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"intrafusion {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    run = commands.add_parser(
-        "run",
-        help="do what a recipe says and write a report",
-        description="Train or load a network, prune it with and without fusion, measure both, write a report.",
-        epilog=_EXAMPLES + f"\nshipped recipes: {', '.join(shipped_recipes()) or 'none'}\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    run.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or the name of a shipped recipe")
-    run.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], dest="assignments",
-        help="change a key of the recipe, as in prune.seed=1; may be given many times",
-    )  # fmt: skip
+    shipped = f"\nshipped recipes: {', '.join(shipped_recipes()) or 'none'}\n"
+
+    def command(name: str, function: Command, description: str, examples: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=description[0].lower() + description[1:].rstrip("."),
+            description=description,
+            epilog=examples + _EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
+        added.set_defaults(command=function, quiet=False)
+        return added
+
+    run = command("run", _run, "Do what a recipe says and write a report.", _EXAMPLES + shipped)
     run.add_argument("--output", metavar="DIR", help="folder of the run, instead of the recipe's")
     run.add_argument("--fresh", action="store_true", help="compute everything again, even what is finished")
     run.add_argument("--quiet", action="store_true", help="no progress, only the table")
-    run.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
-    run.set_defaults(command=_run)
+    inspect = command(
+        "inspect", _inspect, "Show what a recipe cuts and what it fuses, group by group.", _INSPECT_EXAMPLES + shipped
+    )
+    for added in (run, inspect):
+        added.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or the name of a shipped recipe")
+        added.add_argument(
+            "--set", metavar="KEY=VALUE", action="append", default=[], dest="assignments",
+            help="change a key of the recipe, as in prune.seed=1; may be given many times",
+        )  # fmt: skip
+    recipes = command("recipes", _recipes, "List the shipped recipes.")
+    for added in (inspect, recipes):
+        added.add_argument("--json", action="store_true", help="print JSON instead of text")
+    command("schema", _schema, "Print the JSON schema of a recipe, for editors.", _SCHEMA_EXAMPLES)
     return parser
 
 
@@ -121,6 +154,37 @@ def _run(options: argparse.Namespace) -> int:
     finished = run(load_recipe(path, assignments), fresh=options.fresh, progress=not options.quiet)
     print(finished.table)
     print(f"\nreport: {finished.report}")
+    return OK
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    path = find_recipe(options.recipe)
+    from intrafusion.lab.inspection import inspect
+    from intrafusion.lab.recipe import load_recipe
+
+    found = inspect(load_recipe(path, options.assignments), progress=not options.json)
+    print(json.dumps(asdict(found), indent=2) if options.json else found)
+    return OK
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    shipped = shipped_recipes()
+    found = [{"name": name, "summary": _summary(path), "path": str(path)} for name, path in shipped.items()]
+    width = max((len(name) for name in shipped), default=0)
+    lines = [f"{entry['name']:{width}}  {entry['summary']}" for entry in found]
+    print(json.dumps(found, indent=2) if options.json else "\n".join(lines))
+    return OK
+
+
+def _summary(path: Path) -> str:
+    """The first comment of a recipe."""
+    return path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
+
+
+def _schema(_: argparse.Namespace) -> int:
+    from intrafusion.lab.recipe import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
     return OK
 
 

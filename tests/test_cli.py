@@ -92,7 +92,9 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert error.value.code == 0
     out = capsys.readouterr().out
     assert "intrafusion run cifar10_resnet20 --set data.root=/data/cifar10" in out
-    assert "shipped recipes: cifar10_resnet20, cifar10_vgg11_bn, digits" in out
+    assert (
+        "shipped recipes: cifar10_resnet20, cifar10_vgg11_bn, cifar10_vgg11_bn_groups, digits, imagenet_resnet50" in out
+    )
     assert out.splitlines()[-1].startswith("intrafusion 0.")
     assert cli.main([]) == cli.USAGE
 
@@ -171,3 +173,30 @@ def test_a_killed_process_resumes(tmp_path: Path) -> None:
     assert after.startswith(finished)
     assert len({json.loads(line)["key"] for line in after.splitlines()}) == 61 == after.count(b"\n")
     assert "report: out/report.md" in done.stdout
+
+
+def test_inspect_as_text_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "digits", "--set", "prune.ratios=0.5"]) == cli.OK
+    assert "features.3  64 -> 32  fused" in capsys.readouterr().out
+    assert cli.main(["inspect", "digits", "--set", "prune.ratios=0.5", "--json"]) == cli.OK
+    found = json.loads(capsys.readouterr().out)
+    assert [group["after"] for group in found["cuts"][0]["groups"]] == [16, 32, 32]
+    assert found["cuts"][0]["macs"] < found["macs"]
+    assert not list(tmp_path.glob("runs*"))
+    assert cli.main(["inspect", "digits", "--set", "prune.ratio=0.5"]) == cli.USAGE
+
+
+def test_recipes_in_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == cli.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(cli.shipped_recipes())
+    assert all(line.split("  ", 1)[1].strip().endswith(".") for line in lines)
+    assert cli.main(["recipes", "--json"]) == cli.OK
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in found] == list(cli.shipped_recipes())
+    assert all(Path(entry["path"]).is_file() for entry in found)
+
+
+def test_the_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["schema"]) == cli.OK
+    assert json.loads(capsys.readouterr().out)["required"] == ["model", "data", "prune", "output"]

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.fusion import Fusion
 from intrafusion.lab import weights
 from intrafusion.lab.data import Dataset, digits, image_folder
 from intrafusion.lab.errors import LabError
@@ -28,20 +29,38 @@ from intrafusion.lab.measure import (
     size_on_disk,
 )
 from intrafusion.lab.models import build_model, example_input
-from intrafusion.lab.pruning import ALL, OutputChanged, Pruned, group_roots, ignored_layers, prune
-from intrafusion.lab.recipe import Recipe, to_mapping
+from intrafusion.lab.pruning import (
+    ALL,
+    OutputChanged,
+    OverrideError,
+    Pruned,
+    group_roots,
+    ignored_layers,
+    own_ratios,
+    prune,
+    uses_images,
+    without_images,
+)
+from intrafusion.lab.recipe import PruneSection, Recipe, to_mapping
 from intrafusion.lab.results import Cell, GroupLine, Result, key_of_identity
+from intrafusion.lab.target import UnreachableTarget, find_ratio
 from intrafusion.lab.training import train_
 
 _log = logging.getLogger(__name__)
-_CODE = ("ot", "surgery", "pruner.py", "checks.py", "fusion.py", "lab/pruning.py", "lab/measure.py", "lab/models.py")
+_CODE = (
+    "ot", "surgery", "pruner.py", "checks.py", "fusion.py", "importance.py", "lab/pruning.py", "lab/measure.py",
+    "lab/models.py",
+)  # fmt: skip
 
 
 class Bench:
-    """Holds what the cells of a run share; each part is made when it is first needed."""
+    """Holds what the cells of a run share; each part is made when it is first needed.
 
-    def __init__(self, recipe: Recipe, folder: Path, progress: bool) -> None:
-        self.recipe, self.folder, self.progress = recipe, folder, progress
+    ``trained`` off leaves a network without a weights file as it is first drawn.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, progress: bool, trained: bool = True) -> None:
+        self.recipe, self.folder, self.progress, self.trained = recipe, folder, progress, trained
         self.device = _device(recipe)
 
     @cached_property
@@ -54,7 +73,8 @@ class Bench:
             data = digits(**common)
         else:
             root = Path(settings.root or "")
-            data = image_folder(root, on_corrupt=settings.on_corrupt, progress=self.progress, **common)
+            common |= {name: getattr(settings, name) for name in ("on_corrupt", "size", "train_images")}
+            data = image_folder(root, progress=self.progress, **common)
         if len(data.classes) != self.recipe.model.num_classes:
             message = f"{self.recipe.model.num_classes}, but the images have {len(data.classes)} classes"
             raise self.recipe.error("model.num_classes", message)
@@ -73,10 +93,14 @@ class Bench:
             ignored_layers(model, self.recipe.prune.ignored)
         except LabError as error:
             raise self.recipe.error("prune.ignored", str(error)) from None
+        try:
+            own_ratios(model, self.example, self.recipe.prune)
+        except OverrideError as error:
+            raise self.recipe.error(f"prune.overrides.{error.pattern}", str(error)) from None
         path = self.recipe.weights_path()
         if path is not None:
             weights.load_weights_(model, path)
-        else:
+        elif self.trained:
             self._train_(model)
         return model.eval()
 
@@ -94,7 +118,7 @@ class Bench:
         groups = [ALL] if settings.groups == "all" else group_roots(self.dense, self.example, settings)
         cells = [Cell("dense", 0.0, ALL)]
         for group in groups:
-            for ratio in settings.ratios:
+            for ratio in self._ratios:
                 cells += [Cell("discard", ratio, group), Cell("fused", ratio, group)]
         return cells
 
@@ -110,9 +134,9 @@ class Bench:
         if cell.method == "dense":
             return common
         prune_settings = to_mapping(self.recipe.prune)
-        for key in ("ratios", "groups"):
+        for key in ("ratios", "target", "groups"):  # they say which cells there are
             del prune_settings[key]
-        if self.recipe.prune.importance == "taylor" or self.recipe.fusion.correct == "calibrated":
+        if uses_images(self.recipe.prune, self.recipe.fusion):
             common["train"] = self.data.digest("train")
         return {**common, "prune": prune_settings, "fusion": asdict(self.recipe.fusion)}
 
@@ -121,7 +145,7 @@ class Bench:
         start = time.perf_counter()
         model, groups, kept = self.dense, (), ""
         if cell.method != "dense":
-            pruned = self._prune(cell)
+            pruned = self.prune(cell, self.recipe.prune, self.recipe.fusion)
             model, kept = pruned.model, pruned.kept
             groups = tuple(
                 GroupLine(g.name, g.channels_before, g.channels_after, g.cost, g.merged, g.reason, plan)
@@ -147,8 +171,8 @@ class Bench:
             latency=tuple(measure_latency(model, self.example, batch) for batch in timed),
         )
 
-    def _prune(self, cell: Cell) -> Pruned:
-        settings, fusion = self.recipe.prune, self.recipe.fusion
+    def prune(self, cell: Cell, settings: PruneSection, fusion: Fusion) -> Pruned:
+        """The pruned copy that a cell stands for."""
         try:
             discard = cell.method == "discard"
             return prune(
@@ -156,6 +180,24 @@ class Bench:
             )
         except OutputChanged as error:
             raise self.recipe.error("prune.ignored", str(error)) from None
+
+    @cached_property
+    def _ratios(self) -> tuple[float, ...]:
+        """The ratios of the recipe, or the one that meets its target."""
+        settings = self.recipe.prune
+        if settings.target is None:
+            return settings.ratios or ()
+        quantity, wanted = settings.target.goal
+        count = count_parameters if quantity == "parameters" else partial(count_macs, example=self.example)
+        quick, discard, whole = without_images(settings), self.recipe.fusion.discarded(), count(self.dense)
+
+        def left(ratio: float) -> float:
+            return count(self.prune(Cell("fused", ratio, ALL), quick, discard).model) / whole
+
+        try:
+            return (find_ratio(left, wanted),)
+        except UnreachableTarget as error:
+            raise self.recipe.error(f"prune.target.{quantity}", str(error)) from None
 
     @cached_property
     def _test_digest(self) -> str:

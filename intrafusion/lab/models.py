@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -177,6 +178,25 @@ def build_model(name: str, num_classes: int = 10) -> nn.Module:
             "torchvision:NAME, timm:NAME, package.module:factory"
         )
     return MODELS[name](num_classes)
+
+
+def find_layers(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The modules whose names match a pattern, by name (``*`` stands for anything, dots included).
+
+    Raises:
+        LabError: nothing matches; the message has the convolutions and linear layers with the closest names.
+    """
+    names = {name: module for name, module in model.named_modules() if name}
+    matched = fnmatch.filter(names, pattern)
+    if not matched:
+        layers = [name for name, module in names.items() if isinstance(module, nn.Conv2d | nn.Linear)]
+        raise LabError(f"'{pattern}' matches no layer; {closest(pattern, layers)}")
+    return {name: names[name] for name in matched}
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """``closest: a, b, c``: at most three of the known names."""
+    return f"closest: {', '.join(difflib.get_close_matches(name, known, n=3, cutoff=0.0)) or 'none'}"
 
 
 def example_input(shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:

@@ -7,16 +7,30 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
+import torch
 import yaml
 
 from intrafusion.fusion import PRESETS, Fusion
-from intrafusion.lab.errors import Problem, RecipeError, UsageError
+from intrafusion.lab.errors import LabError, Problem, RecipeError, UsageError
+from intrafusion.lab.models import build_model, find_layers
 from intrafusion.lab.nodes import Node, override, parse, parse_assignment
-from intrafusion.lab.schema import FAILED, Reader, Rule, key_of, option, options, unknown
+from intrafusion.lab.schema import (
+    FAILED,
+    Reader,
+    Rule,
+    json_schema,
+    key_of,
+    option,
+    options,
+    type_schema,
+    unknown,
+)
 
-ImportanceName = Literal["l1", "l2", "taylor", "lamp", "bn_scale", "random", "fpgm"]
+ImportanceName = Literal[
+    "l1", "l2", "taylor", "lamp", "bn_scale", "random", "fpgm", "chip", "reconstruction", "reconstruction_data_free"
+]
 
 
 def _read_path(reader: Reader, node: Node, path: str) -> Any:
@@ -55,14 +69,23 @@ class DataSection:
     std: tuple[float, ...] | None = option(None, "per channel, of pixels in [0, 1]", gt=0, min_length=1)
     batch_size: int = option(500, "images per evaluation step", ge=1)
     validation: float = option(0.1, "share of the training images held out", gt=0, lt=1)
+    size: int | None = option(
+        None, "side of the square that every image of a folder becomes, in pixels; null for as they are", ge=1
+    )
+    train_images: int | None = option(
+        None, "read only N training images of a folder, of a fixed shuffle; null for all", ge=1
+    )
     test_images: int | None = option(None, "evaluate on the first N of a fixed shuffle; null for all", ge=1)
     seed: int = option(0, "which images are held out", ge=0)
     on_corrupt: Literal["error", "skip"] = option("error", "what to do with an unreadable image")
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """An image folder needs a root that exists."""
+        """An image folder needs a root that exists; digits are as they are."""
         if self.name == "image_folder" and self.root is None:
             yield "root", "missing; set it with --set data.root=FOLDER (or the path of an archive)"
+        for key in ("size", "train_images"):
+            if self.name == "digits" and getattr(self, key) is not None:
+                yield key, "only for image_folder"
         if self.root is not None and not Path(self.root).exists():
             yield "root", f"'{self.root}' does not exist"
 
@@ -80,23 +103,63 @@ class TrainSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TargetSection:
+    """How much of the network is left; the ratio is searched for."""
+
+    macs: float | None = option(None, "share of the multiply-accumulates that is left", gt=0, lt=1)
+    parameters: float | None = option(None, "share of the parameters that is left", gt=0, lt=1)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """One of the two."""
+        if (self.macs is None) == (self.parameters is None):
+            yield "macs", "give either macs or parameters"
+
+    @property
+    def goal(self) -> tuple[str, float]:
+        """The quantity by its key, and the share of it that is left."""
+        return next((name, share) for name, share in vars(self).items() if share is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruneSection:
     """What torch-pruning removes."""
 
-    ratios: tuple[float, ...] = option(doc="share of the channels that go", ge=0, lt=1, min_length=1)
+    ratios: tuple[float, ...] | None = option(
+        None, "share of the channels that go; null with a target", ge=0, lt=1, min_length=1
+    )
+    target: TargetSection | None = option(
+        None, "macs or parameters: the share that is left, met within 2 %, instead of ratios"
+    )
+    overrides: Mapping[str, float] | None = option(
+        None, "layer-name patterns with a ratio of their own; with global, outside the ranking", ge=0, lt=1
+    )
     importance: ImportanceName = option("l1", "torch-pruning importance")
     ignored: tuple[str, ...] = option((), "layer names that are left alone; * stands for anything")
     groups: Literal["all", "each"] = option("all", "all groups at once, or each group alone")
     global_pruning: bool = option(False, "rank the channels of all groups together", key="global")
+    isomorphic: bool = option(False, "with global: rank only groups of the same structure together")
+    iterative_steps: int = option(1, "reach the ratio in this many equal steps", ge=1)
     round_to: int | None = option(None, "channel counts become multiples of this", ge=1)
-    images: int = option(500, "training images behind taylor and calibrated", ge=1)
+    images: int = option(500, "training images behind taylor, chip, reconstruction and calibrated", ge=1)
     seed: int = option(0, "of random importance, and of the choice of those images", ge=0)
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """Ratios are given once each."""
+        """Ratios or a target, and nothing that contradicts another key."""
         ratios = self.ratios or ()
         if len(set(ratios)) < len(ratios):
             yield "ratios", "the same ratio is given twice"
+        if self.ratios is None and self.target is None:
+            yield "ratios", "missing; give a list of numbers at least 0 and below 1, or a target"
+        if self.ratios is not None and self.target is not None:
+            yield "target", "in conflict with ratios; leave out one of them (--set prune.ratios=null)"
+        if self.target is not None and self.groups == "each":
+            yield "target", "of the whole network, in conflict with groups: each"
+        if self.target is not None and self.global_pruning and self.iterative_steps > 1:
+            yield "target", "in conflict with global and iterative_steps: what later steps rank depends on the fusion"
+        if self.overrides and self.groups == "each":
+            yield "overrides", "in conflict with groups: each, where every group has the ratios"
+        if self.isomorphic and not self.global_pruning:
+            yield "isomorphic", "needs global: true"
 
 
 def _read_fusion(reader: Reader, node: Node, path: str) -> Any:
@@ -132,6 +195,23 @@ def _read_fusion(reader: Reader, node: Node, path: str) -> Any:
         return reader.report(node.where, path, str(error))
 
 
+def _fusion_schema() -> dict[str, Any]:
+    preset, choices, kinds = {"enum": list(PRESETS)}, Fusion.choices(), get_type_hints(Fusion)
+    settings = {
+        item.name: {"enum": list(choices[item.name])}
+        if item.name in choices
+        else type_schema(kinds[item.name], Rule(""))
+        for item in fields(Fusion)
+    }
+    section = {
+        "type": "object",
+        "properties": {"preset": preset, **settings},
+        "required": [],
+        "additionalProperties": False,
+    }
+    return {"anyOf": [preset, section]}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole run, checked.
@@ -145,7 +225,12 @@ class Recipe:
     data: DataSection = option(doc="the images")
     train: TrainSection | None = option(None, "how to train the network when there are no weights")
     prune: PruneSection = option(doc="what is removed")
-    fusion: Fusion = option(PRESETS["data-free"], "preset name, or fields of Fusion over a preset", parse=_read_fusion)
+    fusion: Fusion = option(
+        PRESETS["data-free"],
+        "preset name, or fields of Fusion over a preset",
+        parse=_read_fusion,
+        schema=_fusion_schema(),
+    )
     output: str = option(doc="folder of the run")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the network runs; auto takes a GPU if there is one")
     threads: int | None = option(
@@ -155,9 +240,11 @@ class Recipe:
     source: str = field(default="", repr=False, compare=False)
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """There is something to prune, and the weights exist."""
+        """There is a network with the layers that are named, and the weights exist."""
         if self.model is None:
             return
+        if self.model.name is not None:
+            yield from _layer_problems(self.model, self.prune)
         if self.model.weights is None and self.train is None:
             yield "model.weights", "missing; give a safetensors file, or add a section 'train'"
         if self.model.weights is not None:
@@ -185,6 +272,23 @@ class Recipe:
             return None
         tried = weight_places(self.model.weights, self.data.root)
         return next((path for path in tried if path.is_file()), tried[0])
+
+
+def _layer_problems(model: ModelSection, prune: PruneSection | None) -> Iterator[tuple[str, str]]:
+    """The network cannot be built, or a pattern matches none of its layers."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network = build_model(model.name, model.num_classes)
+    except LabError as error:
+        yield "model.name", str(error)
+        return
+    patterns = {f"prune.ignored[{i}]": pattern for i, pattern in enumerate((prune and prune.ignored) or ())}
+    patterns |= {f"prune.overrides.{pattern}": pattern for pattern in (prune and prune.overrides) or ()}
+    for key, pattern in patterns.items():
+        try:
+            find_layers(network, pattern)
+        except LabError as error:
+            yield key, str(error)
 
 
 def weight_places(weights: str, root: str | None) -> list[Path]:
@@ -217,9 +321,12 @@ def load_recipe(path: Path | str, assignments: Sequence[str] = ()) -> Recipe:
 def read_recipe(text: str, source: str = "recipe", assignments: Sequence[str] = ()) -> Recipe:
     """:func:`load_recipe` on text."""
     tree = parse(text, source)
-    for assignment in assignments:
-        tree = override(tree, *parse_assignment(assignment), {"fusion": "preset"})
     reader = Reader()
+    for assignment in assignments:
+        try:
+            tree = override(tree, *parse_assignment(assignment), {"fusion": "preset"})
+        except RecipeError as error:
+            reader.problems += error.problems
     recipe = reader.section(Recipe, tree, "")
     if reader.problems:
         raise RecipeError(reader.problems)
@@ -237,6 +344,15 @@ def to_mapping(section: Any) -> dict[str, Any]:
             value = to_mapping(value)
         result[key_of(item)] = list(value) if isinstance(value, tuple) else value
     return result
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "intrafusion recipe",
+        **json_schema(Recipe),
+    }
 
 
 def to_yaml(recipe: Recipe) -> str:

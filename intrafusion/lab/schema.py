@@ -18,6 +18,8 @@ from intrafusion.lab.nodes import Node
 
 FAILED: Any = object()
 _WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 Parser = Callable[["Reader", Node, str], Any]
 
 
@@ -35,7 +37,8 @@ class Checked(Protocol):
 class Rule:
     """What a field's metadata says: its documentation, its range, its name in the file, a parser of its own.
 
-    ``length`` bounds the number of entries of a list; the range then holds for each of them.
+    ``min_length`` bounds the number of entries of a list; the range then holds for each of them. ``schema`` is the JSON
+    schema of what ``parse`` accepts, where the type does not say it.
     """
 
     doc: str
@@ -46,6 +49,7 @@ class Rule:
     min_length: int = 0
     key: str | None = None
     parse: Parser | None = None
+    schema: Mapping[str, Any] | None = None
 
     def range_text(self) -> str:
         """The range in words: ``at least 0 and below 1``; empty if there is none."""
@@ -114,9 +118,9 @@ class Reader:
             return self.report(node.where, path, f"expected a section with keys, got {_shown(node)}")
         values = self.entries(cls, node, path, known)
         strangers = [key for key in node.value if key not in known]
-        for key in [key for key, item in known.items() if _is_required(item) and key not in node.value]:
-            if difflib.get_close_matches(key, strangers, n=1):
-                continue  # a misspelt key is one problem, not two
+        absent = [key for key in known if key not in node.value]
+        misspelt = {key for key in absent if difflib.get_close_matches(key, strangers, n=1)}  # one problem, not two
+        for key in [key for key in absent if _is_required(known[key]) and key not in misspelt]:
             wanted = type_text(typing.get_type_hints(cls)[known[key].name], rule_of(known[key]))
             values[key] = self.report(node.where, _join(path, key), f"missing; expected {wanted}")
         failed = FAILED in values.values()
@@ -125,7 +129,7 @@ class Reader:
         wrong = list(check(draft))
         for key, message in wrong:
             full = _join(path, key)
-            if not any(problem.key == full for problem in self.problems):
+            if key not in misspelt and not any(_is_within(problem.key, full) for problem in self.problems):
                 self.report(self.places.get(full, node.where), full, message)
         if failed or wrong:
             return FAILED
@@ -171,6 +175,8 @@ class Reader:
             return self._literal(arguments, node, path)
         if origin is tuple:
             return self._tuple(kind, arguments[0], node, path, rule)
+        if origin is Mapping:
+            return self._mapping(kind, arguments[1], node, path, rule)
         if isinstance(kind, type) and is_dataclass(kind):
             return self.section(kind, node, path)
         return self._scalar(kind, node, path, rule)
@@ -207,8 +213,16 @@ class Reader:
             return self._wrong(kind, node, path, rule)
         if len(children) < rule.min_length:
             return self.report(node.where, path, f"expected at least {rule.min_length} entry, got an empty list")
+        self.places |= {f"{path}[{i}]": child.where for i, child in enumerate(children)}
         values = [self.value(item, child, f"{path}[{i}]", rule) for i, child in enumerate(children)]
         return FAILED if FAILED in values else tuple(values)
+
+    def _mapping(self, kind: Any, item: Any, node: Node, path: str, rule: Rule) -> Any:
+        if not isinstance(node.value, dict):
+            return self._wrong(kind, node, path, rule)
+        self.places |= {_join(path, key): child.where for key, child in node.value.items()}
+        values = {key: self.value(item, child, _join(path, key), rule) for key, child in node.value.items()}
+        return FAILED if FAILED in values.values() else values
 
     def _scalar(self, kind: Any, node: Node, path: str, rule: Rule) -> Any:
         value: Any = node.value
@@ -247,6 +261,8 @@ def type_text(kind: Any, rule: Rule | None = None) -> str:
     if origin is tuple:
         item = "texts" if arguments[0] is str else f"{_WORDS.get(arguments[0], 'value')}s"
         text = f"list of {item}"
+    elif origin is Mapping:
+        text = f"mapping of names to {_WORDS[arguments[1]]}s"
     else:
         text = _WORDS.get(kind, "section" if is_dataclass(kind) else getattr(kind, "__name__", str(kind)))
     return f"{text} {rule.range_text()}" if rule and rule.range_text() else text
@@ -256,6 +272,43 @@ def describe(cls: type, item: Field[Any]) -> str:
     """Type, range and default of a key in one line, as it stands above the key in the shipped recipes."""
     text = type_text(typing.get_type_hints(cls)[item.name], rule_of(item))
     return f"{text}, required" if _is_required(item) else f"{text}, default {_default_text(item.default)}"
+
+
+def json_schema(cls: type) -> dict[str, Any]:
+    """The JSON schema of a section, for editors: what :class:`Reader` accepts, but for rules between keys."""
+    known, hints = {key_of(item): item for item in options(cls)}, typing.get_type_hints(cls)
+    return {
+        "type": "object",
+        "description": (cls.__doc__ or "").splitlines()[0],
+        "properties": {key: _property_schema(hints[item.name], item) for key, item in known.items()},
+        "required": [key for key, item in known.items() if _is_required(item)],
+        "additionalProperties": False,
+    }
+
+
+def _property_schema(kind: Any, item: Field[Any]) -> dict[str, Any]:
+    rule = rule_of(item)
+    schema = {"description": rule.doc} | (dict(rule.schema) if rule.schema else type_schema(kind, rule))
+    if not _is_required(item) and not is_dataclass(item.default):
+        schema["default"] = list(item.default) if isinstance(item.default, tuple) else item.default
+    return schema
+
+
+def type_schema(kind: Any, rule: Rule) -> dict[str, Any]:
+    """The JSON schema of one type within the range of ``rule``."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [type_schema(argument, rule) for argument in arguments]}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin is tuple:
+        return {"type": "array", "items": type_schema(arguments[0], rule), "minItems": rule.min_length}
+    if origin is Mapping:
+        return {"type": "object", "additionalProperties": type_schema(arguments[1], rule)}
+    if is_dataclass(kind):
+        return json_schema(typing.cast(type, kind))
+    bounds = {word: getattr(rule, name) for name, word in _BOUNDS.items()} if kind in (int, float) else {}
+    return {"type": _JSON_TYPES[kind]} | {word: bound for word, bound in bounds.items() if bound is not None}
 
 
 def _default_text(value: Any) -> str:
@@ -272,6 +325,10 @@ def _is_required(item: Field[Any]) -> bool:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
+
+
+def _is_within(key: str, section: str) -> bool:
+    return key == section or key.startswith((f"{section}.", f"{section}["))
 
 
 def _choices(allowed: tuple[Any, ...]) -> str:

@@ -11,7 +11,16 @@ from intrafusion import Fusion
 from intrafusion.lab.data import digits
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.models import DigitsCNN, build_model
-from intrafusion.lab.pruning import IMPORTANCES, OutputChanged, group_roots, ignored_layers, prune
+from intrafusion.lab.pruning import (
+    IMPORTANCES,
+    OutputChanged,
+    OverrideError,
+    coupled_layers,
+    group_roots,
+    ignored_layers,
+    own_ratios,
+    prune,
+)
 from intrafusion.lab.recipe import PruneSection
 from intrafusion.lab.weights import digest
 
@@ -75,8 +84,7 @@ def test_random_importance_follows_its_seed_and_leaves_the_global_state_alone(mo
 def test_one_group_alone_leaves_the_others_whole(model: nn.Module) -> None:
     assert group_roots(model, EXAMPLE, SETTINGS) == ["features.0", "features.3", "features.7"]
     pruned = prune(model, EXAMPLE, SETTINGS, PAPER, 0.5, data=digits(), only="features.3")
-    widths = [m.out_channels for m in pruned.model.modules() if isinstance(m, nn.Conv2d)]
-    assert widths == [8, 6, 12]
+    assert channels(pruned.model) == [8, 6, 12]
     assert [group.name for group in pruned.groups if group.channels_after < group.channels_before] == ["features.3"]
     with pytest.raises(LabError, match=r"no group starts at 'features\.1'; groups: features\.0, features\.3"):
         prune(model, EXAMPLE, SETTINGS, PAPER, 0.5, data=digits(), only="features.1")
@@ -90,7 +98,7 @@ def test_resnet20_has_nine_groups_inside_its_blocks() -> None:
 
 def test_round_to(model: nn.Module) -> None:
     pruned = prune(model, EXAMPLE, replace(SETTINGS, round_to=4), PAPER, 0.5, data=digits())
-    assert {m.out_channels % 4 for m in pruned.model.modules() if isinstance(m, nn.Conv2d)} == {0}
+    assert {n % 4 for n in channels(pruned.model)} == {0}
 
 
 def test_ratio_zero_changes_nothing(model: nn.Module) -> None:
@@ -100,10 +108,79 @@ def test_ratio_zero_changes_nothing(model: nn.Module) -> None:
 def test_patterns(model: nn.Module) -> None:
     assert ignored_layers(model, ["features.?", "classifier"])[-1] is model.get_submodule("classifier")
     assert ignored_layers(model, []) == []
-    with pytest.raises(LabError, match=r"'fc' matches no layer; .*: features\.0, features\.3, features\.7, classifier"):
+    with pytest.raises(LabError, match=r"'fc' matches no layer; closest: features\.\d, features\.\d, features\.\d"):
         ignored_layers(model, ["fc"])
 
 
 def test_a_pruned_output_is_an_error(model: nn.Module) -> None:
     with pytest.raises(OutputChanged, match="from 10 to 5 values; its last layer must be left alone"):
         prune(model, EXAMPLE, replace(SETTINGS, ignored=()), PAPER, 0.5, data=digits())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"iterative_steps": 3},
+        {"iterative_steps": 2, "importance": "taylor"},
+        {"iterative_steps": 2, "global_pruning": True},
+        {"global_pruning": True, "isomorphic": True},
+        {"overrides": {"features.3": 0.25}},
+        {"overrides": {"features.3": 0.25}, "global_pruning": True},
+    ],
+    ids=str,
+)
+def test_twins_keep_the_same_channels(model: nn.Module, changes: dict) -> None:
+    settings, data = replace(SETTINGS, images=50, **changes), digits()
+    fused, twin = (prune(model, EXAMPLE, settings, PAPER, 0.5, data=data, discard=d) for d in (False, True))
+    assert fused.kept == twin.kept
+    shapes = [[tuple(p.shape) for p in pruned.model.parameters()] for pruned in (fused, twin)]
+    assert shapes[0] == shapes[1]
+    assert digest(fused.model) != digest(twin.model)
+
+
+def test_steps_reach_the_ratio(model: nn.Module) -> None:
+    pruned = prune(model, EXAMPLE, replace(SETTINGS, iterative_steps=2), PAPER, 0.5, data=digits())
+    assert channels(pruned.model) == [4, 6, 6]
+    assert [(g.name, g.channels_before, g.channels_after) for g in pruned.groups if g.name == "features.0"] == [
+        ("features.0", 8, 6), ("features.0", 6, 4),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("global_pruning", [False, True])
+def test_an_override_is_the_ratio_of_its_group(model: nn.Module, global_pruning: bool) -> None:
+    settings = replace(SETTINGS, overrides={"*.3": 0.25, "features.0": 0.0}, global_pruning=global_pruning)
+    assert own_ratios(model, EXAMPLE, settings) == {"features.3": 0.25, "features.0": 0.0}
+    assert channels(prune(model, EXAMPLE, settings, PAPER, 0.5, data=digits()).model) == [8, 9, 6]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"classifier": 0.2}, r"'classifier' matches no pruned layer; closest: features\.7, "),
+        ({"features.1": 0.2}, r"'features\.1' matches no pruned layer"),
+        ({"features.0": 0.2, "features.*": 0.3}, r"the group of features\.0 has the ratio 0\.2 already"),
+    ],
+)
+def test_overrides_that_do_not_fit(model: nn.Module, overrides: dict, message: str) -> None:
+    with pytest.raises(OverrideError, match=message):
+        own_ratios(model, EXAMPLE, replace(SETTINGS, overrides=overrides))
+
+
+def test_coupled_layers_are_named() -> None:
+    settings = PruneSection(ratios=(0.5,), ignored=("fc",))
+    groups = coupled_layers(build_model("torchvision:resnet18"), torch.zeros(1, 3, 32, 32), settings)
+    stem = groups[0]
+    assert stem.name == "conv1"
+    assert set(stem.producers) == {"conv1", "layer1.0.conv2", "layer1.1.conv2"}
+    assert set(stem.readers) == {"layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.downsample.0"}
+
+
+def channels(model: nn.Module) -> list[int]:
+    return [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+def test_a_network_that_torch_pruning_breaks_is_an_error() -> None:
+    settings = PruneSection(ratios=(0.5,), ignored=("linear",))  # zero-padded shortcuts
+    model = build_model("cifar_resnet20").eval()
+    with pytest.raises(OutputChanged, match=r"the pruned network cannot be run \(.*shapes.*\): torch-pruning does not"):
+        prune(model, torch.zeros(1, 3, 32, 32), settings, Fusion.preset("discard"), 0.5, data=digits())

@@ -3,15 +3,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from intrafusion import Fusion
 from intrafusion.lab.errors import RecipeError, UsageError
 from intrafusion.lab.nodes import parse
-from intrafusion.lab.recipe import Recipe, load_recipe, read_recipe, to_yaml
+from intrafusion.lab.recipe import Recipe, load_recipe, read_recipe, recipe_schema, to_yaml
 from intrafusion.lab.schema import describe, key_of, options
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -36,7 +38,7 @@ def problems(text: str, *assignments: str) -> list[str]:
 def test_defaults() -> None:
     recipe = read_recipe(GOOD)
     assert recipe.prune.importance == "l1"
-    assert recipe.fusion == Fusion.preset("paper")
+    assert recipe.fusion == Fusion.preset("data-free")
     assert recipe.train is not None
     assert recipe.train.epochs == 10
     assert recipe.places["prune.ratios"] == "recipe:7"
@@ -46,7 +48,7 @@ def test_defaults() -> None:
     ("old", "new", "message"),
     [
         ("  name: digits\n", "  name: digitz\n", "r.yaml:4: data.name: unknown value 'digitz'; did you mean 'digits'? allowed: digits, image_folder"),
-        ("ratios: [0.5]", "ratio: [0.5]", "r.yaml:7: prune.ratio: unknown key 'ratio'; did you mean 'ratios'? allowed: ratios, importance, ignored, groups, global, round_to, images, seed"),
+        ("ratios: [0.5]", "ratio: [0.5]", "r.yaml:7: prune.ratio: unknown key 'ratio'; did you mean 'ratios'? allowed: ratios, target, overrides, importance, ignored, groups, global, isomorphic, iterative_steps, round_to, images, seed"),
         ("[0.5]", "[0.5, 1.0]", "r.yaml:7: prune.ratios[1]: expected number at least 0 and below 1, got 1"),
         ("[0.5]", "[.nan]", "r.yaml:7: prune.ratios[0]: expected number at least 0 and below 1, got nan"),
         ("[0.5]", "[-0.1]", "r.yaml:7: prune.ratios[0]: expected number at least 0 and below 1, got -0.1"),
@@ -132,7 +134,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         ("prune.ratios=0.3,0.6", "prune.ratios", (0.3, 0.6)),
         ("prune.ratios=0.3", "prune.ratios", (0.3,)),
         ("prune.ratios=[0.3, 0.6]", "prune.ratios", (0.3, 0.6)),
-        ("prune.ignored=a,b.*", "prune.ignored", ("a", "b.*")),
+        ("prune.ignored=classifier,features.*", "prune.ignored", ("classifier", "features.*")),
         ("prune.global=true", "prune.global_pruning", True),
         ("train.lr=1e-3", "train.lr", 0.001),
         ("train.epochs=3", "train.epochs", 3),
@@ -179,10 +181,21 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_a_resolved_recipe_reads_back_equal() -> None:
     recipe = read_recipe(GOOD, "r", ["fusion.cost=l2", "prune.ratios=0.1,0.2", "prune.global=true", "data.mean=0.5"])
     assert read_recipe(to_yaml(recipe)) == recipe
+    aim = ["prune.ratios=null", "prune.target.macs=0.4", "prune.overrides={features.*: 0.1}", "prune.iterative_steps=3"]
+    recipe = read_recipe(GOOD, "r", aim)
+    assert recipe.prune.target is not None
+    assert recipe.prune.target.goal == ("macs", 0.4)
+    assert read_recipe(to_yaml(recipe)) == recipe
 
 
 def test_shipped_recipes_exist() -> None:
-    assert {path.stem for path in RECIPES} >= {"digits", "cifar10_resnet20", "cifar10_vgg11_bn"}
+    assert {path.stem for path in RECIPES} >= {
+        "digits",
+        "cifar10_resnet20",
+        "cifar10_vgg11_bn",
+        "cifar10_vgg11_bn_groups",
+        "imagenet_resnet50",
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -226,3 +239,68 @@ def comment_above(text: str, where: str) -> str:
     while lines and lines[-1].lstrip().startswith("#"):
         found.insert(0, lines.pop().strip(" #"))
     return re.sub(r"\s+", " ", " ".join(found))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_json_schema_accepts_every_shipped_recipe(path: Path) -> None:
+    assert list(violations(recipe_schema(), yaml.safe_load(path.read_text()))) == []
+
+
+@pytest.mark.parametrize(
+    ("assignment", "path"),
+    [
+        ("prune.ratio=[0.5]", "prune"),
+        ("prune.ratios=[1.0]", "prune.ratios"),
+        ("prune.ratios=[]", "prune.ratios"),
+        ("prune.groups=some", "prune.groups"),
+        ("prune.seed=-1", "prune.seed"),
+        ("prune.overrides={a: 2}", "prune.overrides"),
+        ("prune.target={macs: 0.0}", "prune.target"),
+        ("prune.global=1", "prune.global"),
+        ("fusion={cost: l3}", "fusion"),
+        ("fusion=papper", "fusion"),
+        ("output=null", "output"),
+    ],
+)
+def test_the_json_schema_refuses_what_the_loader_refuses(assignment: str, path: str) -> None:
+    given = yaml.safe_load(GOOD)
+    assert list(violations(recipe_schema(), given)) == []
+    keys, value = assignment.split("=")
+    *section, key = keys.split(".")
+    (given[section[0]] if section else given)[key] = yaml.safe_load(value)
+    assert list(violations(recipe_schema(), given)) == [path]
+    with pytest.raises(RecipeError):
+        read_recipe(yaml.safe_dump(given))
+
+
+def violations(schema: dict[str, Any], value: Any, path: str = "") -> Iterator[str]:
+    """The paths at which a value breaks a JSON schema, in the words of the standard that recipes use."""
+    kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None), "integer": int}
+    if "anyOf" in schema:
+        if all(list(violations(choice, value)) for choice in schema["anyOf"]):
+            yield path
+        return
+    if "enum" in schema:
+        if value not in schema["enum"]:
+            yield path
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number if schema["type"] == "number" else isinstance(value, kinds[schema["type"]])):
+        yield path
+    elif isinstance(value, dict):
+        extra = schema["additionalProperties"]
+        if extra is False and (set(value) - set(schema["properties"]) or set(schema.get("required", ())) - set(value)):
+            yield path
+        for key, child in value.items():
+            if below := schema.get("properties", {}).get(key, extra):
+                yield from violations(below, child, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        if len(value) < schema["minItems"]:
+            yield path
+        for child in value:
+            yield from violations(schema["items"], child, path)
+    elif number and not (
+        schema.get("minimum", value) <= value <= schema.get("maximum", value)
+        and schema.get("exclusiveMinimum", value - 1) < value < schema.get("exclusiveMaximum", value + 1)
+    ):
+        yield path

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +14,7 @@ from intrafusion.lab import run as run_module
 from intrafusion.lab.bench import Bench
 from intrafusion.lab.errors import LabError, RecipeError
 from intrafusion.lab.models import DigitsCNN, build_model
-from intrafusion.lab.recipe import Recipe, read_recipe
+from intrafusion.lab.recipe import Recipe, load_recipe, read_recipe
 from intrafusion.lab.results import Result
 from intrafusion.lab.run import run
 from intrafusion.lab.weights import save_weights
@@ -183,20 +184,39 @@ def test_folders_of_images(image_root: Path, tmp_path: Path) -> None:
     assert f"* cannot read {broken}: not an image" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
+def test_the_imagenet_recipe_on_images_of_many_sizes(write_image: Callable[..., None], tmp_path: Path) -> None:
+    for split, count in (("train", 4), ("val", 2)):
+        for label, name in enumerate(("n01440764", "n01443537")):
+            for index in range(count):
+                path = tmp_path / "images" / split / name / f"{name}_{index}.JPEG"
+                write_image(path, seed=10 * label + index, size=(70 + 10 * index, 90))
+    torch.manual_seed(0)
+    save_weights(build_model("torchvision:resnet50", 2), tmp_path / "images" / "resnet50.safetensors")
+    recipe = load_recipe(Path(__file__).resolve().parents[2] / "recipes" / "imagenet_resnet50.yaml", [
+        f"data.root={tmp_path / 'images'}", f"output={tmp_path / 'out'}", "model.num_classes=2", "data.size=64",
+        "data.train_images=6", "prune.ratios=0.5", "prune.images=4", "fusion=barycentre",
+    ])  # fmt: skip
+    table = run(recipe, progress=False).table
+    assert table.startswith("torchvision:resnet50 on ImageNet: dense ")
+    assert "of 4 test images" in table
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
         ("model.name=digitscnn", r"model\.name: no network is called 'digitscnn'; did you mean 'digits_cnn'\?"),
         ("model.name=cifar_resnet20", r"model\.name: 'cifar_resnet20' does not accept images of 1x8x8: "),
         ("model.num_classes=7", r"model\.num_classes: 7, but the images have 10 classes"),
-        ("prune.ignored=fc", r"prune\.ignored: 'fc' matches no layer"),
+        ("prune.ignored=fc", r"prune\.ignored\[0\]: 'fc' matches no layer; closest: "),
         ("prune.ignored=[]", r"prune\.ignored: pruning changed the network's output"),
         (f"model.name={__name__}:two_outputs", r"model\.name: .* does not return one logit per class"),
     ],
 )
 def test_recipes_that_do_not_fit(recipe: Recipe, assignment: str, message: str) -> None:
+    text = TEXT.replace("[classifier]", "[]") if assignment.startswith("model.name") else TEXT
     with pytest.raises(RecipeError, match=rf"\n  --set {assignment.replace('[]', '..')}: {message}"):
-        run(read_recipe(TEXT, "r.yaml", [f"output={recipe.output}", assignment]), progress=False)
+        run(read_recipe(text, "r.yaml", [f"output={recipe.output}", assignment]), progress=False)
 
 
 def two_outputs(num_classes: int) -> torch.nn.Module:
