@@ -40,7 +40,7 @@ def test_the_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_fresh_computes_again(tmp_path: Path) -> None:
-    arguments = ["run", "digits", *QUICK, "--output", "out", "--quiet"]
+    arguments = ["run", "digits", *QUICK, "--output", "out", "--quiet", "--set", "fusion=paper"]
     for extra, lines in (([], 3), ([], 3), (["--fresh"], 6)):
         assert cli.main([*arguments, *extra]) == cli.OK
         assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == lines

@@ -66,7 +66,7 @@ def _what_was_run(study: Study) -> list[str]:
     facts = {
         "importance": recipe.prune.importance,
         "fusion": recipe.fusion_text(),
-        "channels removed": ", ".join(f"{ratio:.4g}" for ratio in recipe.prune.ratios),
+        "channels removed": ", ".join(f"{ratio:.4g}" for ratio in dict.fromkeys(pair.ratio for pair in study.pairs)),
         "groups": "all at once" if recipe.prune.groups == "all" else "each alone",
     }
     facts |= {name: versions.pop(name) for name in ("device", "threads") if name in versions}

@@ -38,7 +38,7 @@ def published(recipe: Recipe, groups: Sequence[str]) -> Published | None:
         return None
     figures = {}
     for number, group in enumerate(reversed(groups)):  # the paper counts from the output
-        for ratio in recipe.prune.ratios:
+        for ratio in recipe.prune.ratios or ():
             pair = table["groups"][str(number)].get(f"{recipe.prune.importance}@{ratio:.4g}")
             if pair is not None:
                 figures[group, ratio] = tuple(pair)
