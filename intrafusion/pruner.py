@@ -220,9 +220,18 @@ class FusionMixin:
         """What corrects the layers of one step; the benchmarks' rivals bring their own."""
         batches = self._calibration
         few = synthetic_count(self.model, self._example, batches)
-        if few:
-            drawn = synthetic_inputs(self.model, self._example, self._run, count=few, seed=self.fusion.seed)
-            batches = [*batches, *drawn]
+        try:
+            drawn = (
+                synthetic_inputs(self.model, self._example, self._run, count=few, seed=self.fusion.seed) if few else []
+            )
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            if not batches:
+                raise FusionError(
+                    f"the network does not run on batches of synthetic inputs shaped like its example ({error}): give "
+                    "fusion='calibrated' with calibration=<batches of your own>, or fusion='paper', which needs none"
+                ) from error
+            drawn = []
+        batches = [*batches, *drawn]
         device = next(self.model.parameters()).device
         return Sequential(self.DG, self._run, [checks.to_device(batch, device) for batch in batches])
 

@@ -223,6 +223,26 @@ def test_a_half_precision_network_is_corrected_as_well(dtype):
     assert gaps[1] < 0.5 * gaps[0]
 
 
+def test_a_network_that_takes_one_input_at_a_time_is_told_what_to_do_and_left_alone():
+    class One(Plain):
+        def forward(self, x):
+            if len(x) != 1:
+                raise RuntimeError("one at a time, please")
+            return super().forward(x)
+
+    model = randomise_(One()).eval()
+    before = state(model)
+    pruner = IntraFusionPruner(model, example()[:1], l1(), ignored_layers=[model.fc2])
+    with pytest.raises(FusionError, match=r"synthetic inputs.*one at a time, please.*fusion='calibrated'"):
+        pruner.step()
+    assert_unchanged(model, before)
+    own = [torch.randn(1, *example().shape[1:]) for _ in range(16)]
+    IntraFusionPruner(
+        model, example()[:1], l1(), ignored_layers=[model.fc2], fusion="calibrated", calibration=own
+    ).step()
+    assert model.fc2.in_features < Plain().fc2.in_features
+
+
 def test_a_value_that_overflows_half_precision_is_an_error_and_changes_nothing():
     model = plain().to(torch.float16)
     model.bn1.running_var.fill_(1e-6)
