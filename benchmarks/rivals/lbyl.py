@@ -76,11 +76,13 @@ def tuned_lbyl(
     ratio: float,
     importance: Callable,
     example_inputs: Any,
+    *,
     images: Sequence[Tensor],
+    seed: int = 0,
 ) -> nn.Module:
     """LBYL with the two weights whose network agrees most with the dense one on unlabelled images.
 
-    images: batches [N, ...]; `TUNED_ON` of them are used.
+    images: batches [N, ...]; `TUNED_ON` of them are used. Nothing is drawn: `seed` does nothing.
     """
     few = [batch.split(TUNED_ON)[0] for batch in images[:1]]
     candidates = [

@@ -78,19 +78,6 @@ def _theirs(
     return prune_with(partial(make, seed=seed), dense, roots, ratio, importance, example_inputs, given, **settings)
 
 
-def _tuned(
-    dense: nn.Module,
-    roots: Sequence[str] | None,
-    ratio: float,
-    importance: Callable,
-    example_inputs: Any,
-    *,
-    images: Sequence[Tensor],
-    seed: int = 0,
-) -> nn.Module:
-    return tuned_lbyl(dense, roots, ratio, importance, example_inputs, images)
-
-
 def _rival(name: str, source: str, make: Callable, images: bool = False, **settings: Any) -> Method:
     return Method(name, images, source, partial(_theirs, make, settings, images))
 
@@ -128,7 +115,7 @@ METHODS: dict[str, Method] = {
             fusion=Fusion(merge="barycentre"),
         ),
         _rival("Fold-R", _FOLDING, FoldR, images=True),
-        Method("LBYL, tuned", True, f"{_LBYL}, weights tuned on the images", _tuned),
+        Method("LBYL, tuned", True, f"{_LBYL}, weights tuned on the images", tuned_lbyl),
         _rival("GRAIL", _GRAIL, Grail, images=True),
         _rival("GRAIL + batch-norm", f"{_GRAIL}, batch-norm statistics re-estimated", GrailReestimated, images=True),
         _preset("calibrated", "ours", Fusion.preset("calibrated"), images=True),

@@ -134,7 +134,7 @@ def test_tuned_lbyl_is_the_candidate_nearest_to_the_dense_network(monkeypatch):
     monkeypatch.setattr(lbyl, "GRID_BN", (0.1,))
     monkeypatch.setattr(lbyl, "GRID_RIDGE", (1e-9, 100.0))
     model, data = duplicated(), images()
-    best = lbyl.tuned_lbyl(model, ["conv1"], 0.5, first_channels, torch.zeros(1, 3, 8, 8), data)
+    best = lbyl.tuned_lbyl(model, ["conv1"], 0.5, first_channels, torch.zeros(1, 3, 8, 8), images=data)
     torch.testing.assert_close(best(data[0]), model(data[0]), rtol=1e-4, atol=1e-4)
 
 
