@@ -22,7 +22,7 @@ from benchmarks.rivals.base import ignored_layers
 from intrafusion import IntraFusionPruner
 from intrafusion.lab.data import Dataset, digits
 from intrafusion.lab.measure import evaluate
-from intrafusion.lab.recipe import TrainSection
+from intrafusion.lab.sections import TrainSection
 from intrafusion.lab.training import train_
 
 RATIOS = (0.3, 0.5, 0.7)

@@ -41,8 +41,9 @@ from intrafusion.lab.pruning import (
     uses_images,
     without_images,
 )
-from intrafusion.lab.recipe import PruneSection, Recipe, to_mapping
+from intrafusion.lab.recipe import Recipe, to_mapping
 from intrafusion.lab.results import Cell, GroupLine, Result, key_of_identity
+from intrafusion.lab.sections import PruneSection
 from intrafusion.lab.target import UnreachableTarget, find_ratio
 from intrafusion.lab.training import train_
 

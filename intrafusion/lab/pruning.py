@@ -18,7 +18,7 @@ from intrafusion import CHIPImportance, Fusion, GroupReport, IntraFusionPruner, 
 from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.models import closest, find_layers
-from intrafusion.lab.recipe import PruneSection
+from intrafusion.lab.sections import PruneSection
 
 ALL = "all"
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.recipe import TrainSection
+from intrafusion.lab.sections import TrainSection
 
 _log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from intrafusion.lab.pruning import (
     own_ratios,
     prune,
 )
-from intrafusion.lab.recipe import PruneSection
+from intrafusion.lab.sections import PruneSection
 from intrafusion.lab.weights import digest
 
 SETTINGS = PruneSection(ratios=(0.5,), ignored=("classifier",))

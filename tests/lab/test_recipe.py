@@ -228,9 +228,9 @@ def test_every_key_of_a_shipped_recipe_is_there_with_its_type_and_default(path: 
 
 
 def globals_of_recipe() -> dict[str, Any]:
-    from intrafusion.lab import recipe
+    from intrafusion.lab import sections
 
-    return {name: value for name, value in vars(recipe).items() if name.endswith("Section")}
+    return {name: value for name, value in vars(sections).items() if name.endswith("Section")}
 
 
 def comment_above(text: str, where: str) -> str:

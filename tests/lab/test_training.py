@@ -9,7 +9,7 @@ from intrafusion.lab.data import digits
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.models import DigitsCNN
-from intrafusion.lab.recipe import TrainSection
+from intrafusion.lab.sections import TrainSection
 from intrafusion.lab.training import train_
 from intrafusion.lab.weights import digest
 

@@ -1,0 +1,146 @@
+# ruff: noqa: RUF009 - option() returns a dataclass field, as dataclasses.field does
+"""The sections of a recipe: which keys there are, what they may be, and the rules between keys of one section."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from intrafusion.lab.nodes import Node
+from intrafusion.lab.schema import Reader, Rule, option
+
+ImportanceName = Literal[
+    "l1", "l2", "taylor", "lamp", "bn_scale", "random", "fpgm", "chip", "reconstruction", "reconstruction_data_free"
+]
+
+
+def _read_path(reader: Reader, node: Node, path: str) -> Any:
+    """Text or null, with ``~`` replaced by the home folder."""
+    value = reader.value(str | None, node, path, Rule(""))
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """Which network, with which weights."""
+
+    name: str = option(doc="name of the network, torchvision:NAME, timm:NAME or package.module:factory")
+    weights: str | None = option(
+        None,
+        "safetensors file; a relative path is looked for in the folder of data.root, then in the current one",
+        parse=_read_path,
+    )
+    num_classes: int = option(10, "width of the output", ge=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """Which images, and how they are split and scaled."""
+
+    name: Literal["digits", "image_folder"] = option(doc="digits of scikit-learn, or a folder of images")
+    title: str | None = option(None, "what reports call the images; null for the name")
+    root: str | None = option(
+        None,
+        "folder with train/<class>/*.jpg and test/<class>/*.jpg, or a tar archive of it, or the folder it lies in",
+        parse=_read_path,
+    )
+    mean: tuple[float, ...] | None = option(
+        None, "per channel, of pixels in [0, 1]; null for the data set's own (folders: ImageNet's)", min_length=1
+    )
+    std: tuple[float, ...] | None = option(None, "per channel, of pixels in [0, 1]", gt=0, min_length=1)
+    batch_size: int = option(500, "images per evaluation step", ge=1)
+    validation: float = option(0.1, "share of the training images held out", gt=0, lt=1)
+    size: int | None = option(
+        None, "side of the square that every image of a folder becomes, in pixels; null for as they are", ge=1
+    )
+    train_images: int | None = option(
+        None, "read only N training images of a folder, of a fixed shuffle; null for all", ge=1
+    )
+    test_images: int | None = option(None, "evaluate on the first N of a fixed shuffle; null for all", ge=1)
+    seed: int = option(0, "which images are held out", ge=0)
+    on_corrupt: Literal["error", "skip"] = option("error", "what to do with an unreadable image")
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """An image folder needs a root that exists; digits are as they are."""
+        if self.name == "image_folder" and self.root is None:
+            yield "root", "missing; set it with --set data.root=FOLDER (or the path of an archive)"
+        for key in ("size", "train_images"):
+            if self.name == "digits" and getattr(self, key) is not None:
+                yield key, "only for image_folder"
+        if self.root is not None and not Path(self.root).exists():
+            yield "root", f"'{self.root}' does not exist"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """How the dense network is trained when no weights are given."""
+
+    epochs: int = option(10, "passes over the training images", ge=1)
+    lr: float = option(0.05, "largest learning rate of the cosine schedule", gt=0)
+    momentum: float = option(0.9, "of SGD", ge=0, lt=1)
+    weight_decay: float = option(0.0005, "of SGD", ge=0)
+    batch_size: int = option(64, "images per training step", ge=2)
+    seed: int = option(0, "of the first weights and of the order of the images", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSection:
+    """How much of the network is left; the ratio is searched for."""
+
+    macs: float | None = option(None, "share of the multiply-accumulates that is left", gt=0, lt=1)
+    parameters: float | None = option(None, "share of the parameters that is left", gt=0, lt=1)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """One of the two."""
+        if (self.macs is None) == (self.parameters is None):
+            yield "macs", "give either macs or parameters"
+
+    @property
+    def goal(self) -> tuple[str, float]:
+        """The quantity by its key, and the share of it that is left."""
+        return next((name, share) for name, share in vars(self).items() if share is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSection:
+    """What torch-pruning removes."""
+
+    ratios: tuple[float, ...] | None = option(
+        None, "share of the channels that go; null with a target", ge=0, lt=1, min_length=1
+    )
+    target: TargetSection | None = option(
+        None, "macs or parameters: the share that is left, met within 2 %, instead of ratios"
+    )
+    overrides: Mapping[str, float] | None = option(
+        None, "layer-name patterns with a ratio of their own; with global, outside the ranking", ge=0, lt=1
+    )
+    importance: ImportanceName = option("l1", "torch-pruning importance")
+    ignored: tuple[str, ...] = option((), "layer names that are left alone; * stands for anything")
+    groups: Literal["all", "each"] = option("all", "all groups at once, or each group alone")
+    global_pruning: bool = option(False, "rank the channels of all groups together", key="global")
+    isomorphic: bool = option(False, "with global: rank only groups of the same structure together")
+    iterative_steps: int = option(1, "reach the ratio in this many equal steps", ge=1)
+    round_to: int | None = option(None, "channel counts become multiples of this", ge=1)
+    images: int = option(500, "training images behind taylor, chip, reconstruction and calibrated", ge=1)
+    seed: int = option(0, "of random importance, and of the choice of those images", ge=0)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Ratios or a target, and nothing that contradicts another key."""
+        ratios = self.ratios or ()
+        if len(set(ratios)) < len(ratios):
+            yield "ratios", "the same ratio is given twice"
+        if self.ratios is None and self.target is None:
+            yield "ratios", "missing; give a list of numbers at least 0 and below 1, or a target"
+        if self.ratios is not None and self.target is not None:
+            yield "target", "in conflict with ratios; leave out one of them (--set prune.ratios=null)"
+        if self.target is not None and self.groups == "each":
+            yield "target", "of the whole network, in conflict with groups: each"
+        if self.target is not None and self.global_pruning and self.iterative_steps > 1:
+            yield "target", "in conflict with global and iterative_steps: what later steps rank depends on the fusion"
+        if self.overrides and self.groups == "each":
+            yield "overrides", "in conflict with groups: each, where every group has the ratios"
+        if self.isomorphic and not self.global_pruning:
+            yield "isomorphic", "needs global: true"
