@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property, partial
 from importlib import metadata
@@ -53,33 +54,50 @@ _CODE = (
     "lab/models.py",
 )  # fmt: skip
 
+TRAINED = "dense.safetensors"
+"""Where a network that the recipe trains is kept, inside the bench's folder."""
+
 
 class Bench:
     """Holds what the cells of a run share; each part is made when it is first needed.
 
-    ``trained`` off leaves a network without a weights file as it is first drawn.
+    ``folder`` is where a trained network is kept. ``trained`` off leaves a network without a weights file as it is
+    first drawn. Benches given the same ``shared`` read equal data sets and networks once between them.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, progress: bool, trained: bool = True) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, progress: bool, trained: bool = True, shared: dict[str, Any] | None = None
+    ) -> None:
         self.recipe, self.folder, self.progress, self.trained = recipe, folder, progress, trained
+        self.shared = {} if shared is None else shared
         self.device = _device(recipe)
 
     @cached_property
     def data(self) -> Dataset:
+        """The images of the recipe."""
+        data = self._once("data", self._read_data, self.recipe.data)
+        if len(data.classes) != self.recipe.model.num_classes:
+            message = f"{self.recipe.model.num_classes}, but the images have {len(data.classes)} classes"
+            raise self.recipe.error("model.num_classes", message)
+        return data
+
+    def _once(self, kind: str, make: Callable[[], Any], *sections: Any) -> Any:
+        """What ``make`` gives, or gave for another bench whose sections are equal."""
+        key = f"{kind} {sections}"
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def _read_data(self) -> Dataset:
         settings = self.recipe.data
         common: dict[str, Any] = {
             name: getattr(settings, name) for name in ("validation", "seed", "test_images", "mean", "std")
         }
         if settings.name == "digits":
-            data = digits(**common)
-        else:
-            root = Path(settings.root or "")
-            common |= {name: getattr(settings, name) for name in ("on_corrupt", "size", "train_images")}
-            data = image_folder(root, progress=self.progress, **common)
-        if len(data.classes) != self.recipe.model.num_classes:
-            message = f"{self.recipe.model.num_classes}, but the images have {len(data.classes)} classes"
-            raise self.recipe.error("model.num_classes", message)
-        return data
+            return digits(**common)
+        root = Path(settings.root or "")
+        common |= {name: getattr(settings, name) for name in ("on_corrupt", "size", "train_images")}
+        return image_folder(root, progress=self.progress, **common)
 
     @cached_property
     def example(self) -> Tensor:
@@ -98,6 +116,12 @@ class Bench:
             own_ratios(model, self.example, self.recipe.prune)
         except OverrideError as error:
             raise self.recipe.error(f"prune.overrides.{error.pattern}", str(error)) from None
+        recipe = self.recipe
+        return self._once(
+            "dense", lambda: self._weighted(model), self.folder, recipe.model, recipe.data, recipe.train, self.device
+        )
+
+    def _weighted(self, model: nn.Module) -> nn.Module:
         path = self.recipe.weights_path()
         if path is not None:
             weights.load_weights_(model, path)
@@ -141,8 +165,8 @@ class Bench:
             common["train"] = self.data.digest("train")
         return {**common, "prune": prune_settings, "fusion": asdict(self.recipe.fusion)}
 
-    def measure(self, cell: Cell) -> Result:
-        """Compute one cell."""
+    def measure(self, cell: Cell, *, timed: bool = True) -> Result:
+        """Compute one cell; ``timed`` off leaves out the latency, which means nothing while others compute too."""
         start = time.perf_counter()
         model, groups, kept = self.dense, (), ""
         if cell.method != "dense":
@@ -156,7 +180,7 @@ class Bench:
         batch_size = self.recipe.data.batch_size
         place = places(model, self.data, "test", batch_size=batch_size, progress=self.progress)
         seconds = round(time.perf_counter() - start, 3)
-        timed = () if cell.method == "discard" else LATENCY_BATCHES
+        batches = LATENCY_BATCHES if timed and cell.method != "discard" else ()
         return Result(
             cell,
             correct=int((place < 1).sum()),
@@ -169,7 +193,7 @@ class Bench:
             top5=int((place < 5).sum()) if len(self.data.classes) > 5 else None,
             size=size_on_disk(model),
             memory=peak_memory(model, self.example),
-            latency=tuple(measure_latency(model, self.example, batch) for batch in timed),
+            latency=tuple(measure_latency(model, self.example, batch) for batch in batches),
         )
 
     def prune(self, cell: Cell, settings: PruneSection, fusion: Fusion) -> Pruned:
@@ -230,7 +254,7 @@ class Bench:
         settings = self.recipe.train
         if settings is None:
             raise self.recipe.error("model.weights", "no weights and no section 'train'")
-        path = self.folder / "dense.safetensors"
+        path = self.folder / TRAINED
         recipe = {"model": self.recipe.model.name, "train": asdict(settings), "data": self.data.digest("train")}
         key = key_of_identity(recipe | {"classes": self.recipe.model.num_classes, "torch": torch.__version__})
         if weights.read_metadata(path).get("key") == key:

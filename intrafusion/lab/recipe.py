@@ -14,10 +14,13 @@ import yaml
 from intrafusion.fusion import PRESETS, Fusion
 from intrafusion.lab.errors import LabError, Problem, RecipeError, UsageError
 from intrafusion.lab.fusion_key import fusion_schema, read_fusion
+from intrafusion.lab.grid import GRID_SCHEMA, Grid, combinations, grids_of, read_grids, value_text
 from intrafusion.lab.models import build_model, find_layers
-from intrafusion.lab.nodes import override, parse, parse_assignment
+from intrafusion.lab.nodes import Node, override, parse, parse_assignment
 from intrafusion.lab.schema import Reader, json_schema, key_of, option, options
 from intrafusion.lab.sections import DataSection, ModelSection, PruneSection, TrainSection
+
+_SHORTHANDS = {"fusion": "preset"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,12 @@ class Recipe:
         parse=read_fusion,
         schema=fusion_schema(),
     )
+    sweep: tuple[Mapping[str, Any], ...] | None = option(
+        None,
+        "for `intrafusion sweep`: keys with lists of values, as in {prune.importance: [l1, l2]}, or a list of such",
+        parse=read_grids,
+        schema={"anyOf": [GRID_SCHEMA, {"type": "array", "items": GRID_SCHEMA, "minItems": 1}, {"type": "null"}]},
+    )
     output: str = option(doc="folder of the run")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the network runs; auto takes a GPU if there is one")
     threads: int | None = option(
@@ -48,13 +57,16 @@ class Recipe:
     source: str = field(default="", repr=False, compare=False)
 
     def check(self) -> Iterator[tuple[str, str]]:
+        """The weights come from somewhere."""
+        if self.model is not None and self.model.weights is None and self.train is None:
+            yield "model.weights", "missing; give a safetensors file, or add a section 'train'"
+
+    def check_here(self) -> Iterator[tuple[str, str]]:
         """There is a network with the layers that are named, and the weights exist."""
         if self.model is None:
             return
         if self.model.name is not None:
             yield from _layer_problems(self.model, self.prune)
-        if self.model.weights is None and self.train is None:
-            yield "model.weights", "missing; give a safetensors file, or add a section 'train'"
         if self.model.weights is not None:
             tried = weight_places(self.model.weights, self.data.root if self.data else None)
             if not any(path.is_file() for path in tried):
@@ -108,6 +120,14 @@ def weight_places(weights: str, root: str | None) -> list[Path]:
     return [folder / path, path]
 
 
+@dataclass(frozen=True)
+class Point:
+    """One recipe of a sweep: the keys that make it differ from the others, as text, and the recipe itself."""
+
+    settings: Mapping[str, str]
+    recipe: Recipe
+
+
 def load_recipe(path: Path | str, assignments: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
@@ -119,26 +139,79 @@ def load_recipe(path: Path | str, assignments: Sequence[str] = ()) -> Recipe:
         RecipeError: with every problem: file and line, key, what is wrong, what is allowed.
         UsageError: the file cannot be read.
     """
+    return read_recipe(read_text(path), str(path), assignments)
+
+
+def read_recipe(text: str, source: str = "recipe", assignments: Sequence[str] = (), *, here: bool = True) -> Recipe:
+    """:func:`load_recipe` on text; ``here`` off accepts files, folders and packages that this machine lacks."""
+    tree, problems = _assigned(parse(text, source), assignments)
+    recipe, more = _read(tree, source, here)
+    if recipe is None or problems:
+        raise RecipeError([*problems, *more])
+    return recipe
+
+
+def read_points(
+    text: str, source: str = "recipe", assignments: Sequence[str] = (), grids: Sequence[Grid] = ()
+) -> list[Point]:
+    """The recipes of a sweep: one for each combination of ``grids``, or of the recipe's own section ``sweep``.
+
+    Without either there is one point, the recipe itself, with no settings.
+
+    Raises:
+        RecipeError: with every problem of every point, each once.
+    """
+    tree, problems = _assigned(parse(text, source), assignments)
+    own = tree.value.get("sweep") if isinstance(tree.value, dict) else None
+    if own is not None:
+        reader = Reader()
+        read_grids(reader, own, "sweep")
+        problems += reader.problems
+        tree = replace(tree, value={key: child for key, child in tree.value.items() if key != "sweep"})
+    if problems:
+        raise RecipeError(problems)
+    points = []
+    for values in list(combinations(grids or grids_of(own))) or [{}]:
+        changed = tree
+        for key, node in values.items():
+            changed = override(changed, key.split("."), node, _SHORTHANDS)
+        recipe, more = _read(changed, source, here=True)
+        problems += [problem for problem in more if problem not in problems]
+        if recipe is not None:
+            points.append(Point({key: value_text(node) for key, node in values.items()}, recipe))
+    if problems:
+        raise RecipeError(problems)
+    return points
+
+
+def read_text(path: Path | str) -> str:
+    """The text of a recipe.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the recipe {path}: {error}") from None
-    return read_recipe(text, str(path), assignments)
 
 
-def read_recipe(text: str, source: str = "recipe", assignments: Sequence[str] = ()) -> Recipe:
-    """:func:`load_recipe` on text."""
-    tree = parse(text, source)
-    reader = Reader()
+def _assigned(tree: Node, assignments: Sequence[str]) -> tuple[Node, list[Problem]]:
+    problems: list[Problem] = []
     for assignment in assignments:
         try:
-            tree = override(tree, *parse_assignment(assignment), {"fusion": "preset"})
+            tree = override(tree, *parse_assignment(assignment), _SHORTHANDS)
         except RecipeError as error:
-            reader.problems += error.problems
+            problems += error.problems
+    return tree, problems
+
+
+def _read(tree: Node, source: str, here: bool) -> tuple[Recipe | None, list[Problem]]:
+    reader = Reader(here)
     recipe = reader.section(Recipe, tree, "")
     if reader.problems:
-        raise RecipeError(reader.problems)
-    return replace(recipe, places=reader.places, source=source)
+        return None, reader.problems
+    return replace(recipe, places=reader.places, source=source), []
 
 
 def to_mapping(section: Any) -> dict[str, Any]:

@@ -65,10 +65,10 @@ class Study:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """One entry per group and ratio, in the order of the run."""
+        """One entry per group and ratio of which both networks are measured, in the order of the run."""
         fused = {(r.cell.group, r.cell.ratio): r for r in self.results if r.cell.method == "fused"}
-        discarded = [r for r in self.results if r.cell.method == "discard"]
-        return [Pair(r.cell.group, r.cell.ratio, r, fused[r.cell.group, r.cell.ratio]) for r in discarded]
+        places = [((r.cell.group, r.cell.ratio), r) for r in self.results if r.cell.method == "discard"]
+        return [Pair(*place, discard, fused[place]) for place, discard in places if place in fused]
 
     @cached_property
     def published(self) -> Published | None:
@@ -93,7 +93,7 @@ def write_report(study: Study, folder: Path) -> str:
     from intrafusion.lab.page import to_html
 
     write_atomic(folder / "accuracy.png", draw(study))
-    write_atomic(folder / "results.csv", to_csv(study))
+    write_atomic(folder / "results.csv", to_csv(csv_rows(study)))
     write_atomic(folder / "report.md", to_markdown(study, folder))
     write_atomic(folder / "report.html", to_html(study, folder))
     return to_text(study)
@@ -101,11 +101,15 @@ def write_report(study: Study, folder: Path) -> str:
 
 def to_text(study: Study) -> str:
     """The summary and the table, aligned with spaces."""
-    header, rows = table(study)
+    return f"{summary(study)}\n\n{text_table(*table(study))}"
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned to the right with spaces, a rule below the header."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([summary(study), "", text[0], "-" * len(text[0]), *text[1:]])
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
 def to_markdown(study: Study, folder: Path) -> str:
@@ -118,7 +122,7 @@ def to_markdown(study: Study, folder: Path) -> str:
         f"{summary(study)}. {verdict(study)}".rstrip(),
         f"Channels are ranked by `{recipe.prune.importance}`; `discard` and `fused` keep the same ones and are not "
         f"fine-tuned. Fusion: `{recipe.fusion_text()}`. A gain is in points of accuracy.",
-        _markdown_table(header, rows, "r" * len(header)),
+        markdown_table(header, rows, "r" * len(header)),
         *([f"The dense network: {'; '.join(f'{name}: {text}' for name, text in dense.items())}."] if dense else []),
         *([TIMED_ONCE] if study.dense.latency else []),
         *([published_note(study)] if study.published else []),
@@ -133,9 +137,18 @@ def to_markdown(study: Study, folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_csv(study: Study) -> str:
-    """One line per cell, with plain numbers; empty where nothing was measured."""
-    rows = []
+def to_csv(rows: Sequence[Mapping[str, object]]) -> str:
+    """Lines with plain numbers, as :func:`csv_rows` gives them; empty where nothing was measured."""
+    target = io.StringIO()
+    writer = csv.DictWriter(target, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return target.getvalue()
+
+
+def csv_rows(study: Study) -> list[dict[str, object]]:
+    """One row per cell."""
+    rows: list[dict[str, object]] = []
     for result in study.results:
         timed = {latency.batch: latency for latency in result.latency}
         row = {name: getattr(result.cell, name) for name in ("method", "group", "ratio")}
@@ -143,11 +156,7 @@ def to_csv(study: Study) -> str:
         for batch in LATENCY_BATCHES:
             row |= {f"latency_{batch}_{part}_s": getattr(timed.get(batch), part, None) for part in ("median", "iqr")}
         rows.append(row)
-    target = io.StringIO()
-    writer = csv.DictWriter(target, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return target.getvalue()
+    return rows
 
 
 def command(folder: Path) -> str:
@@ -242,7 +251,7 @@ def _groups_part(study: Study) -> list[str]:
         for line in lines
     ]
     header = ["group", "channels", "plan cost", "merged by", "note"]
-    return [f"## Groups at {study.middle:.4g} removed", _markdown_table(header, rows, "lrrll")]
+    return [f"## Groups at {study.middle:.4g} removed", markdown_table(header, rows, "lrrll")]
 
 
 def _skipped_part(study: Study) -> list[str]:
@@ -257,7 +266,8 @@ def shown_skipped(study: Study) -> list[str]:
     return [*study.skipped[:_SHOWN_SKIPPED], *([f"and {more} more"] if more > 0 else [])]
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> str:
+    """``sides`` says for each column whether it is aligned to the left, ``l``, or to the right, ``r``."""
     rules = ["---:" if side == "r" else "---" for side in sides]
     lines = [header, rules, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

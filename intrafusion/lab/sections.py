@@ -64,12 +64,15 @@ class DataSection:
     on_corrupt: Literal["error", "skip"] = option("error", "what to do with an unreadable image")
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """An image folder needs a root that exists; digits are as they are."""
+        """An image folder needs a root; digits are as they are."""
         if self.name == "image_folder" and self.root is None:
             yield "root", "missing; set it with --set data.root=FOLDER (or the path of an archive)"
         for key in ("size", "train_images"):
             if self.name == "digits" and getattr(self, key) is not None:
                 yield key, "only for image_folder"
+
+    def check_here(self) -> Iterator[tuple[str, str]]:
+        """The root exists."""
         if self.root is not None and not Path(self.root).exists():
             yield "root", f"'{self.root}' does not exist"
 

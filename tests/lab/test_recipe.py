@@ -78,7 +78,7 @@ def test_defaults() -> None:
         ("output: out\n", "output: out\nfusion: {merg: paper}\n", "r.yaml:9: fusion.merg: unknown key 'merg'; did you mean 'merge'? allowed: FIELDS"),
         ("output: out\n", "output: out\nfusion: [paper]\n", "r.yaml:9: fusion: expected a preset (PRESETS) or a section"),
         ("output: out\n", "output: out\nfusion: {rows: false, columns: false}\n", "r.yaml:9: fusion: Fusion.rows and Fusion.columns are both off"),
-        ("output: out\n", "output: out\nplaces: {}\n", "r.yaml:9: places: unknown key 'places'; allowed: model, data, train, prune, fusion, output, device, threads"),
+        ("output: out\n", "output: out\nplaces: {}\n", "r.yaml:9: places: unknown key 'places'; allowed: model, data, train, prune, fusion, sweep, output, device, threads"),
     ],
 )  # fmt: skip
 def test_one_mistake_one_exact_message(old: str, new: str, message: str) -> None:
@@ -260,6 +260,9 @@ def test_the_json_schema_accepts_every_shipped_recipe(path: Path) -> None:
         ("fusion={cost: l3}", "fusion"),
         ("fusion=papper", "fusion"),
         ("output=null", "output"),
+        ("sweep={prune.importance: []}", "sweep"),
+        ("sweep=[]", "sweep"),
+        ("sweep=l1", "sweep"),
     ],
 )
 def test_the_json_schema_refuses_what_the_loader_refuses(assignment: str, path: str) -> None:
@@ -276,6 +279,8 @@ def test_the_json_schema_refuses_what_the_loader_refuses(assignment: str, path: 
 def violations(schema: dict[str, Any], value: Any, path: str = "") -> Iterator[str]:
     """The paths at which a value breaks a JSON schema, in the words of the standard that recipes use."""
     kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None), "integer": int}
+    if not schema:
+        return
     if "anyOf" in schema:
         if all(list(violations(choice, value)) for choice in schema["anyOf"]):
             yield path

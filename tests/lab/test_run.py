@@ -53,8 +53,8 @@ def test_everything_is_in_the_folder(recipe: Recipe, measured: list[str]) -> Non
     finished = run(recipe, progress=False)
     folder = Path(recipe.output)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "accuracy.png", "dense.safetensors", "environment.json", "recipe.yaml", "report.html", "report.md",
-        "results.csv", "results.jsonl",
+        "accuracy.png", "cells.json", "dense.safetensors", "environment.json", "recipe.yaml", "report.html",
+        "report.md", "results.csv", "results.jsonl",
     ]  # fmt: skip
     assert measured == ["dense 0.0 all"] + [f"{m} {r} all" for r in (0.25, 0.5) for m in ("discard", "fused")]
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
