@@ -18,6 +18,7 @@ GRID_SCHEMA: Mapping[str, Any] = {
 }
 _FIXED = ("output", "sweep", "threads")
 """Keys that are the whole sweep's: where it goes, what it is, and on how many threads its numbers depend."""
+_WANTED = "expected keys with lists of values, as in {prune.importance: [l1, l2]}"
 
 Grid = dict[str, list[Node]]
 
@@ -29,19 +30,21 @@ def read_grids(reader: Reader, node: Node, path: str) -> Any:
     """
     if node.value is None:
         return None
+    if node.value == []:
+        return reader.report(node.where, path, _WANTED)
     before = len(reader.problems)
     found = []
     for number, entry in enumerate(_entries(node)):
         here = f"{path}[{number}]" if isinstance(node.value, list) else path
         if not isinstance(entry.value, dict) or not entry.value:
-            reader.report(entry.where, here, "expected keys with lists of values, as in {prune.importance: [l1, l2]}")
+            reader.report(entry.where, here, _WANTED)
             continue
         for key, values in entry.value.items():
             problem = _problem(key, values)
             if problem:
                 reader.report(values.where, f"{here}.{key}", problem)
         found.append({key: plain(values) for key, values in entry.value.items()})
-    return tuple(found) if found and len(reader.problems) == before else FAILED
+    return tuple(found) if len(reader.problems) == before else FAILED
 
 
 def grids_of(node: Node | None) -> list[Grid]:

@@ -122,7 +122,8 @@ def _compute(runs: Sequence[Run], executor: Executor, progress: bool) -> tuple[i
     for run in runs:
         for cell in run.missing:
             wanted.setdefault(run.keys[cell], []).append((run, cell))
-    finished = {key: run.store.get(key) for run in runs for key in run.keys.values()}
+    stored = ((key, run.store.get(key)) for run in runs for key in run.keys.values())
+    finished = {key: result for key, result in stored if result is not None}
     tasks: list[Task] = []
     keys: list[str] = []
     for key, places in wanted.items():

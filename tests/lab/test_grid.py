@@ -27,10 +27,10 @@ def test_a_grid_is_every_combination_in_order() -> None:
 
 
 def test_points_of_the_command_line() -> None:
-    points = read_points(GOOD, grids=parse_grid(["fusion={preset: paper, p: 2},data-free", "prune.seed=0,1"]))
+    points = read_points(GOOD, grids=parse_grid(["fusion={preset: paper, seed: 2},data-free", "prune.seed=0,1"]))
     assert [point.recipe.prune.seed for point in points] == [0, 1, 0, 1]
-    assert [point.recipe.fusion.p for point in points] == [2, 2, 1, 1]
-    assert points[0].settings == {"fusion": "{p: 2, preset: paper}", "prune.seed": "0"}
+    assert [point.recipe.fusion.seed for point in points] == [2, 2, 0, 0]
+    assert points[0].settings == {"fusion": "{preset: paper, seed: 2}", "prune.seed": "0"}
     assert all(point.recipe.sweep is None for point in points)
 
 
@@ -57,8 +57,8 @@ def test_equal_points_are_run_once() -> None:
 
 
 def test_an_assignment_below_a_varied_key_is_kept_or_replaced_as_written() -> None:
-    points = read_points(GOOD, "r", ["fusion.p=2"], parse_grid(["fusion.cost=l1,l2"]))
-    assert [(point.recipe.fusion.p, point.recipe.fusion.cost) for point in points] == [(2, "l1"), (2, "l2")]
+    points = read_points(GOOD, "r", ["fusion.seed=2"], parse_grid(["fusion.cost=l1,l2"]))
+    assert [(point.recipe.fusion.seed, point.recipe.fusion.cost) for point in points] == [(2, "l1"), (2, "l2")]
 
 
 @pytest.mark.parametrize(
