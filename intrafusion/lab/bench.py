@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from intrafusion.fusion import Fusion
 from intrafusion.lab import weights
 from intrafusion.lab.data import Dataset, digits, image_folder
 from intrafusion.lab.errors import LabError
+from intrafusion.lab.files import write_atomic
 from intrafusion.lab.measure import (
     LATENCY_BATCHES,
     count_macs,
     count_parameters,
     evaluate,
+    latency_share,
     measure_latency,
     peak_memory,
     places,
@@ -149,13 +152,7 @@ class Bench:
 
     def identity(self, cell: Cell) -> dict[str, Any]:
         """Everything the result of a cell depends on, in plain values."""
-        common = {
-            "cell": asdict(cell),
-            "model": self.recipe.model.name,
-            "weights": self.dense_digest,
-            "test": self._test_digest,
-            "code": _code_digest(),
-        }
+        common = {"cell": asdict(cell), **self._common()}
         if cell.method == "dense":
             return common
         prune_settings = to_mapping(self.recipe.prune)
@@ -164,6 +161,14 @@ class Bench:
         if uses_images(self.recipe.prune, self.recipe.fusion):
             common["train"] = self.data.digest("train")
         return {**common, "prune": prune_settings, "fusion": asdict(self.recipe.fusion)}
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "model": self.recipe.model.name,
+            "weights": self.dense_digest,
+            "test": self._test_digest,
+            "code": _code_digest(),
+        }
 
     def measure(self, cell: Cell, *, timed: bool = True) -> Result:
         """Compute one cell; ``timed`` off leaves out the latency, which means nothing while others compute too."""
@@ -213,16 +218,34 @@ class Bench:
         if settings.target is None:
             return settings.ratios or ()
         quantity, wanted = settings.target.goal
-        count = count_parameters if quantity == "parameters" else partial(count_macs, example=self.example)
-        quick, discard, whole = without_images(settings), self.recipe.fusion.discarded(), count(self.dense)
+        if quantity != "latency":
+            return (self._meeting(self._share_left(quantity), quantity, wanted),)
+        # A ratio that was measured once stays: measured again it would be another, and so would every cell.
+        path, target = self.folder / "target.json", asdict(settings.target)
+        key = key_of_identity({"target": target, "cell": self._common(), "prune": to_mapping(settings)})
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        if known.get("key") != key:
+            known = {"key": key, "ratio": self._meeting(self._share_left(quantity), quantity, wanted)}
+            write_atomic(path, json.dumps(known))
+        return (known["ratio"],)
 
-        def left(ratio: float) -> float:
-            return count(self.prune(Cell("fused", ratio, ALL), quick, discard).model) / whole
-
+    def _meeting(self, left: Callable[[float], float], quantity: str, wanted: float) -> float:
         try:
-            return (find_ratio(left, wanted),)
+            return find_ratio(left, wanted)
         except UnreachableTarget as error:
             raise self.recipe.error(f"prune.target.{quantity}", str(error)) from None
+
+    def _share_left(self, quantity: str) -> Callable[[float], float]:
+        """What a ratio leaves of a quantity of the dense network."""
+        settings, dense, example = self.recipe.prune, self.dense, self.example
+        quick, discard = without_images(settings), self.recipe.fusion.discarded()
+        batch = settings.target.batch if settings.target else 1
+        share = {
+            "macs": lambda model: count_macs(model, example) / count_macs(dense, example),
+            "parameters": lambda model: count_parameters(model) / count_parameters(dense),
+            "latency": lambda model: latency_share(model, dense, example, batch),
+        }[quantity]
+        return lambda ratio: share(self.prune(Cell("fused", ratio, ALL), quick, discard).model)
 
     @cached_property
     def _test_digest(self) -> str:

@@ -95,16 +95,19 @@ class TargetSection:
 
     macs: float | None = option(None, "share of the multiply-accumulates that is left", gt=0, lt=1)
     parameters: float | None = option(None, "share of the parameters that is left", gt=0, lt=1)
+    latency: float | None = option(None, "share of the measured latency that is left, on this machine", gt=0, lt=1)
+    batch: int = option(64, "images per pass whose latency is meant", ge=1)
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """One of the two."""
-        if (self.macs is None) == (self.parameters is None):
-            yield "macs", "give either macs or parameters"
+        """One of the three."""
+        if sum(share is not None for share in (self.macs, self.parameters, self.latency)) != 1:
+            yield "macs", "give one of macs, parameters and latency"
 
     @property
     def goal(self) -> tuple[str, float]:
         """The quantity by its key, and the share of it that is left."""
-        return next((name, share) for name, share in vars(self).items() if share is not None)
+        shares = {name: getattr(self, name) for name in ("macs", "parameters", "latency")}
+        return next((name, share) for name, share in shares.items() if share is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,7 @@ class PruneSection:
         None, "share of the channels that go; null with a target", ge=0, lt=1, min_length=1
     )
     target: TargetSection | None = option(
-        None, "macs or parameters: the share that is left, met within 2 %, instead of ratios"
+        None, "macs, parameters or latency: the share that is left, met within 2 %, instead of ratios"
     )
     overrides: Mapping[str, float] | None = option(
         None, "layer-name patterns with a ratio of their own; with global, outside the ranking", ge=0, lt=1
