@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from intrafusion.fusion import Fusion
 from intrafusion.lab import weights
-from intrafusion.lab.data import Dataset, digits, image_folder
+from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import (
     LATENCY_BATCHES,
@@ -29,6 +29,7 @@ from intrafusion.lab.measure import (
     size_on_disk,
 )
 from intrafusion.lab.models import build_model, example_input
+from intrafusion.lab.pretrained import find_pretrained
 from intrafusion.lab.pruning import (
     ALL,
     OutputChanged,
@@ -44,6 +45,7 @@ from intrafusion.lab.pruning import (
 from intrafusion.lab.recipe import Recipe, to_mapping
 from intrafusion.lab.results import Cell, GroupLine, Result, key_of_identity
 from intrafusion.lab.sections import PruneSection
+from intrafusion.lab.sources import open_data
 from intrafusion.lab.target import UnreachableTarget, find_ratio
 from intrafusion.lab.training import train_
 
@@ -66,16 +68,7 @@ class Bench:
 
     @cached_property
     def data(self) -> Dataset:
-        settings = self.recipe.data
-        common: dict[str, Any] = {
-            name: getattr(settings, name) for name in ("validation", "seed", "test_images", "mean", "std")
-        }
-        if settings.name == "digits":
-            data = digits(**common)
-        else:
-            root = Path(settings.root or "")
-            common |= {name: getattr(settings, name) for name in ("on_corrupt", "size", "train_images")}
-            data = image_folder(root, progress=self.progress, **common)
+        data = open_data(self.recipe.data, self.recipe.model.num_classes, progress=self.progress)
         if len(data.classes) != self.recipe.model.num_classes:
             message = f"{self.recipe.model.num_classes}, but the images have {len(data.classes)} classes"
             raise self.recipe.error("model.num_classes", message)
@@ -86,8 +79,8 @@ class Bench:
         return example_input(self.data.shape, self.device)
 
     @cached_property
-    def dense(self) -> nn.Module:
-        """The dense network in eval mode: loaded, or trained, or the trained one of an earlier run."""
+    def _blank(self) -> nn.Module:
+        """The network as it is first drawn, which accepts the images and has the layers that the recipe names."""
         model = self._untrained().to(self.device).eval()
         self._check_accepts_images(model)
         try:
@@ -98,9 +91,18 @@ class Bench:
             own_ratios(model, self.example, self.recipe.prune)
         except OverrideError as error:
             raise self.recipe.error(f"prune.overrides.{error.pattern}", str(error)) from None
-        path = self.recipe.weights_path()
+        return model
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The dense network in eval mode: loaded, or trained, or the trained one of an earlier run."""
+        model = self._blank
+        path, settings = self.recipe.weights_path(), self.recipe.model
         if path is not None:
             weights.load_weights_(model, path)
+        elif settings.pretrained is not None:
+            found = find_pretrained(settings.name, settings.pretrained)
+            model = found.load(settings.num_classes, download=settings.download).to(self.device)
         elif self.trained:
             self._train_(model)
         return model.eval()
@@ -111,7 +113,7 @@ class Bench:
 
     def prepare(self) -> None:
         """Read the images and load or train the network, so that the cells are timed without it."""
-        _ = self.dense_digest, self._test_digest
+        _ = self._blank, self._test_digest, self.dense_digest  # mistakes show before any training
 
     def cells(self) -> list[Cell]:
         """Everything to measure: the dense network, then each group's ratios, discarded and fused."""
@@ -236,6 +238,7 @@ class Bench:
         if weights.read_metadata(path).get("key") == key:
             weights.load_weights_(model, path)
             return
+        self.data.split("validation")  # an empty one shows before the training
         train_(model, self.data, settings, progress=self.progress)
         held_out = evaluate(model, self.data, "validation", progress=self.progress)
         _log.info("validation accuracy of the dense network: %s", held_out)

@@ -19,7 +19,7 @@ from intrafusion.lab.errors import LabError
 from intrafusion.lab.image_cache import Contents, ImageArray, Pixels, TooLarge, cached
 
 _log = logging.getLogger(__name__)
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm"})
 _AHEAD = 32
 """Images that one worker decodes ahead of the writer."""
 _FORMAT = 2
@@ -143,10 +143,10 @@ def _list_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     classes = class_names(folder)
     files: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in _SUFFIXES)
+        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
         found = [path for path in found if not path.name.startswith(".")]
         if not found:
-            raise LabError(f"class folder {folder / name} holds no images ({', '.join(sorted(_SUFFIXES))})")
+            raise LabError(f"class folder {folder / name} holds no images ({', '.join(sorted(SUFFIXES))})")
         files += [(path, label) for path in found]
     return classes, files
 

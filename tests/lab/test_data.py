@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from intrafusion.lab.data import digits, image_folder, stratified
+from intrafusion.lab.data import stratified
 from intrafusion.lab.errors import LabError
+from intrafusion.lab.sources import digits, image_folder
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=80), st.floats(0.01, 0.99), st.integers(0, 5))

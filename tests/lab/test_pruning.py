@@ -8,7 +8,6 @@ import torch_pruning as tp
 from torch import nn
 
 from intrafusion import Fusion
-from intrafusion.lab.data import digits
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.models import CifarResNet18, DigitsCNN, build_model
 from intrafusion.lab.pruning import (
@@ -22,6 +21,7 @@ from intrafusion.lab.pruning import (
     prune,
 )
 from intrafusion.lab.sections import PruneSection
+from intrafusion.lab.sources import digits
 from intrafusion.lab.weights import digest
 
 SETTINGS = PruneSection(ratios=(0.5,), ignored=("classifier",))
