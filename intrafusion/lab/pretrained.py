@@ -97,7 +97,7 @@ def _torchvision(name: str, entry: str) -> Pretrained:
         offered: Any = models.get_model_weights(name)
     except ValueError:
         raise LabError(f"torchvision has no network '{name}'") from None
-    known = list(offered.__members__)
+    known = [weights.name for weights in offered]
     if not known or (entry and entry not in known):
         raise LabError(_unknown(f"torchvision:{name}", entry, known))
     chosen = offered[entry] if entry else offered.DEFAULT

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,12 +62,13 @@ class Recipe:
         elif self.model.weights is not None:
             tried = weight_places(self.model.weights, self.data.root if self.data else None)
             if not any(path.is_file() for path in tried):
-                yield "model.weights", f"no such file: {' or '.join(map(str, tried))}"
+                hint = "; did you mean 'pretrained'?" if get_close_matches(self.model.weights, ["pretrained"]) else ""
+                yield "model.weights", f"no such file: {' or '.join(map(str, tried))}{hint}"
 
     @property
     def title(self) -> str:
         """What was pruned, in a few words."""
-        return f"{self.model.name} on {self.data.title or self.data.name}"
+        return f"{self.model.name} on {self.data.shown}"
 
     def fusion_text(self) -> str:
         """The fusion by its preset name where it has one."""

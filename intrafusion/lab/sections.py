@@ -101,6 +101,11 @@ class DataSection:
     on_corrupt: Literal["error", "skip"] = option("error", "what to do with an unreadable image")
     workers: int | None = option(None, "threads that decode images; null for one per processor", ge=1)
 
+    @property
+    def shown(self) -> str:
+        """What reports call the images; generated ones are never called by the name of real ones."""
+        return self.name if self.title is None or self.name == "fake" else self.title
+
     def check(self) -> Iterator[tuple[str, str]]:
         """Folders need a root that exists; digits and CIFAR are as they are."""
         if self.name == "image_folder" and self.root is None:
