@@ -54,11 +54,11 @@ def _find(kind: Any, name: str, root: Path, download: bool, progress: bool) -> P
     if (root / kind.base_folder).is_dir():
         return root
     archive = root / kind.filename
-    if download:
+    if download and not _whole(archive, kind):
         try:
             root.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(f"{archive}.lock"):
-                if not archive.is_file() or md5_of(archive) != kind.tgz_md5:
+                if not _whole(archive, kind):  # another process may have been faster
                     fetch(kind.url, archive, kind.tgz_md5, progress=progress)
         except LabError as error:
             raise LabError(f"{error}. {_by_hand(kind, root)}") from None
@@ -69,12 +69,16 @@ def _find(kind: Any, name: str, root: Path, download: bool, progress: bool) -> P
             f"{name} is neither in {root / kind.base_folder} nor in {archive}. Set data.download (--set "
             f"data.download=true) to fetch it from {kind.url}. {_by_hand(kind, root)}"
         )
-    if md5_of(archive) != kind.tgz_md5:
+    if not _whole(archive, kind):
         raise LabError(
             f"{archive} is damaged or not whole: its md5 is not {kind.tgz_md5}; delete it, and set data.download or "
             "put a whole copy in its place"
         )
     return unpack(archive, progress=progress)
+
+
+def _whole(archive: Path, kind: Any) -> bool:
+    return archive.is_file() and md5_of(archive) == kind.tgz_md5
 
 
 def _by_hand(kind: Any, root: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import ssl
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -30,7 +31,7 @@ def fetch(url: str, path: Path, md5: str, *, progress: bool = True) -> None:
     part = path.with_name(f"{path.name}.part")
     try:
         _append(url, part, progress)
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, TimeoutError, ConnectionError) as error:
         got = part.stat().st_size if part.exists() else 0
         reason = getattr(error, "reason", None) or error
         raise LabError(
