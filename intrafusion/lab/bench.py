@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from intrafusion.fusion import Fusion
 from intrafusion.lab import weights
-from intrafusion.lab.data import Dataset, digits, image_folder
+from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.measure import (
@@ -33,6 +33,7 @@ from intrafusion.lab.measure import (
     size_on_disk,
 )
 from intrafusion.lab.models import build_model, example_input
+from intrafusion.lab.pretrained import find_pretrained
 from intrafusion.lab.pruning import (
     ALL,
     OutputChanged,
@@ -48,6 +49,7 @@ from intrafusion.lab.pruning import (
 from intrafusion.lab.recipe import Recipe, to_mapping
 from intrafusion.lab.results import Cell, GroupLine, Result, key_of_identity
 from intrafusion.lab.sections import PruneSection
+from intrafusion.lab.sources import open_data
 from intrafusion.lab.target import UnreachableTarget, find_ratio
 from intrafusion.lab.training import train_
 
@@ -78,7 +80,8 @@ class Bench:
     @cached_property
     def data(self) -> Dataset:
         """The images of the recipe."""
-        data = self._once("data", self._read_data, self.recipe.data)
+        settings, classes = self.recipe.data, self.recipe.model.num_classes
+        data = self._once("data", lambda: open_data(settings, classes, progress=self.progress), settings, classes)
         if len(data.classes) != self.recipe.model.num_classes:
             message = f"{self.recipe.model.num_classes}, but the images have {len(data.classes)} classes"
             raise self.recipe.error("model.num_classes", message)
@@ -91,24 +94,13 @@ class Bench:
             self.shared[key] = make()
         return self.shared[key]
 
-    def _read_data(self) -> Dataset:
-        settings = self.recipe.data
-        common: dict[str, Any] = {
-            name: getattr(settings, name) for name in ("validation", "seed", "test_images", "mean", "std")
-        }
-        if settings.name == "digits":
-            return digits(**common)
-        root = Path(settings.root or "")
-        common |= {name: getattr(settings, name) for name in ("on_corrupt", "size", "train_images")}
-        return image_folder(root, progress=self.progress, **common)
-
     @cached_property
     def example(self) -> Tensor:
         return example_input(self.data.shape, self.device)
 
     @cached_property
-    def dense(self) -> nn.Module:
-        """The dense network in eval mode: loaded, or trained, or the trained one of an earlier run."""
+    def _blank(self) -> nn.Module:
+        """The network as it is first drawn, which accepts the images and has the layers that the recipe names."""
         model = self._untrained().to(self.device).eval()
         self._check_accepts_images(model)
         try:
@@ -119,15 +111,22 @@ class Bench:
             own_ratios(model, self.example, self.recipe.prune)
         except OverrideError as error:
             raise self.recipe.error(f"prune.overrides.{error.pattern}", str(error)) from None
-        recipe = self.recipe
-        return self._once(
-            "dense", lambda: self._weighted(model), self.folder, recipe.model, recipe.data, recipe.train, self.device
-        )
+        return model
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The dense network in eval mode: loaded, or trained, or the trained one of an earlier run."""
+        blank, recipe = self._blank, self.recipe
+        sections = recipe.model, recipe.data, recipe.train
+        return self._once("dense", lambda: self._weighted(blank), self.folder, *sections, self.device)
 
     def _weighted(self, model: nn.Module) -> nn.Module:
-        path = self.recipe.weights_path()
+        path, settings = self.recipe.weights_path(), self.recipe.model
         if path is not None:
             weights.load_weights_(model, path)
+        elif settings.pretrained is not None:
+            found = find_pretrained(settings.name, settings.pretrained)
+            model = found.load(settings.num_classes, download=settings.download).to(self.device)
         elif self.trained:
             self._train_(model)
         return model.eval()
@@ -138,7 +137,7 @@ class Bench:
 
     def prepare(self) -> None:
         """Read the images and load or train the network, so that the cells are timed without it."""
-        _ = self.dense_digest, self._test_digest
+        _ = self._blank, self._test_digest, self.dense_digest  # mistakes show before any training
 
     def cells(self) -> list[Cell]:
         """Everything to measure: the dense network, then each group's ratios, discarded and fused."""
@@ -283,6 +282,7 @@ class Bench:
         if weights.read_metadata(path).get("key") == key:
             weights.load_weights_(model, path)
             return
+        self.data.split("validation")  # an empty one shows before the training
         train_(model, self.data, settings, progress=self.progress)
         held_out = evaluate(model, self.data, "validation", progress=self.progress)
         _log.info("validation accuracy of the dense network: %s", held_out)

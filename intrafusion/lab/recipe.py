@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from intrafusion.lab.fusion_key import fusion_schema, read_fusion
 from intrafusion.lab.grid import GRID_SCHEMA, Grid, combinations, grids_of, read_grids, value_text
 from intrafusion.lab.models import build_model, find_layers
 from intrafusion.lab.nodes import Node, override, parse, parse_assignment
+from intrafusion.lab.pretrained import WrongClasses, find_pretrained
 from intrafusion.lab.schema import Reader, json_schema, key_of, option, options
-from intrafusion.lab.sections import DataSection, ModelSection, PruneSection, TrainSection
+from intrafusion.lab.sections import DataSection, ModelSection, PruneSection, TrainSection, pretrained_name
 
 _SHORTHANDS = {"fusion": "preset"}
 
@@ -67,15 +69,18 @@ class Recipe:
             return
         if self.model.name is not None:
             yield from _layer_problems(self.model, self.prune)
-        if self.model.weights is not None:
+        if pretrained_name(self.model.weights) is not None:
+            yield from _pretrained_problems(self.model)
+        elif self.model.weights is not None:
             tried = weight_places(self.model.weights, self.data.root if self.data else None)
             if not any(path.is_file() for path in tried):
-                yield "model.weights", f"no such file: {' or '.join(map(str, tried))}"
+                hint = "; did you mean 'pretrained'?" if get_close_matches(self.model.weights, ["pretrained"]) else ""
+                yield "model.weights", f"no such file: {' or '.join(map(str, tried))}{hint}"
 
     @property
     def title(self) -> str:
         """What was pruned, in a few words."""
-        return f"{self.model.name} on {self.data.title or self.data.name}"
+        return f"{self.model.name} on {self.data.shown}"
 
     def fusion_text(self) -> str:
         """The fusion by its preset name where it has one."""
@@ -87,8 +92,8 @@ class Recipe:
         return RecipeError([Problem(self.places.get(key, self.source), key, message)])
 
     def weights_path(self) -> Path | None:
-        """The weights file, or ``None`` if the network is trained."""
-        if self.model.weights is None:
+        """The weights file, or ``None`` if the network is trained or a library has its weights."""
+        if self.model.weights is None or self.model.pretrained is not None:
             return None
         tried = weight_places(self.model.weights, self.data.root)
         return next((path for path in tried if path.is_file()), tried[0])
@@ -109,6 +114,20 @@ def _layer_problems(model: ModelSection, prune: PruneSection | None) -> Iterator
             find_layers(network, pattern)
         except LabError as error:
             yield key, str(error)
+
+
+def _pretrained_problems(model: ModelSection) -> Iterator[tuple[str, str]]:
+    """The library has no such weights, or they do not fit, or they would have to be downloaded."""
+    if model.name is None:
+        return
+    try:
+        found = find_pretrained(model.name, pretrained_name(model.weights) or "")
+        if model.num_classes is not None:
+            found.check(model.num_classes, model.download)
+    except WrongClasses as error:
+        yield "model.num_classes", str(error)
+    except LabError as error:
+        yield "model.weights", str(error)
 
 
 def weight_places(weights: str, root: str | None) -> list[Path]:
@@ -241,7 +260,7 @@ def to_yaml(recipe: Recipe) -> str:
     weights = recipe.weights_path()
     resolved = replace(
         recipe,
-        model=replace(recipe.model, weights=None if weights is None else str(weights.resolve())),
+        model=recipe.model if weights is None else replace(recipe.model, weights=str(weights.resolve())),
         data=replace(recipe.data, root=recipe.data.root and str(Path(recipe.data.root).resolve())),
     )
     return yaml.safe_dump(to_mapping(resolved), sort_keys=False, allow_unicode=True)

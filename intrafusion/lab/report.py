@@ -191,8 +191,9 @@ def published_note(study: Study) -> str:
     theirs = study.published
     if theirs is None:
         return ""
+    dense = "not given" if theirs.dense is None else f"{theirs.dense:.2f} %"
     return (
-        f"Published: {theirs.source}; {theirs.where}. It is another checkpoint (dense {theirs.dense:.2f} %, ours "
+        f"Published: {theirs.source}; {theirs.where}. It is another checkpoint (dense {dense}, ours "
         f"{study.dense.accuracy}), so compare what is lost, not the figures themselves."
     )
 

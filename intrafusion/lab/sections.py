@@ -17,6 +17,20 @@ ImportanceName = Literal[
 ]
 
 
+_ONLY_FOR = {
+    "size": ("imagenet", "image_folder", "fake"),
+    "resize": ("imagenet", "image_folder"),
+    "train_images": ("cifar10", "cifar100", "imagenet", "image_folder", "fake"),
+    "download": ("cifar10", "cifar100"),
+}
+
+
+def pretrained_name(weights: str | None) -> str | None:
+    """``pretrained`` is ``""``, ``pretrained:NAME`` is ``NAME``, a file is ``None``."""
+    word, _, name = (weights or "").partition(":")
+    return name if word == "pretrained" else None
+
+
 def _read_path(reader: Reader, node: Node, path: str) -> Any:
     """Text or null, with ``~`` replaced by the home folder."""
     value = reader.value(str | None, node, path, Rule(""))
@@ -30,50 +44,86 @@ class ModelSection:
     name: str = option(doc="name of the network, torchvision:NAME, timm:NAME or package.module:factory")
     weights: str | None = option(
         None,
-        "safetensors file; a relative path is looked for in the folder of data.root, then in the current one",
+        "safetensors file; a relative path is looked for in the folder of data.root, then in the current one; or "
+        "pretrained, for the default weights of torchvision or timm; or pretrained:NAME, for others of theirs",
         parse=_read_path,
     )
+    download: bool = option(False, "fetch pretrained weights that are not in the library's cache")
     num_classes: int = option(10, "width of the output", ge=2)
+
+    @property
+    def pretrained(self) -> str | None:
+        """The name of the library's weights, empty for its default ones; ``None`` if others are asked for."""
+        return pretrained_name(self.weights)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """A download needs something to fetch."""
+        if self.download and pretrained_name(self.weights) is None:
+            yield "download", "needs weights: pretrained"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
     """Which images, and how they are split and scaled."""
 
-    name: Literal["digits", "image_folder"] = option(doc="digits of scikit-learn, or a folder of images")
+    name: Literal["digits", "cifar10", "cifar100", "imagenet", "image_folder", "fake"] = option(
+        doc="digits of scikit-learn, CIFAR, ImageNet, any folder of images, or generated ones to try things out"
+    )
     title: str | None = option(None, "what reports call the images; null for the name")
     root: str | None = option(
         None,
-        "folder with train/<class>/*.jpg and test/<class>/*.jpg, or a tar archive of it, or the folder it lies in",
+        "image_folder: folder with train/<class>/*.jpg and test/<class>/*.jpg, or a tar archive of it, or the folder "
+        "it lies in; imagenet: folder with train/<wnid>/ and val/<wnid>/; cifar10 and cifar100: folder with the "
+        "archive or its content, null for one in the cache",
         parse=_read_path,
     )
+    download: bool = option(False, "fetch cifar10 or cifar100 if they are not in root")
     mean: tuple[float, ...] | None = option(
-        None, "per channel, of pixels in [0, 1]; null for the data set's own (folders: ImageNet's)", min_length=1
+        None, "per channel, of pixels in [0, 1]; null for the data set's own (image_folder: ImageNet's)", min_length=1
     )
     std: tuple[float, ...] | None = option(None, "per channel, of pixels in [0, 1]", gt=0, min_length=1)
     batch_size: int = option(500, "images per evaluation step", ge=1)
     validation: float = option(0.1, "share of the training images held out", gt=0, lt=1)
     size: int | None = option(
-        None, "side of the square that every image of a folder becomes, in pixels; null for as they are", ge=1
+        None,
+        "side of the square that every image becomes, in pixels; null for 224 (imagenet), 32 (fake), as they are "
+        "(image_folder)",
+        ge=1,
+    )
+    resize: int | None = option(
+        None, "length of the shorter side before that square is cut out; null for 8/7 of size", ge=1
     )
     train_images: int | None = option(
-        None, "read only N training images of a folder, of a fixed shuffle; null for all", ge=1
+        None, "read only N training images of a fixed shuffle; null for all (fake: 1000)", ge=1
     )
-    test_images: int | None = option(None, "evaluate on the first N of a fixed shuffle; null for all", ge=1)
+    test_images: int | None = option(None, "evaluate on the first N of a fixed shuffle; null for all (fake: 500)", ge=1)
     seed: int = option(0, "which images are held out", ge=0)
     on_corrupt: Literal["error", "skip"] = option("error", "what to do with an unreadable image")
+    workers: int | None = option(None, "threads that decode images; null for one per processor", ge=1)
+
+    @property
+    def shown(self) -> str:
+        """What reports call the images; generated ones are never called by the name of real ones."""
+        return self.name if self.title is None or self.name == "fake" else self.title
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """An image folder needs a root; digits are as they are."""
+        """Folders need a root; digits and CIFAR are as they are."""
         if self.name == "image_folder" and self.root is None:
             yield "root", "missing; set it with --set data.root=FOLDER (or the path of an archive)"
-        for key in ("size", "train_images"):
-            if self.name == "digits" and getattr(self, key) is not None:
-                yield key, "only for image_folder"
+        if self.name == "imagenet" and self.root is None:
+            yield "root", "missing; set it with --set data.root=FOLDER, which holds train/<wnid>/ and val/<wnid>/"
+        for key, names in _ONLY_FOR.items():
+            if self.name is not None and self.name not in names and getattr(self, key) not in (None, False):
+                yield key, f"not for {self.name}; only for {', '.join(names)}"
+        size = self.size or (224 if self.name == "imagenet" else None)
+        if self.resize is not None and size is None:
+            yield "resize", "needs size"
+        elif self.resize is not None and size is not None and self.resize < size:
+            yield "resize", f"expected at least the size, {size}, got {self.resize}"
 
     def check_here(self) -> Iterator[tuple[str, str]]:
-        """The root exists."""
-        if self.root is not None and not Path(self.root).exists():
+        """The root exists, unless it is downloaded."""
+        if self.root is not None and not self.download and not Path(self.root).exists():
             yield "root", f"'{self.root}' does not exist"
 
 

@@ -47,7 +47,7 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("  name: digits\n", "  name: digitz\n", "r.yaml:4: data.name: unknown value 'digitz'; did you mean 'digits'? allowed: digits, image_folder"),
+        ("  name: digits\n", "  name: digitz\n", "r.yaml:4: data.name: unknown value 'digitz'; did you mean 'digits'? allowed: digits, cifar10, cifar100, imagenet, image_folder, fake"),
         ("ratios: [0.5]", "ratio: [0.5]", "r.yaml:7: prune.ratio: unknown key 'ratio'; did you mean 'ratios'? allowed: ratios, target, overrides, importance, ignored, groups, global, isomorphic, iterative_steps, round_to, images, seed"),
         ("[0.5]", "[0.5, 1.0]", "r.yaml:7: prune.ratios[1]: expected number at least 0 and below 1, got 1"),
         ("[0.5]", "[.nan]", "r.yaml:7: prune.ratios[0]: expected number at least 0 and below 1, got nan"),
@@ -192,10 +192,11 @@ def test_shipped_recipes_exist() -> None:
     assert {path.stem for path in RECIPES} >= {
         "digits",
         "cifar10_resnet20",
-        "cifar10_vgg11_bn",
-        "cifar10_vgg11_bn_groups",
+        *(f"{data}_{network}{scope}" for data in ("cifar10", "cifar100") for network in ("resnet18", "vgg11_bn")
+          for scope in ("", "_groups")),
         "imagenet_resnet50",
-    }
+        "imagenet_resnet50_groups",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

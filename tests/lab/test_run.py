@@ -195,7 +195,8 @@ def test_the_imagenet_recipe_on_images_of_many_sizes(write_image: Callable[..., 
     torch.manual_seed(0)
     save_weights(build_model("torchvision:resnet50", 2), tmp_path / "images" / "resnet50.safetensors")
     recipe = load_recipe(Path(__file__).resolve().parents[2] / "recipes" / "imagenet_resnet50.yaml", [
-        f"data.root={tmp_path / 'images'}", f"output={tmp_path / 'out'}", "model.num_classes=2", "data.size=64",
+        f"data.root={tmp_path / 'images'}", f"output={tmp_path / 'out'}", "model.num_classes=2",
+        "model.weights=resnet50.safetensors", "data.size=32",
         "data.train_images=6", "prune.ratios=0.5", "prune.images=4", "fusion=barycentre",
     ])  # fmt: skip
     table = run(recipe, progress=False).table

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from intrafusion.lab.data import digits
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.models import DigitsCNN
 from intrafusion.lab.sections import TrainSection
+from intrafusion.lab.sources import digits
 from intrafusion.lab.training import train_
 from intrafusion.lab.weights import digest
 
