@@ -60,7 +60,7 @@ def head_group(name: str, layer: Any, position: int) -> CouplingGroup:
         places.append(Place(f"{name}.bias_v", 2, values, Role.SHIFT))
     blocks = torch.cat([channels.unflatten(0, (heads, -1)), (channels + width).unflatten(0, (heads, -1))], dim=1)
     classes = torch.arange(2).repeat_interleave(width)
-    return CouplingGroup(title, 2 * width, tuple(places), classes, blocks, position)
+    return CouplingGroup(title, 2 * width, tuple(places), classes, blocks, position, rigid=True)
 
 
 def _two(first: Tensor, second: Tensor) -> Tensor:

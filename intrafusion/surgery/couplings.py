@@ -22,7 +22,7 @@ from torch_pruning import ops
 from intrafusion.surgery.attention import ATTENTION, head_group, stream_places
 from intrafusion.surgery.groups import GroupTable, Role, Slot, tabulate
 from intrafusion.surgery.observe import call_order, evaluating, run_model
-from intrafusion.surgery.padding import follow_channel_padding_
+from intrafusion.surgery.padding import PaddingGraph
 from intrafusion.surgery.places import CouplingGroup, Place, State, permuted, random_orders, state_of
 from intrafusion.surgery.selfcheck import is_output
 
@@ -72,10 +72,9 @@ def couplings_of(model: nn.Module, example_inputs: Any, *, forward_fn: Callable 
     model.requires_grad_(True)  # torch-pruning follows the autograd graph
     with torch.enable_grad():
         try:
-            graph = tp.DependencyGraph().build_dependency(model, example, forward_fn=forward_fn, verbose=False)
+            graph = PaddingGraph().build_dependency(model, example, forward_fn=forward_fn, verbose=False)
         except Exception as error:
             raise ValueError(f"the network cannot be traced on the example inputs: {error}") from error
-    follow_channel_padding_(graph)
 
     def forward(network: nn.Module) -> list[Tensor]:
         return run_model(network, example, forward_fn)
@@ -83,7 +82,7 @@ def couplings_of(model: nn.Module, example_inputs: Any, *, forward_fn: Callable 
     kinds = (ops.TORCH_CONV, nn.Linear, nn.Embedding, ATTENTION)
     order = call_order(lambda: forward(model), model, kinds)
     reader = _Reader(graph, order)
-    groups = tuple(sorted(reader.read(), key=lambda group: group.position))
+    groups = _distinct(sorted(reader.read(), key=lambda group: group.position))
     groups = _without_broken(groups, model, example, forward_fn)
     folds, alone = _batchnorms(model, reader.tables.values())
     return Couplings(groups, folds, alone, model, graph, reader.tables)
@@ -100,7 +99,10 @@ class _Reader:
         self._claimed: dict[tuple[str, int], Tensor] = {}
 
     def read(self) -> Iterator[CouplingGroup]:
-        """Groups from the widest root on: where channels are padded with zeros, only the widest layer sees them all."""
+        """Groups from the widest root on: where channels are padded with zeros, only the widest layer sees them all.
+
+        Channels that pass through different layers (split, or padded) are different groups.
+        """
         names = self.graph._module2name
         roots = [(m, names[m]) for m in self.graph.module2node if names.get(m) in self._position]
         roots.sort(key=lambda root: (-self._outputs(root[0]), self._position[root[1]]))
@@ -108,7 +110,7 @@ class _Reader:
             if isinstance(root, ATTENTION):
                 yield head_group(name, root, self._position[name])
             elif not self._is_claimed(root):
-                yield self._group(root, name)
+                yield from self._groups(root, name)
 
     def _outputs(self, layer: Any) -> int:
         return self.graph.get_out_channels(layer) or 0
@@ -118,18 +120,34 @@ class _Reader:
         key = self._keys.get(id(layer.weight))
         return key is None or (key, axis) in self._claimed
 
-    def _group(self, root: Any, name: str) -> CouplingGroup:
-        handler: Callable = self.graph.get_pruner_of_module(root).prune_out_channels
+    def _groups(self, root: Any, name: str) -> Iterator[CouplingGroup]:
+        pruner: Any = self.graph.get_pruner_of_module(root)
         try:
-            table, heads = self._table(root, handler)
+            table, heads = self._table(root, pruner.prune_out_channels)
             places = self._places(table)
         except Exception as error:  # torch-pruning's own, of many kinds
-            return CouplingGroup.fixed(
-                name, self._outputs(root), self._position[name], f"it cannot be followed: {error}"
+            reason = f"it cannot be followed: {error}"
+            yield CouplingGroup.fixed(name, self._outputs(root), self._position[name], reason)
+            return
+        self.tables[name] = table
+        rigid = heads > 1 or _is_rigid(table)
+        reason = table.unsupported or self._reason(table) or self._claim(places)
+        for roots in [torch.arange(table.n)] if reason else _by_presence(places, table.n):
+            part = tuple(
+                replace(place, local=place.local[roots]) for place in places if bool((place.local[roots] >= 0).any())
             )
-        group = self._named(table, places, heads, name)
-        self.tables[group.name] = table
-        return group
+            whole = len(roots) == table.n
+            blocks = torch.arange(len(roots)).unflatten(0, (heads if whole else 1, -1))
+            first = self._first_producer(part, name)
+            classes, position = table.classes[roots], self._position[first]
+            group = CouplingGroup(first, len(roots), part, classes, blocks, position, reason, rigid, roots, name)
+            yield group if reason or group.can_move else replace(group, reason=_ALONE)
+
+    def _first_producer(self, places: tuple[Place, ...], root: str) -> str:
+        """What a group is called: unlike the root, it does not depend on the widths."""
+        names = [place.key.rpartition(".")[0] for place in places if place.role is Role.PRODUCER]
+        names = [name for name in names if name in self._position]
+        return min(names or [root], key=lambda name: self._position[name])
 
     def _table(self, root: Any, handler: Callable) -> tuple[GroupTable, int]:
         """The group behind a root. Packed queries, keys and values are seen from the layer that reads the heads."""
@@ -139,8 +157,8 @@ class _Reader:
         for slot in table.slots:
             if slot.role is not Role.CONSUMER or slot.size >= table.n:
                 continue
-            inputs: Callable = self.graph.get_pruner_of_module(slot.owner).prune_in_channels
-            seen = tabulate(self.graph, slot.owner, inputs, skip=(ATTENTION,))
+            pruner: Any = self.graph.get_pruner_of_module(slot.owner)
+            seen = tabulate(self.graph, slot.owner, pruner.prune_in_channels, skip=(ATTENTION,))
             if not seen.unsupported and len(seen.classes.unique()) < seen.n:
                 return seen, self._heads(slot, seen.n)
         return table, 1
@@ -149,15 +167,6 @@ class _Reader:
         parent = self.graph.model.get_submodule(reader.name.rpartition(".")[0])
         heads = getattr(parent, "num_heads", 1)
         return heads if isinstance(heads, int) and heads > 0 and n % heads == 0 else 1
-
-    def _named(self, table: GroupTable, places: tuple[Place, ...], heads: int, root: str) -> CouplingGroup:
-        """Named after its first producer in forward order, which does not depend on the widths."""
-        producers = [slot.name for slot in table.slots if slot.role is Role.PRODUCER and slot.name in self._position]
-        name = min(producers or [root], key=lambda layer: self._position[layer])
-        reason = table.unsupported or self._reason(table) or self._claim(places)
-        blocks = torch.arange(table.n).unflatten(0, (heads, -1))
-        group = CouplingGroup(name, table.n, places, table.classes, blocks, self._position[name], reason)
-        return group if reason or group.can_move else replace(group, reason=_ALONE)
 
     def _reason(self, table: GroupTable) -> str:
         if is_output(self.graph, table):
@@ -208,6 +217,31 @@ class _Reader:
             axis = slot.axis % tensor.dim() if name == "weight" or slot.role is Role.NORM else 0
             chunks = slot.chunks if name == "weight" and slot.role is Role.CONSUMER else 1
             yield Place(self._keys[id(tensor)], axis, slot.local, slot.role, chunks)
+
+
+def _is_rigid(table: GroupTable) -> bool:
+    """Can the channels be permuted but not merged? So it is with attention, and with producers of some channels only."""
+    partial = (slot.partner is not None and bool((slot.local[:, 0] < 0).any()) for slot in table.slots)
+    return any(partial) or any(isinstance(owner, ATTENTION) for owner, _ in table.removable)
+
+
+def _distinct(groups: list[CouplingGroup]) -> tuple[CouplingGroup, ...]:
+    """Parts of one layer's channels that go different ways are numbered."""
+    seen: dict[str, int] = {}
+    for group in groups:
+        seen[group.name] = seen.get(group.name, 0) + 1
+    several = {name: iter(range(1, count + 1)) for name, count in seen.items() if count > 1}
+    return tuple(
+        replace(group, name=f"{group.name}#{next(several[group.name])}") if group.name in several else group
+        for group in groups
+    )
+
+
+def _by_presence(places: tuple[Place, ...], n: int) -> list[Tensor]:
+    """The channels that lie in the same places, one tensor of channel numbers per set."""
+    there = torch.stack([torch.ones(n, dtype=torch.long), *((p.local >= 0).sum(dim=1) for p in places)], dim=1)
+    _, label = there.unique(dim=0, return_inverse=True)
+    return [(label == value).nonzero().flatten() for value in range(int(label.max()) + 1)]
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

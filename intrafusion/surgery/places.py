@@ -44,7 +44,8 @@ class CouplingGroup:
     n: number of channels. classes: [n] int64, channels with different labels never change places. blocks: [h, n / h]
     int64, the channels of each head of an attention layer: heads may change places as wholes, their channels inside
     them (other groups are one block). position: of the first layer in the forward pass. reason: why the channels must
-    stay where they are ('' if they may move). names: layers and parameters in the group.
+    stay where they are ('' if they may move). rigid: they may change places, but not be merged. roots: [n] the
+    channels' numbers in torch-pruning's group `table`.
     """
 
     name: str
@@ -54,6 +55,9 @@ class CouplingGroup:
     blocks: Tensor
     position: int
     reason: str = ""
+    rigid: bool = False
+    roots: Tensor | None = None
+    table: str = ""
 
     @classmethod
     def fixed(cls, name: str, n: int, position: int, reason: str) -> CouplingGroup:
@@ -100,13 +104,25 @@ def permuted(state: State, groups: Sequence[CouplingGroup], orders: Mapping[str,
 def move(tensor: Tensor, place: Place, order: Tensor) -> Tensor:
     """A tensor with its channels in another order along one axis."""
     index = torch.arange(place.length(tensor))
-    target, source = place.local, place.local[order]
-    index[target[target >= 0]] = source[target >= 0]
+    fill_(index, place, place.local[order])
+    return take(tensor, place, index)
+
+
+def fill_(index: Tensor, place: Place, source: Tensor) -> None:
+    """Write into `index`, for the entries of a place [n, m], which entries [n, m] they are taken from."""
+    there = place.local >= 0
+    index[place.local[there]] = source[there]
+
+
+def take(tensor: Tensor, place: Place, index: Tensor) -> Tensor:
+    """The entries `index` of a tensor along a place's axis."""
     index = index.to(tensor.device)
     if place.chunks == 1 or place.axis == 0:
         return tensor.index_select(place.axis, index)
+    shape = list(tensor.shape)
+    shape[place.axis] = len(index) // place.chunks
     matrix = to_channels(tensor, place.axis, place.chunks)
-    return from_channels(matrix[index], tensor, place.axis, place.chunks)
+    return from_channels(matrix[index], torch.empty(shape, device="meta"), place.axis, place.chunks)
 
 
 def random_orders(groups: Sequence[CouplingGroup], generator: torch.Generator) -> dict[str, Tensor]:
