@@ -151,7 +151,7 @@ def align(
     check_settings(by, coupling)
     check_network(model, "the model")
     check_network(reference, "the reference")
-    _check_same_tensors(state_of(model), state_of(reference))
+    check_same_tensors(state_of(model), state_of(reference), "the model", "the reference")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     trace = partial(couplings_of, example_inputs=inputs, forward_fn=forward_fn)
     of = trace(model)
@@ -163,28 +163,42 @@ def align(
         for net, traced in ((reference, at), (model, of))
     ]
 
-    def problem() -> WeightMatching:
-        return WeightMatching(views[0], views[1], at.groups, of.groups, soft=coupling == "plan")
-
-    match = problem()
-    sweeps = 0
+    soft = coupling == "plan"
     if by == "activations":
         run = partial(run_model, forward_fn=forward_fn)
-        batches = [inputs] if batches is None else [(b,) if isinstance(b, Tensor) else b for b in batches]
-        rows = [responses(net, run, batches, traced) for net, traced in ((model, of), (reference, at))]
-        couple_rows(match, rows[0], rows[1], of.groups, at.groups, soft=coupling == "plan")
+        given = [inputs] if batches is None else [(b,) if isinstance(b, Tensor) else b for b in batches]
+        rows = [responses(net, run, given, traced) for net, traced in ((model, of), (reference, at))]
+        match = WeightMatching(views[0], views[1], at.groups, of.groups, soft=soft)
+        couple_rows(match, rows[0], rows[1], of.groups, at.groups, soft=soft)
     else:
-        match.forward_pass()
-    if by == "matching":
-        sweeps = match.descend(seed=seed, sweeps=_SWEEPS)
-        if all(a.n == b.n for a, b in zip(of.groups, at.groups, strict=True)) and match.distance() > 0:
-            other = problem()
-            other.links.update({g.name: Link(order=torch.arange(g.n)) for g in of.groups})
-            other_sweeps = other.descend(seed=seed, sweeps=_SWEEPS)
-            if other.distance() < match.distance():
-                match, sweeps = other, other_sweeps
+        match = best_match(views[0], views[1], of, at, by=by, soft=soft, seed=seed)
     groups = tuple(_result(a, b, match.links[a.name]) for a, b in zip(of.groups, at.groups, strict=True))
-    return Alignment(groups, by, coupling, match.distance(), sweeps, of, at, trace)
+    return Alignment(groups, by, coupling, match.distance(), match.sweeps, of, at, trace)
+
+
+def best_match(
+    reference: State,
+    model: State,
+    of: Couplings,
+    at: Couplings | None = None,
+    *,
+    by: str,
+    soft: bool = False,
+    seed: int,
+) -> WeightMatching:
+    """Couple all groups by `weights` or `matching`. at: the reference's groups, if it has other widths."""
+    at = of if at is None else at
+    match = WeightMatching(reference, model, at.groups, of.groups, soft=soft)
+    match.forward_pass()
+    if by == "weights":
+        return match
+    match.descend(seed=seed, sweeps=_SWEEPS)
+    if any(a.n != b.n for a, b in zip(of.groups, at.groups, strict=True)) or match.is_exact:
+        return match
+    other = WeightMatching(reference, model, at.groups, of.groups, soft=soft)
+    other.links.update({group.name: Link(order=torch.arange(group.n)) for group in of.groups})
+    other.descend(seed=seed, sweeps=_SWEEPS)
+    return other if other.distance() < match.distance() else match
 
 
 def couple_rows(
@@ -232,9 +246,10 @@ def same_shapes(first: State, second: State) -> bool:
     return {k: t.shape for k, t in first.items()} == {k: t.shape for k, t in second.items()}
 
 
-def _check_same_tensors(first: State, second: State) -> None:
+def check_same_tensors(first: State, second: State, one: str, other: str) -> None:
+    """Raises ValueError, naming a tensor, if one network has tensors that the other has not."""
     if missing := sorted(set(first) ^ set(second)):
-        where = "the model" if missing[0] in first else "the reference"
+        where = one if missing[0] in first else other
         raise ValueError(f"the networks have different architectures: only {where} has {missing[0]!r}")
 
 

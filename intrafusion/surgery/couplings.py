@@ -95,7 +95,8 @@ class _Reader:
         self.graph = graph
         self.tables: dict[str, GroupTable] = {}
         self._position = {name: at for at, name in enumerate(order)}
-        self._keys = {id(tensor): key for key, tensor in _named_tensors(graph.model)}
+        self._tensors = dict(_named_tensors(graph.model))
+        self._keys = {id(tensor): key for key, tensor in self._tensors.items()}
         self._claimed: dict[tuple[str, int], Tensor] = {}
 
     def read(self) -> Iterator[CouplingGroup]:
@@ -182,8 +183,10 @@ class _Reader:
             there = place.local[place.local >= 0]
             mask = taken.get((place.key, place.axis))
             if mask is None:
-                length = max(int(there.max()) + 1, self._length(place))
+                length = place.length(self._tensors[place.key])
                 mask = taken[place.key, place.axis] = torch.zeros(length, dtype=torch.bool)
+            if int(there.max()) >= len(mask):
+                return f"{place.key!r} has fewer channels than are coupled with it"
             if mask[there].any():
                 return f"{place.key!r} is reached twice"
             mask[there] = True
@@ -193,9 +196,6 @@ class _Reader:
         for at, mask in taken.items():
             self._claimed[at] = self._claimed.get(at, torch.zeros_like(mask)) | mask
         return ""
-
-    def _length(self, place: Place) -> int:
-        return place.length(dict(_named_tensors(self.graph.model))[place.key])
 
     def _places(self, table: GroupTable) -> tuple[Place, ...]:
         found = [place for slot in table.slots for place in self._of_slot(slot)]
@@ -220,7 +220,7 @@ class _Reader:
 
 
 def _is_rigid(table: GroupTable) -> bool:
-    """Can the channels be permuted but not merged? So it is with attention, and with producers of some channels only."""
+    """Channels that can be permuted but not merged: of attention, and where a layer produces some of them only."""
     partial = (slot.partner is not None and bool((slot.local[:, 0] < 0).any()) for slot in table.slots)
     return any(partial) or any(isinstance(owner, ATTENTION) for owner, _ in table.removable)
 

@@ -29,7 +29,7 @@ from intrafusion.surgery.places import CouplingGroup, Place, State, move
 
 _EXACT = 1e-12
 """Squared distance, relative to the reference, at which two networks are the same up to rounding."""
-_IN_DOUBLE = 2**22
+_IN_DOUBLE = 2**20
 """Larger weights are compared in float32 (they are moved exactly in any case)."""
 _AVERAGED = (Role.DEPTHWISE, Role.GAIN)
 
@@ -111,6 +111,7 @@ class WeightMatching:
         for group in of:
             for number, place in enumerate(group.places):
                 self._by_tensor.setdefault(place.key, []).append((group.name, number))
+        self.sweeps = 0
         self.links: Links = {g.name: Link(order=torch.arange(g.n)) for g in of if g.reason}
         self._known: dict[tuple[str, int], tuple[tuple[Link | None, ...], Tensor]] = {}
 
@@ -135,18 +136,26 @@ class WeightMatching:
             ]
             self.links[name] = self._solve(name, self._cost(name, makers) if makers else self._norms(name))
 
-    def descend(self, *, seed: int, sweeps: int) -> int:
-        """Coordinate descent over the groups, in a random order, until none changes. Returns the number of sweeps."""
+    def descend(self, *, seed: int, sweeps: int) -> None:
+        """Coordinate descent over the groups, in a random order, until none changes."""
         generator = torch.Generator().manual_seed(seed)
-        for sweep in range(sweeps):
-            if self.distance() <= _EXACT:
-                return sweep
+        names = self.free
+        changed = not self.is_exact
+        while changed and self.sweeps < sweeps:
+            self.sweeps += 1
             changed = False
-            for index in torch.randperm(len(self.free), generator=generator).tolist():
-                changed |= self._improve(self.free[index])
-            if not changed:
-                return sweep + 1
-        return sweeps
+            for index in torch.randperm(len(names), generator=generator).tolist():
+                changed |= self._improve(names[index])
+
+    @property
+    def is_exact(self) -> bool:
+        """Are the networks the same in this coupling, up to rounding?"""
+        return self.distance() <= _EXACT
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the tensors that are compared."""
+        return list(self._a)
 
     def distance(self, keys: Sequence[str] | None = None) -> float:
         """D, in units of the reference's own Σ ‖A‖², over all tensors or the given ones."""
