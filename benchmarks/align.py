@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
 import intrafusion
 from intrafusion.lab.data import Dataset, digits, stratified
-from intrafusion.lab.landscape import evaluate, interpolate
+from intrafusion.lab.landscape import interpolate, score
 from intrafusion.lab.models import build_model
 from intrafusion.lab.sections import TrainSection
 from intrafusion.lab.training import train_
@@ -28,7 +29,10 @@ def halves(data: Dataset, *, seed: int) -> list[Dataset]:
     """The same data with each half of the training images, stratified."""
     train = data.split("train")
     parts = stratified(train.labels, 0.5, seed=seed)
-    return [replace(data, _read={**{n: data.split(n) for n in ("validation", "test")}, "train": train.take(part)}) for part in parts]
+    return [
+        replace(data, _read={**{n: data.split(n) for n in ("validation", "test")}, "train": train.take(part)})
+        for part in parts
+    ]
 
 
 def trained(data: Dataset, model: str, settings: TrainSection, *, seed: int) -> nn.Module:
@@ -43,18 +47,22 @@ def accuracies(first: nn.Module, second: nn.Module, data: Dataset, *, images: in
     """Test accuracy in percent of the two networks, their ensemble, and their averages of every kind."""
     batches = [inputs for inputs, _ in data.draw("train", images, seed=0)]
     example = batches[0][:2]
-    found = {"first": evaluate(first, data).accuracy, "second": evaluate(second, data).accuracy}
-    found["ensemble"] = evaluate(_Ensemble(first, second), data).accuracy
+    found = {"first": score(first, data).accuracy, "second": score(second, data).accuracy}
+    found["ensemble"] = score(_Ensemble(first, second), data).accuracy
     for by in ("given", *METHODS):
         more = {"batches": batches} if by == "activations" else {}
-        for kind, options in (("", {"repair": False}), (" + closed form", {}), (" + re-estimated", {"batches": batches})):
+        for kind, options in (
+            ("", {"repair": False}),
+            (" + closed form", {}),
+            (" + re-estimated", {"batches": batches}),
+        ):
             if by == "activations" and kind == "":
                 fused = intrafusion.fuse([first, second], example, by=by, **{**more, **options})
             elif by == "activations" and kind != " + re-estimated":
                 continue
             else:
                 fused = intrafusion.fuse([first, second], example, by=by, **options)
-            found[("naive" if by == "given" else by) + kind] = evaluate(fused, data).accuracy
+            found[("naive" if by == "given" else by) + kind] = score(fused, data).accuracy
     return {name: 100 * accuracy for name, accuracy in found.items()}
 
 
@@ -80,9 +88,9 @@ def main() -> None:
             parts = halves(digits(), seed=seed)
             pair = [trained(part, "digits_cnn", settings, seed=seed + apart * at) for at, part in enumerate(parts)]
             runs.append(accuracies(pair[0], pair[1], digits(), images=chosen.images))
-            path = interpolate(pair[0], pair[1], digits(), steps=5)
+            path = interpolate(pair[0], pair[1], partial(score, data=digits()), steps=5)
             aligned = intrafusion.align(pair[1], pair[0], torch.zeros(2, 1, 8, 8)).apply(pair[1])
-            straight = interpolate(pair[0], aligned, digits(), steps=5)
+            straight = interpolate(pair[0], aligned, partial(score, data=digits()), steps=5)
             runs[-1] |= {"loss barrier": path.barrier, "loss barrier, aligned": straight.barrier}
         print(f"\n{title}, {chosen.seeds} seeds: mean (lowest-highest)")
         for name in runs[0]:
