@@ -32,7 +32,7 @@ COUPLINGS = ("assignment", "plan")
 _SWEEPS = 50
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GroupAlignment:
     """How one group's n channels became the k of the reference.
 
@@ -65,7 +65,7 @@ class GroupAlignment:
         return self.order is not None and torch.equal(self.order, torch.arange(self.k))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Alignment:
     """The coupling of every group of a network with those of a reference, in forward order.
 
@@ -78,9 +78,9 @@ class Alignment:
     coupling: str
     distance: float
     sweeps: int
-    _source: Couplings = field(repr=False, compare=False)
-    _target: Couplings = field(repr=False, compare=False)
-    _retrace: Callable[[nn.Module], Couplings] = field(repr=False, compare=False)
+    _source: Couplings = field(repr=False)
+    _target: Couplings = field(repr=False)
+    _retrace: Callable[[nn.Module], Couplings] = field(repr=False)
 
     def __getitem__(self, name: str) -> GroupAlignment:
         for group in self.groups:

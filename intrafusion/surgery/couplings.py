@@ -132,7 +132,8 @@ class _Reader:
             return
         self.tables[name] = table
         rigid = heads > 1 or _is_rigid(table)
-        reason = table.unsupported or self._reason(table) or self._claim(places)
+        claimed_twice = self._claim(places)
+        reason = table.unsupported or self._reason(table) or claimed_twice
         for roots in [torch.arange(table.n)] if reason else _by_presence(places, table.n):
             part = tuple(
                 replace(place, local=place.local[roots]) for place in places if bool((place.local[roots] >= 0).any())

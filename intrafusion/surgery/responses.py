@@ -70,6 +70,8 @@ def _inside_attention(model: nn.Module, layer: str) -> bool:
 
 def _watch(name: str, values: list[Tensor], axis: int) -> Callable:
     def hook(_: nn.Module, args: tuple) -> None:
+        if not args:  # called by keywords: the group is left to its weights
+            return
         found = by_channel(args[0].detach(), axis)
         found = found[:: -(-len(found) // _SAMPLES)].double().cpu()
         if not torch.isfinite(found).all():

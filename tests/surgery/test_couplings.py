@@ -49,6 +49,26 @@ class Split(nn.Module):
         return self.fc((2 * self.left(F.relu(left)) + self.right(F.relu(right))).mean((2, 3)))
 
 
+class Packed(nn.Module):
+    """Attention as timm writes it: one linear layer for queries, keys and values."""
+
+    def __init__(self, named=True):
+        super().__init__()
+        self.embed, self.qkv, self.proj, self.head = (nn.Linear(*s) for s in ((5, 8), (8, 24), (8, 8), (8, 4)))
+        self.heads = 2
+        if named:
+            self.num_heads = 2
+
+    def forward(self, x):
+        y = self.embed(x)
+        batch, tokens, width = y.shape
+        q, k, v = (
+            self.qkv(y).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        z = (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        return self.head((y + self.proj(z.transpose(1, 2).reshape(batch, tokens, width))).mean(1))
+
+
 ATTENTION = Case("attention", Attention, (3, 5), "head")
 PADDED = Case("padded", lambda: CifarResNet(8), (3, 8, 8), "linear")
 CASES = [*PICO, ATTENTION, PADDED]
@@ -97,6 +117,21 @@ def test_heads_change_places_as_wholes_and_keep_their_channels():
     for order in (random_orders([heads], torch.Generator().manual_seed(s))["attention.heads"] for s in range(5)):
         sources = order[heads.blocks[0]] % 8 // 4
         assert len(sources.unique()) == 1  # one head, of queries, keys and values alike
+
+
+def test_packed_queries_keys_and_values_move_within_and_with_their_heads():
+    case = Case("packed", Packed, (3, 5), "head")
+    model, other, _ = shuffled(case)
+    packed = couplings_of(model, case.example())["qkv"]
+    assert packed.blocks.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert next(p for p in packed.places if p.key == "qkv.weight").local[1].tolist() == [1, 9, 17]
+    assert not torch.equal(model.qkv.weight, other.qkv.weight)
+    torch.testing.assert_close(other(case.example()), model(case.example()))
+
+
+def test_heads_that_nobody_names_are_left_alone():
+    case = Case("packed", lambda: Packed(named=False), (3, 5), "head")
+    assert "changes the network's output" in couplings_of(case.model(), case.example())["qkv"].reason
 
 
 def test_zero_padded_shortcuts_shift_the_channels():
