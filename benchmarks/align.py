@@ -88,9 +88,9 @@ def main() -> None:
             parts = halves(digits(), seed=seed)
             pair = [trained(part, "digits_cnn", settings, seed=seed + apart * at) for at, part in enumerate(parts)]
             runs.append(accuracies(pair[0], pair[1], digits(), images=chosen.images))
-            path = interpolate(pair[0], pair[1], partial(score, data=digits()), steps=5)
+            path = interpolate(pair[0], pair[1], partial(score, data=digits()), steps=5, progress=False)
             aligned = intrafusion.align(pair[1], pair[0], torch.zeros(2, 1, 8, 8)).apply(pair[1])
-            straight = interpolate(pair[0], aligned, partial(score, data=digits()), steps=5)
+            straight = interpolate(pair[0], aligned, partial(score, data=digits()), steps=5, progress=False)
             runs[-1] |= {"loss barrier": path.barrier, "loss barrier, aligned": straight.barrier}
         print(f"\n{title}, {chosen.seeds} seeds: mean (lowest-highest)")
         for name in runs[0]:
