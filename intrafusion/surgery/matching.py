@@ -162,8 +162,9 @@ class WeightMatching:
     def distance(self, keys: Sequence[str] | None = None) -> float:
         """D, in units of the reference's own Σ ‖A‖², over all tensors or the given ones."""
         links = tuple(self.links.values())
-        if keys is None and self._measured is not None and all(map(operator.is_, self._measured[0], links)):
-            return self._measured[1]
+        known = self._measured if keys is None else None
+        if known is not None and len(known[0]) == len(links) and all(map(operator.is_, known[0], links)):
+            return known[1]
         apart = size = 0.0
         for key in self._a if keys is None else keys:
             if key not in self._b:
