@@ -1,5 +1,6 @@
 """Structured pruning that keeps its accuracy without fine-tuning: channels are fused, not discarded."""
 
+from intrafusion.averaging import fuse
 from intrafusion.fusion import PRESETS, Fusion
 from intrafusion.importance import CHIPImportance, ReconstructionImportance
 from intrafusion.pruner import (
@@ -11,11 +12,13 @@ from intrafusion.pruner import (
     IntraFusionPruner,
 )
 from intrafusion.report import GroupReport, Report
+from intrafusion.surgery.align import Alignment, align
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Alignment",
     "CHIPImportance",
     "FusedGroup",
     "Fusion",
@@ -27,4 +30,6 @@ __all__ = [
     "IntraFusionPruner",
     "ReconstructionImportance",
     "Report",
+    "align",
+    "fuse",
 ]

@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "checks": {"surgery"},
     "importance": {"ot", "surgery", "checks"},
     "pruner": {"ot", "surgery", "fusion", "report", "checks"},
-    "__init__": {"fusion", "report", "importance", "pruner"},
-    "lab": {"ot", "surgery", "fusion", "report", "checks", "importance", "pruner", "lab", "intrafusion"},
+    "averaging": {"surgery", "checks"},
+    "__init__": {"fusion", "report", "importance", "pruner", "averaging", "surgery"},
+    "lab": {"ot", "surgery", "fusion", "report", "checks", "importance", "pruner", "averaging", "lab", "intrafusion"},
     "cli": {"lab", "intrafusion"},
 }
 FORBIDDEN_IN_OT = {"torch_pruning", "torchvision", "pathlib", "os"}
