@@ -1,0 +1,111 @@
+"""Which attributes of a module pruning may change, and what they must agree with.
+
+A checkpoint's numbers end up as attributes of the user's modules, so a file may only do what pruning does: sizes shrink
+and stay what the tensors say, factors stay finite. Anything else means that the file is for another network.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from intrafusion.checkpoint.inventory import numbers_of
+
+_SIZES = frozenset(
+    """in_channels out_channels groups in_features out_features num_features normalized_shape num_channels num_groups
+    num_parameters embedding_dim embed_dim kdim vdim num_heads head_dim hidden_size input_size""".split()
+)
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+Shape = tuple[int, ...]
+
+
+def changes(module: nn.Module, saved: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(the attributes that have to be set, those that no pruning sets like this) to make `module` the saved one.
+
+    Attributes that the module does not have are left out: they differ between versions of a library.
+    """
+    new, wrong = {}, []
+    for name, now in numbers_of(module).items():
+        value = saved.get(name, now)
+        kind = type(now)
+        if isinstance(now, (tuple, list)) and isinstance(value, list):
+            value = kind(value)
+        if type(value) is kind and value == now:
+            continue
+        if type(value) is not kind or not _may_become(module, name, now, value):
+            wrong.append(f"{name} is {value} in the file, {now} in the model")
+        else:
+            new[name] = value
+    return new, wrong
+
+
+def disagreement(module: nn.Module, attributes: dict[str, Any], shapes: dict[str, Shape | None]) -> str:
+    """What is wrong with a module of torch.nn that would have these attributes and tensors; empty if it is sound.
+
+    shapes: of the module's own tensors, None for one that it does without.
+    """
+    if not _is_torchs(module):
+        return ""
+    sizes = {**numbers_of(module), **attributes}
+    try:
+        expected, required = _expected_shapes(module, sizes)
+    except (ZeroDivisionError, KeyError):
+        return "its sizes make no layer"
+    for name, shape in expected.items():
+        there = shapes.get(name, shape)
+        if there is None and name in required:
+            return f"its {name} is missing"
+        if there is not None and there != shape:
+            return f"its {name} is {list(there)}, its sizes ask for {list(shape)}"
+    return ""
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+def _may_become(module: nn.Module, name: str, now: Any, value: Any) -> bool:
+    if isinstance(now, float):
+        return True
+    if _is_torchs(module) and name not in _SIZES:
+        return False
+    if isinstance(now, int):
+        return 1 <= value <= now
+    return len(value) == len(now) and all(new == old or 1 <= new <= old for new, old in zip(value, now, strict=True))
+
+
+def _expected_shapes(module: nn.Module, sizes: dict[str, Any]) -> tuple[dict[str, Shape], frozenset[str]]:
+    """(shapes of a module's tensors, names of those it cannot do without)"""
+    weight = frozenset({"weight"})
+    if isinstance(module, nn.Linear):
+        return {"weight": (sizes["out_features"], sizes["in_features"]), "bias": (sizes["out_features"],)}, weight
+    if isinstance(module, (*_LINEAR, *_TRANSPOSED)):
+        first, second = sizes["out_channels"], sizes["in_channels"]
+        if isinstance(module, _TRANSPOSED):
+            first, second = second, first
+        if first % sizes["groups"] or second % sizes["groups"]:
+            raise ZeroDivisionError
+        return {"weight": (first, second // sizes["groups"], *sizes["kernel_size"]), "bias": (sizes["out_channels"],)}, weight
+    if isinstance(module, _NORMS):
+        return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (sizes["num_features"],)), frozenset()
+    if isinstance(module, _LAYER_NORMS):
+        return dict.fromkeys(("weight", "bias"), tuple(sizes["normalized_shape"])), frozenset()
+    if isinstance(module, nn.GroupNorm):
+        if sizes["num_channels"] % sizes["num_groups"]:
+            raise ZeroDivisionError
+        return dict.fromkeys(("weight", "bias"), (sizes["num_channels"],)), frozenset()
+    if isinstance(module, nn.PReLU):
+        return {"weight": (sizes["num_parameters"],)}, weight
+    if isinstance(module, nn.Embedding):
+        return {"weight": (sizes["num_embeddings"], sizes["embedding_dim"])}, weight
+    if isinstance(module, nn.MultiheadAttention):
+        width = sizes["embed_dim"]
+        if sizes["num_heads"] * sizes["head_dim"] != width:
+            raise ZeroDivisionError
+        return {"in_proj_weight": (3 * width, width), "in_proj_bias": (3 * width,)}, frozenset()
+    return {}, frozenset()
