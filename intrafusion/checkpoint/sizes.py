@@ -90,7 +90,10 @@ def _expected_shapes(module: nn.Module, sizes: dict[str, Any]) -> tuple[dict[str
             first, second = second, first
         if first % sizes["groups"] or second % sizes["groups"]:
             raise ZeroDivisionError
-        return {"weight": (first, second // sizes["groups"], *sizes["kernel_size"]), "bias": (sizes["out_channels"],)}, weight
+        return {
+            "weight": (first, second // sizes["groups"], *sizes["kernel_size"]),
+            "bias": (sizes["out_channels"],),
+        }, weight
     if isinstance(module, _NORMS):
         return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (sizes["num_features"],)), frozenset()
     if isinstance(module, _LAYER_NORMS):

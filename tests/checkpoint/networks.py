@@ -17,6 +17,25 @@ from tests.nets import PICO, Case
 CASES = {case.name: case for case in PICO}
 
 
+class Tied(nn.Module):
+    """An embedding that is also the head, two buffers that are one, and a buffer that no state dict has."""
+
+    def __init__(self, width=8, tie=True):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, width), nn.Linear(width, 11, bias=False)
+        self.norm, self.other = nn.LayerNorm(width), nn.LayerNorm(width)
+        if tie:
+            self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.rand(width), persistent=False)
+        self.norm.register_buffer("scale", self.scale)
+        self.register_buffer("nothing", None)
+        self.register_buffer("empty", torch.empty(0))
+        self.factor, self.heads, self.window = width**-0.5, width // 2, [width, 3]
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.embed(tokens) * self.scale) * self.factor)
+
+
 def pruner_of(model: nn.Module, example: Tensor, ignored: list[nn.Module], fusion: str = "discard", **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
