@@ -1,8 +1,8 @@
 """Keep a pruned network: weights, and what pruning changed about the modules, in one file without pickles.
 
 >>> intrafusion.save(model, "pruned.safetensors", source="torchvision:resnet50", num_classes=1000)
->>> model = intrafusion.load("pruned.safetensors")                       # in any process; or, for a network of your own:
->>> model = intrafusion.load("pruned.safetensors", MyNetwork())          # the dense one becomes the pruned one
+>>> model = intrafusion.load("pruned.safetensors")                 # in any process
+>>> model = intrafusion.load("mine.safetensors", MyNetwork())      # a network of your own: the dense becomes the pruned
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.checkpoint import container, inventory, restore
+from intrafusion.checkpoint import container, inventory, restore, sizes
 from intrafusion.checkpoint.manifest import CheckpointError, Kept, Manifest, short
 
 __all__ = ["CheckpointError", "describe", "load", "save"]
@@ -51,6 +51,7 @@ def save(
     if (source is None) != (num_classes is None):
         raise ValueError("source and num_classes go together: the dense network cannot be built from one of them")
     inventory.check_can_be_saved(model)
+    sizes.check_agreement(model)
     named = inventory.tensors_of(model)
     tied = inventory.shared(named)
     first = {name: found for name, found in named.items() if name not in tied}

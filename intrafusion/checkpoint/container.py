@@ -1,4 +1,4 @@
-"""The file of a checkpoint: a safetensors file with one JSON document in its metadata, and a checksum over all of it."""
+"""The file of a checkpoint: safetensors with one JSON document in its metadata, and a checksum over all of it."""
 
 from __future__ import annotations
 

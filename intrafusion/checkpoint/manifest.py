@@ -152,7 +152,9 @@ def _take(mapping: Mapping, key: str, reader: Reader, where: str) -> Any:
     try:
         return reader(mapping[key])
     except _Wrong as error:
-        raise CheckpointError(f"{where}: {key!r} is {short(mapping[key])}, not {error}") from None
+        raise CheckpointError(f"{where}: {short(key)} is {short(mapping[key])}, not {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {short(key)}: {error}") from None
 
 
 def _each(document: dict, section: str, reader: Reader) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def _each(document: dict, section: str, reader: Reader) -> dict[str, Any]:
 
 
 def _module(value: Any) -> ModuleEntry:
-    where = "a module"
+    where = "this module"
     entry = _mapping(value)
     attributes = _take(entry, "attributes", _mapping, where)
     return ModuleEntry(
@@ -172,7 +174,7 @@ def _module(value: Any) -> ModuleEntry:
 
 
 def _tensor(value: Any) -> TensorEntry:
-    where = "a tensor"
+    where = "this tensor"
     entry = _mapping(value)
     kind = _take(entry, "kind", _text, where)
     if kind not in ("parameter", "buffer"):
@@ -186,7 +188,7 @@ def _tensor(value: Any) -> TensorEntry:
 
 
 def _kept(value: Any) -> Kept:
-    where = "kept channels"
+    where = "this layer"
     entry = _mapping(value)
     side, of = _take(entry, "side", _text, where), _take(entry, "of", _count, where)
     channels = _take(entry, "channels", _counts, where)

@@ -106,9 +106,10 @@ def _check_tensors(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
     odd = [short(name) for name in described.keys() ^ tensors.keys()]
     for name, entry in described.items():
         there = tensors.get(name)
-        if there is not None and (entry.dtype, entry.shape) != (entry_of("", there).dtype, tuple(there.shape)):
-            odd.append(short(name))
-        elif there is not None and entry.trains and not (there.is_floating_point() or there.is_complex()):
+        if there is None:
+            continue
+        found = entry_of(entry.kind, there)
+        if (entry.dtype, entry.shape) != (found.dtype, found.shape) or (entry.trains and not _is_float(found)):
             odd.append(short(name))
     if odd:
         raise CheckpointError(f"its document and its tensors contradict each other about {listed(sorted(odd))}")

@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from intrafusion.checkpoint.inventory import numbers_of
+from intrafusion.checkpoint.inventory import numbers_of, walk
+from intrafusion.checkpoint.manifest import CheckpointError, listed
 
-_SIZES = frozenset(
-    """in_channels out_channels groups in_features out_features num_features normalized_shape num_channels num_groups
-    num_parameters embedding_dim embed_dim kdim vdim num_heads head_dim hidden_size input_size""".split()
-)
-_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_SIZES = frozenset({
+    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "normalized_shape",
+    "num_channels", "num_groups", "num_parameters", "embedding_dim", "embed_dim", "kdim", "vdim", "num_heads",
+    "head_dim", "hidden_size", "input_size",
+})  # fmt: skip
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -54,8 +56,10 @@ def disagreement(module: nn.Module, attributes: dict[str, Any], shapes: dict[str
     sizes = {**numbers_of(module), **attributes}
     try:
         expected, required = _expected_shapes(module, sizes)
-    except (ZeroDivisionError, KeyError):
-        return "its sizes make no layer"
+    except KeyError as error:
+        return f"its {error.args[0]} is not a number"
+    except ValueError as error:
+        return str(error)
     for name, shape in expected.items():
         there = shapes.get(name, shape)
         if there is None and name in required:
@@ -63,6 +67,18 @@ def disagreement(module: nn.Module, attributes: dict[str, Any], shapes: dict[str
         if there is not None and there != shape:
             return f"its {name} is {list(there)}, its sizes ask for {list(shape)}"
     return ""
+
+
+def check_agreement(model: nn.Module) -> None:
+    """Raise CheckpointError if a layer's attributes are not the sizes of its tensors: `load` would not take it."""
+    wrong = []
+    for name, module in walk(model):
+        own = {**module._parameters, **module._buffers}
+        shapes = {key: None if tensor is None else tuple(tensor.shape) for key, tensor in own.items()}
+        reason = disagreement(module, {}, shapes)
+        wrong += [f"{name} ({reason})"] if reason else []
+    if wrong:
+        raise CheckpointError(f"layers whose attributes are not the sizes of their tensors: {listed(wrong)}")
 
 
 def _is_torchs(module: nn.Module) -> bool:
@@ -81,34 +97,33 @@ def _may_become(module: nn.Module, name: str, now: Any, value: Any) -> bool:
 
 def _expected_shapes(module: nn.Module, sizes: dict[str, Any]) -> tuple[dict[str, Shape], frozenset[str]]:
     """(shapes of a module's tensors, names of those it cannot do without)"""
-    weight = frozenset({"weight"})
+    weight, nothing = frozenset({"weight"}), frozenset()
     if isinstance(module, nn.Linear):
         return {"weight": (sizes["out_features"], sizes["in_features"]), "bias": (sizes["out_features"],)}, weight
-    if isinstance(module, (*_LINEAR, *_TRANSPOSED)):
-        first, second = sizes["out_channels"], sizes["in_channels"]
-        if isinstance(module, _TRANSPOSED):
-            first, second = second, first
-        if first % sizes["groups"] or second % sizes["groups"]:
-            raise ZeroDivisionError
-        return {
-            "weight": (first, second // sizes["groups"], *sizes["kernel_size"]),
-            "bias": (sizes["out_channels"],),
-        }, weight
+    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
+        rows, columns, groups = sizes["out_channels"], sizes["in_channels"], sizes["groups"]
+        first, second = (columns, rows) if isinstance(module, _TRANSPOSED) else (rows, columns)
+        _check_divides(groups, rows, columns)
+        return {"weight": (first, second // groups, *sizes["kernel_size"]), "bias": (rows,)}, weight
     if isinstance(module, _NORMS):
-        return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (sizes["num_features"],)), frozenset()
+        names = ("weight", "bias", "running_mean", "running_var")
+        return dict.fromkeys(names, (sizes["num_features"],)), nothing
     if isinstance(module, _LAYER_NORMS):
-        return dict.fromkeys(("weight", "bias"), tuple(sizes["normalized_shape"])), frozenset()
+        return dict.fromkeys(("weight", "bias"), tuple(sizes["normalized_shape"])), nothing
     if isinstance(module, nn.GroupNorm):
-        if sizes["num_channels"] % sizes["num_groups"]:
-            raise ZeroDivisionError
-        return dict.fromkeys(("weight", "bias"), (sizes["num_channels"],)), frozenset()
+        _check_divides(sizes["num_groups"], sizes["num_channels"])
+        return dict.fromkeys(("weight", "bias"), (sizes["num_channels"],)), nothing
     if isinstance(module, nn.PReLU):
         return {"weight": (sizes["num_parameters"],)}, weight
     if isinstance(module, nn.Embedding):
         return {"weight": (sizes["num_embeddings"], sizes["embedding_dim"])}, weight
     if isinstance(module, nn.MultiheadAttention):
         width = sizes["embed_dim"]
-        if sizes["num_heads"] * sizes["head_dim"] != width:
-            raise ZeroDivisionError
-        return {"in_proj_weight": (3 * width, width), "in_proj_bias": (3 * width,)}, frozenset()
-    return {}, frozenset()
+        _check_divides(sizes["num_heads"], width)
+        return {"in_proj_weight": (3 * width, width), "in_proj_bias": (3 * width,)}, nothing
+    return {}, nothing
+
+
+def _check_divides(groups: int, *widths: int) -> None:
+    if any(width % groups for width in widths):
+        raise ValueError(f"{groups} groups of {', '.join(map(str, widths))} channels")

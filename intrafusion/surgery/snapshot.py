@@ -44,7 +44,7 @@ class Snapshot:
 
 
 def copy_state(state: dict[str, Any]) -> dict[str, Any]:
-    """A module's `__dict__`, one level deeper than a plain copy: parameters and buffers live in dicts, operator sizes in lists."""
+    """A module's `__dict__`, one level deep: parameters and buffers live in dicts, operator sizes in lists."""
     return {k: (v, v.copy() if isinstance(v, (dict, list)) else None) for k, v in state.items()}
 
 

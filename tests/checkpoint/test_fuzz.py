@@ -55,7 +55,7 @@ class Target:
         self.model = build()
         self.before = state(self.model)
         self._reset = [(vars(m), copy_state(vars(m))) for m in self.model.modules()]
-        self.loaded = 0
+        self.loaded, self.longest = 0, 0
         self.load(self.content)
         assert self.loaded == 1  # and what is imported on first use is imported
 
@@ -65,7 +65,7 @@ class Target:
             with watched() as code:
                 intrafusion.load(self.path, self.model)
         except CheckpointError as error:
-            assert len(str(error)) < 4_000
+            self.longest = max(self.longest, len(str(error)))
         else:
             self.loaded += 1
             for attributes, saved in self._reset:
@@ -178,7 +178,7 @@ def forged(content: bytes, rng: random.Random) -> bytes:
     header, document, data = parts(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         try:
-            edit(document if rng.random() < 0.8 else header, rng)
+            edit(document if rng.random() < 0.9 else header, rng)
         except (KeyError, IndexError, TypeError):  # two edits of one place
             continue
     if not isinstance(document.get("sha256"), str) or rng.random() < 0.9:
@@ -195,3 +195,4 @@ def test_forged_documents_with_a_valid_checksum(target):
     for rng in each(FORGED):
         target.load(forged(target.content, rng))
     assert target.loaded > 10  # or the forgeries would never get past the checksum
+    assert target.longest < 4_000

@@ -120,25 +120,39 @@ def test_whole_and_floating_numbers_are_not_exchanged(path):
     refused(path, model, "'bn1.num_batches_tracked' is int64 in the file, float32")
 
 
+def attribute(module: str, **values):
+    return lambda document: document["modules"][module]["attributes"].update(values)
+
+
+def tensor(name: str, **values):
+    return lambda document: document["tensors"][name].update(values)
+
+
+def tie(alias: str, name: str):
+    return lambda document: (document["tensors"].pop(alias, None), document["tied"].update({alias: name}))
+
+
 EDITS = {
-    "a size that its tensors contradict": (lambda d: d["modules"]["conv1"]["attributes"].update(out_channels=3), "sizes ask"),
-    "groups that do not divide": (lambda d: d["modules"]["conv1"]["attributes"].update(groups=0), "groups is 0"),
-    "a size that grew": (lambda d: d["modules"]["conv1"]["attributes"].update(in_channels=10**15), "in_channels is 10000000"),
-    "a kernel": (lambda d: d["modules"]["conv1"]["attributes"].update(kernel_size=[3, 10**9]), "kernel_size"),
-    "a number of another kind": (lambda d: d["modules"]["bn1"]["attributes"].update(eps=1), "eps is 1 in the file"),
+    "a size that its tensors contradict": (attribute("conv1", out_channels=3), "its sizes ask for [3, 3, 3, 3]"),
+    "no groups": (attribute("conv1", groups=0), "groups is 0"),
+    "a size that grew": (attribute("conv1", in_channels=10**15), "in_channels is 10000000"),
+    "a kernel": (attribute("conv1", kernel_size=[3, 10**9]), "kernel_size"),
+    "a number of another kind": (attribute("bn1", eps=1), "eps is 1 in the file"),
+    "a number that is none": (attribute("bn1", eps="1"), "modules: 'bn1': attributes: 'eps' is '1', not a finite"),
     "a layer without its weight": (lambda d: d["tensors"].update({"conv1.weight": None}), "contradict each other"),
-    "a shape that is not the tensor's": (lambda d: d["tensors"]["fc1.bias"].update(shape=[10**12]), "'fc1.bias'"),
-    "a dtype that is not the tensor's": (lambda d: d["tensors"]["fc1.bias"].update(dtype="float16"), "'fc1.bias'"),
-    "a trained count": (lambda d: d["tensors"]["bn1.num_batches_tracked"].update(trains=True), "num_batches_tracked"),
-    "a parameter as a buffer": (lambda d: d["tensors"]["fc1.bias"].update(kind="buffer"), "is a buffer in the file"),
+    "a shape that is not the tensor's": (tensor("fc1.bias", shape=[10**12]), "'fc1.bias'"),
+    "a dtype that is not the tensor's": (tensor("fc1.bias", dtype="float16"), "'fc1.bias'"),
+    "a trained count": (tensor("bn1.num_batches_tracked", trains=True), "num_batches_tracked"),
+    "a parameter as a buffer": (tensor("fc1.bias", kind="buffer", trains=False), "is a buffer in the file"),
     "a tie of what is there": (lambda d: d["tied"].update({"fc1.bias": "fc2.bias"}), "which cannot be"),
-    "a tie to nothing": (lambda d: d["tied"].update({"x": "y"}), "which cannot be"),
-    "a tie of other shapes": (lambda d: (d["tensors"].pop("conv2.bias"), d["tied"].update({"conv2.bias": "bn1.bias"})), "contradict"),
+    "a tie to nothing": (tie("x", "y"), "which cannot be"),
+    "a tie to itself": (tie("conv2.bias", "conv2.bias"), "which cannot be"),
+    "a tie of other tensors": (tie("conv2.bias", "bn1.bias"), "contradict"),
     "a mode that is no flag": (lambda d: d["modules"]["bn1"].update(training=1), "'training' is 1, not true or false"),
     "no modules": (lambda d: d.pop("modules"), "the document has no 'modules'"),
     "a module that is a list": (lambda d: d["modules"].update(bn1=[]), "not a mapping"),
     "channels twice": (lambda d: d["kept"].update(conv1={"side": "out", "of": 8, "channels": [1, 1]}), "ascending"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -202,7 +216,12 @@ def test_what_cannot_be_saved_leaves_the_file_that_was_there(path):
     sparse.register_buffer("mask", torch.eye(2).to_sparse())
     wide = nn.Linear(2, 2)
     wide.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
+    careless, odd = nn.Sequential(nn.Linear(2, 3)), nn.Conv2d(2, 2, 1)
+    careless[0].weight = nn.Parameter(careless[0].weight[:2].detach())
+    odd.groups = torch.tensor(1)
     wrong = [
+        (careless, r"attributes are not the sizes of their tensors: 0 \(its weight is \[2, 2\]"),
+        (odd, "its groups is not a number"),
         (nn.Sequential(WithExtraState(2, 2)), "0 has extra state"),
         (nn.LazyLinear(3), "not initialised yet"),
         (nn.Linear(2, 2, device="meta"), "no plain dense tensors: weight"),
@@ -218,7 +237,7 @@ def test_what_cannot_be_saved_leaves_the_file_that_was_there(path):
         intrafusion.save(pruned("plain"), path, recipe=float("nan"))
     with pytest.raises(ValueError, match="go together"):
         intrafusion.save(pruned("plain"), path, source="digits_cnn")
-    with pytest.raises(TypeError, match="nn.Module"):
+    with pytest.raises(TypeError, match="must be an nn"):
         intrafusion.save(pruned("plain").state_dict(), path)
     assert (path.read_bytes(), sorted(os.listdir(path.parent))) == (before, folder)
 
@@ -241,5 +260,5 @@ def test_a_lazy_target_and_a_wrong_one(path):
     model.fc2 = nn.LazyLinear(4)
     with pytest.raises(CheckpointError, match="LazyLinear"):
         intrafusion.load(path, model)
-    with pytest.raises(TypeError, match="nn.Module"):
+    with pytest.raises(TypeError, match="must be an nn"):
         intrafusion.load(path, dense("plain").state_dict())
