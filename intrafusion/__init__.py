@@ -7,6 +7,7 @@ if _TYPE_CHECKING:
     from intrafusion.checkpoint import CheckpointError, load, save
     from intrafusion.fusion import PRESETS, Fusion
     from intrafusion.importance import CHIPImportance, ReconstructionImportance
+    from intrafusion.onnx_export import ExportError, export
     from intrafusion.pruner import (
         FusedGroup,
         FusionError,
@@ -23,6 +24,7 @@ __all__ = [
     "PRESETS",
     "CHIPImportance",
     "CheckpointError",
+    "ExportError",
     "FusedGroup",
     "Fusion",
     "FusionError",
@@ -33,6 +35,7 @@ __all__ = [
     "IntraFusionPruner",
     "ReconstructionImportance",
     "Report",
+    "export",
     "load",
     "save",
 ]
@@ -42,6 +45,7 @@ _HOME = {
     "checkpoint": ("CheckpointError", "load", "save"),
     "fusion": ("PRESETS", "Fusion"),
     "importance": ("CHIPImportance", "ReconstructionImportance"),
+    "onnx_export": ("ExportError", "export"),
     "pruner": (
         "FusedGroup",
         "FusionError",

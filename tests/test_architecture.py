@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "importance": {"ot", "surgery", "checks"},
     "pruner": {"ot", "surgery", "fusion", "report", "checks"},
     "checkpoint": {"checkpoint", "files", "surgery"},
-    "__init__": {"fusion", "report", "importance", "pruner", "checkpoint"},
+    "onnx_export": {"checkpoint", "files", "surgery"},
+    "__init__": {"fusion", "report", "importance", "pruner", "checkpoint", "onnx_export"},
     "lab": {"ot", "surgery", "files", "fusion", "report", "checks", "importance", "pruner", "lab", "intrafusion"},
     "cli": {"lab", "intrafusion"},
 }
