@@ -23,12 +23,17 @@ _CHUNK = 2**24
 
 
 def write(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
-    """Write a checkpoint in one step. Raises CheckpointError for what the format cannot hold, OSError otherwise."""
+    """Write a checkpoint in one step.
+
+    Raises CheckpointError for what the format cannot hold, OSError if the file cannot be written.
+    """
     document = manifest.to_json(sha256=_BLANK)
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={KEY: document})
         except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            if "I/O error" in str(error):  # safetensors has one type for everything
+                raise OSError(f"{path}: {error}") from error
             raise CheckpointError(f"{path}: safetensors cannot hold these tensors: {error}") from error
         digest, position = _checksum(temporary)
         with open(temporary, "rb+") as file:

@@ -6,12 +6,13 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 import intrafusion
 from intrafusion import CheckpointError
-from intrafusion.checkpoint import restore
+from intrafusion.checkpoint import container, restore
 from tests.checkpoint.forgery import forge, parts
 from tests.checkpoint.networks import CASES, dense, pruned, same, state
 
@@ -242,13 +243,16 @@ def test_what_cannot_be_saved_leaves_the_file_that_was_there(path):
     assert (path.read_bytes(), sorted(os.listdir(path.parent))) == (before, folder)
 
 
-def test_a_full_disk_leaves_the_file_that_was_there(path, monkeypatch):
-    before = path.read_bytes()
+@pytest.mark.parametrize("step", ["safetensors", "fsync"])
+def test_a_full_disk_leaves_the_file_that_was_there(step, path, monkeypatch):
+    before, error = path.read_bytes(), OSError(28, "No space left on device")
+    if step == "safetensors":
+        error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(*_, **__):
+        raise error
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(*((os, "fsync") if step == "fsync" else (container, "save_file")), full)
     with pytest.raises(OSError, match="No space"):
         intrafusion.save(CASES["residual"].model(), path)
     assert path.read_bytes() == before
