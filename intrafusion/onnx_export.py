@@ -87,7 +87,7 @@ def export(
         raise ExportError(f"{name} cannot be exported: {_reason(error)}") from error
     with replacing(Path(path)) as temporary:
         _write(program, temporary)
-        difference = max(_difference(temporary, *pair) for pair in zip(trials, outputs, strict=True))
+        difference = _largest([_difference(temporary, *pair) for pair in zip(trials, outputs, strict=True)])
         if not difference <= tolerance:
             raise ExportError(f"the exported {name} differs from the network by {difference:.1e} of its largest output")
     return Exported(Path(path), int(program.model.opset_imports[""]), folded, difference)
@@ -151,7 +151,10 @@ def _outputs(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Te
     except Exception as error:
         name = type(network).__name__
         raise ExportError(f"{name} does not run on the example inputs: {_reason(error)}") from error
-    return [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
+    tensors = [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
+    if not tensors:
+        raise ExportError(f"{type(network).__name__} gives no tensor")
+    return tensors
 
 
 def _difference(path: Path, inputs: tuple, expected: list[Tensor]) -> float:
@@ -168,4 +171,9 @@ def _difference(path: Path, inputs: tuple, expected: list[Tensor]) -> float:
     if [value.shape for value in found] != [value.shape for value in expected]:
         raise ExportError(f"the exported network gives outputs of other shapes for a batch of {len(given[0])}")
     pairs = [(one.double(), other.double()) for one, other in zip(found, expected, strict=True)]
-    return max(float((one - other).abs().max() / other.abs().max().clamp(min=1e-30)) for one, other in pairs)
+    return _largest([float((one - other).abs().max() / other.abs().max().clamp(min=1e-30)) for one, other in pairs])
+
+
+def _largest(values: list[float]) -> float:
+    """NaN if there is one, unlike Python's `max`."""
+    return float(torch.tensor(values, dtype=torch.float64).max())

@@ -144,6 +144,9 @@ def test_what_cannot_be_exported_names_the_reason_and_leaves_the_file_that_was_t
         intrafusion.export(model, path, x[..., :3])
     with pytest.raises(ExportError, match=r"differs from the network by \d\.\de-\d\d of its largest output"):
         intrafusion.export(model, path, x, tolerance=0.0)
+    model.head.bias.data[0] = float("nan")
+    with pytest.raises(ExportError, match="differs from the network by nan"):
+        intrafusion.export(model, path, x)
     with pytest.raises(TypeError, match="example_inputs"):
         intrafusion.export(model, path, (3, "x"))
     with pytest.raises(TypeError, match="must be an nn"):
