@@ -18,6 +18,7 @@ from intrafusion.surgery.snapshot import copy_state, restore_state
 from tests.checkpoint.forgery import forge, parts, signed
 from tests.checkpoint.networks import Tied, dense, pruned, same, state
 
+pytestmark = pytest.mark.slow
 DAMAGED, RESIGNED, FORGED = 3_000, 3_000, 5_000
 NETWORKS = {"plain": (lambda: pruned("plain"), lambda: dense("plain")), "tied": (lambda: Tied(6), lambda: Tied(8))}
 CODE = ("exec", "compile", "import", "pickle.find_class", "os.system", "os.exec", "subprocess.Popen", "socket.connect")
