@@ -1,18 +1,24 @@
 """Structured pruning that keeps its accuracy without fine-tuning: channels are fused, not discarded."""
 
-from intrafusion.averaging import fuse
-from intrafusion.fusion import PRESETS, Fusion
-from intrafusion.importance import CHIPImportance, ReconstructionImportance
-from intrafusion.pruner import (
-    FusedGroup,
-    FusionError,
-    IntraFusionBNScalePruner,
-    IntraFusionGroupNormPruner,
-    IntraFusionGrowingRegPruner,
-    IntraFusionPruner,
-)
-from intrafusion.report import GroupReport, Report
-from intrafusion.surgery.align import Alignment, align
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+if _TYPE_CHECKING:
+    from intrafusion.averaging import fuse
+    from intrafusion.checkpoint import CheckpointError, load, save
+    from intrafusion.fusion import PRESETS, Fusion
+    from intrafusion.importance import CHIPImportance, ReconstructionImportance
+    from intrafusion.onnx_export import ExportError, export
+    from intrafusion.pruner import (
+        FusedGroup,
+        FusionError,
+        IntraFusionBNScalePruner,
+        IntraFusionGroupNormPruner,
+        IntraFusionGrowingRegPruner,
+        IntraFusionPruner,
+    )
+    from intrafusion.report import GroupReport, Report
+    from intrafusion.surgery.align import Alignment, align
 
 __version__ = "0.1.0"
 
@@ -20,6 +26,8 @@ __all__ = [
     "PRESETS",
     "Alignment",
     "CHIPImportance",
+    "CheckpointError",
+    "ExportError",
     "FusedGroup",
     "Fusion",
     "FusionError",
@@ -31,5 +39,60 @@ __all__ = [
     "ReconstructionImportance",
     "Report",
     "align",
+    "export",
     "fuse",
+    "load",
+    "save",
 ]
+
+# Loaded on first use: whoever only loads a pruned network needs neither the pruner nor torch-pruning.
+_HOME = {
+    "averaging": ("fuse",),
+    "checkpoint": (
+        "CheckpointError",
+        "load",
+        "save",
+    ),
+    "fusion": (
+        "PRESETS",
+        "Fusion",
+    ),
+    "importance": (
+        "CHIPImportance",
+        "ReconstructionImportance",
+    ),
+    "onnx_export": (
+        "ExportError",
+        "export",
+    ),
+    "pruner": (
+        "FusedGroup",
+        "FusionError",
+        "IntraFusionBNScalePruner",
+        "IntraFusionGroupNormPruner",
+        "IntraFusionGrowingRegPruner",
+        "IntraFusionPruner",
+    ),
+    "report": (
+        "GroupReport",
+        "Report",
+    ),
+    "surgery.align": (
+        "Alignment",
+        "align",
+    ),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOME.items():
+        if name in names:
+            value = globals()[name] = getattr(_import_module(f"intrafusion.{module}"), name)
+            return value
+        if name == module:
+            return _import_module(f"intrafusion.{module}")
+    raise AttributeError(f"module 'intrafusion' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

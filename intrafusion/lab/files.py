@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from intrafusion.files import replacing
+
 
 def cache_folder() -> Path:
     """Where unpacked archives and decoded images are kept: ``$INTRAFUSION_CACHE`` or ``~/.cache/intrafusion``."""
@@ -23,18 +25,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         OSError: the folder cannot be written.
     """
     data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 @contextmanager
