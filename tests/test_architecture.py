@@ -18,8 +18,15 @@ MAY_IMPORT = {
     "checks": {"surgery"},
     "importance": {"ot", "surgery", "checks"},
     "pruner": {"ot", "surgery", "fusion", "report", "checks"},
-    "__init__": {"fusion", "report", "importance", "pruner"},
-    "lab": {"ot", "surgery", "fusion", "report", "checks", "importance", "pruner", "lab", "intrafusion"},
+    "files": set(),
+    "training_state": {"files"},
+    "training_loop": {"training_state"},
+    "finetuning": {"surgery", "training_state", "training_loop"},
+    "__init__": {"fusion", "report", "importance", "pruner", "surgery", "finetuning", "training_loop"},
+    "lab": {
+        "ot", "surgery", "fusion", "report", "checks", "importance", "pruner", "files", "training_state",
+        "training_loop", "finetuning", "lab", "intrafusion",
+    },
     "cli": {"lab", "intrafusion"},
 }
 FORBIDDEN_IN_OT = {"torch_pruning", "torchvision", "pathlib", "os"}

@@ -17,7 +17,7 @@ from intrafusion.lab.fusion_key import fusion_schema, read_fusion
 from intrafusion.lab.models import build_model, find_layers
 from intrafusion.lab.nodes import override, parse, parse_assignment
 from intrafusion.lab.schema import Reader, json_schema, key_of, option, options
-from intrafusion.lab.sections import DataSection, ModelSection, PruneSection, TrainSection
+from intrafusion.lab.sections import DataSection, FinetuneSection, ModelSection, PruneSection, TrainSection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class Recipe:
         parse=read_fusion,
         schema=fusion_schema(),
     )
+    finetune: FinetuneSection | None = option(None, "train both networks of every pair after pruning")
     output: str = option(doc="folder of the run")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the network runs; auto takes a GPU if there is one")
     threads: int | None = option(

@@ -1,0 +1,359 @@
+"""One plain training loop: what dense training and fine-tuning share, seeded, and resumable after every epoch."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from intrafusion.training_state import TrainingFile, copied, digest
+
+_log = logging.getLogger(__name__)
+Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""``(model, inputs, labels) -> mean loss`` of a batch; the forward pass is its own."""
+Evaluation = Callable[[nn.Module, int], Mapping[str, float]]
+"""``(model in eval mode, epochs done) -> scores by name``; the epoch with the largest ``"validation"`` is the best."""
+
+
+class Batches(Protocol):
+    """``(inputs, labels)`` batches that can be gone through again and again: a ``DataLoader``, or a list."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer finite."""
+
+    def __init__(self, epoch: int, loss: float, lr: float) -> None:
+        super().__init__(f"training diverged in epoch {epoch} (loss {loss}); lower lr ({lr:g})")
+        self.epoch, self.loss = epoch, loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a network is trained.
+
+    Attributes:
+        epochs: passes over the training batches, at least 1.
+        lr: largest learning rate of the schedule.
+        optimizer: ``"sgd"`` (with Nesterov momentum), ``"adam"`` or ``"adamw"``.
+        momentum: of SGD, in [0, 1).
+        weight_decay: of the optimizer, on every parameter.
+        schedule: ``"cosine"`` or ``"linear"`` to zero, ``"step"`` (a tenth after half of the steps, a hundredth after
+            three quarters), or ``"constant"``.
+        warmup_epochs: the learning rate rises linearly for so long, before the schedule; below ``epochs``.
+        label_smoothing: share of the label that is spread over all classes, in [0, 1).
+        amp: mixed precision, ``"off"``, ``"bf16"``, or ``"fp16"`` with a scaled loss (on a GPU only).
+        accumulate: batches whose gradients make one update, which is that of the one big batch (batch-norms still see
+            the small ones).
+        clip_norm: the gradient's norm is cut to this.
+        ema: decay in (0, 1) of an exponential moving average of weights and batch-norm statistics, updated after every
+            step; it is what is evaluated and what the network is in the end.
+        channels_last: keep images and weights in that memory format while training.
+        seed: of everything random in an epoch, together with the epoch's number.
+    """
+
+    epochs: int = 10
+    lr: float = 0.01
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 0.0005
+    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    accumulate: int = 1
+    clip_norm: float | None = None
+    ema: float | None = None
+    channels_last: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        allowed: Sequence[tuple[str, bool, str]] = (
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("lr", self.lr > 0, "above 0"),
+            ("optimizer", self.optimizer in ("sgd", "adam", "adamw"), "sgd, adam or adamw"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("schedule", self.schedule in _SHAPES, "cosine, linear, step or constant"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, "at least 0 and below epochs"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
+            ("amp", self.amp in ("off", "bf16", "fp16"), "off, bf16 or fp16"),
+            ("accumulate", self.accumulate >= 1, "at least 1"),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0, or None"),
+            ("ema", self.ema is None or 0 < self.ema < 1, "in (0, 1), or None"),
+        )
+        for name, right, wanted in allowed:
+            if not right:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {wanted}")
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened in training, epoch by epoch.
+
+    Attributes:
+        losses: mean training loss of epochs 1, 2, ...
+        scores: what the evaluation said before the first step (epoch 0) and after every epoch; empty without one.
+        best: the first epoch with the largest validation score, whose weights the network has; the last one without a
+            validation score.
+    """
+
+    losses: tuple[float, ...]
+    scores: tuple[Mapping[str, float], ...]
+    best: int
+
+    @property
+    def validation(self) -> tuple[float, ...]:
+        """Validation scores from epoch 0 on, where there are any."""
+        return tuple(score["validation"] for score in self.scores if "validation" in score)
+
+
+def fit_(
+    model: nn.Module, batches: Batches, training: Training, *, objective: Objective | None = None,
+    evaluation: Evaluation | None = None, checkpoint: Path | None = None, key: str = "", progress: bool = True,
+    title: str = "train",
+) -> History:  # fmt: skip
+    """Train ``model`` in place and leave it in eval mode, at its best validation epoch if there is one.
+
+    Everything random in an epoch (the order of a shuffling ``DataLoader``, augmentation, dropout) draws from torch's
+    generators, which are seeded with ``training.seed`` and the number of the epoch, and are as they were afterwards.
+
+    Args:
+        batches: moved to the network's device; a ``generator`` attribute is part of what is resumed.
+        objective: the mean loss of a batch; ``None`` for cross-entropy with ``training.label_smoothing``.
+        evaluation: called before the first step and after every epoch.
+        checkpoint: file that is rewritten after every epoch (more rarely where writing takes long) and from which the
+            same training goes on: the same weights, settings, number of batches and ``key``. On a CPU the result is
+            that of a training that was never interrupted, bit for bit. The caller removes it.
+        key: whatever else the result depends on, such as a digest of the images.
+
+    Raises:
+        DivergedError: the loss is no longer finite.
+        ValueError: nothing can be trained, or ``fp16`` is asked for without a GPU.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("the network has no parameter that requires a gradient, so there is nothing to train")
+    if len(batches) == 0:
+        raise ValueError("there are no training batches")
+    device = parameters[0].device
+    if training.amp == "fp16" and device.type != "cuda":
+        raise ValueError("amp='fp16' needs a GPU; use 'bf16' or 'off' on a CPU")
+    file = None if checkpoint is None else TrainingFile(checkpoint, _identity(model, batches, training, key))
+    if training.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run = _Run(model, batches, training, parameters, device, objective, evaluation)
+    if file is not None and (state := file.read()) is not None:
+        run.load_state_dict(state)
+        _log.info("%s: resumed after epoch %d of %d", title, run.epoch, training.epochs)
+    total = training.epochs * len(batches)
+    bar = tqdm(total=total, initial=run.epoch * len(batches), desc=title, unit=" steps", delay=1, leave=False,
+               disable=None if progress else True)  # fmt: skip
+    with bar, torch.enable_grad():
+        if run.epoch == 0 and evaluation is not None:
+            run.evaluate()
+        while run.epoch < training.epochs:
+            with seeded(training.seed, run.epoch, device):
+                run.train_epoch(bar)
+            run.evaluate()
+            bar.set_postfix(epoch=run.epoch, loss=f"{run.losses[-1]:.4f}")
+            if file is not None:
+                file.write(run.state_dict, last=run.epoch == training.epochs)
+    if training.channels_last:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return run.finish()
+
+
+class _Run:
+    """A training under way: everything that changes from epoch to epoch."""
+
+    def __init__(
+        self, model: nn.Module, batches: Batches, training: Training, parameters: list[nn.Parameter],
+        device: torch.device, objective: Objective | None, evaluation: Evaluation | None,
+    ) -> None:  # fmt: skip
+        self.model, self.batches, self.training, self.parameters = model, batches, training, parameters
+        self.device, self.evaluation = device, evaluation
+        self.objective = objective or _cross_entropy(training.label_smoothing)
+        self.optimizer = make_optimizer(parameters, training)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=training.amp == "fp16")
+        self.average: AveragedModel | None = None
+        if training.ema is not None:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
+            self.average.n_averaged += 1  # the average starts from the network as it is
+        self.epoch, self.best_epoch = 0, 0
+        self.losses: list[float] = []
+        self.scores: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] | None = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network whose accuracy counts: the moving average, if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def train_epoch(self, bar: tqdm) -> None:
+        """One pass over the batches."""
+        training, per_epoch = self.training, -(-len(self.batches) // self.training.accumulate)
+        self.model.train()
+        losses: list[float] = []
+        for index, group in enumerate(_groups(self.batches, training.accumulate)):
+            step = self.epoch * per_epoch + index
+            for settings in self.optimizer.param_groups:
+                settings["lr"] = training.lr * lr_factor(training, step, per_epoch)
+            losses.append(self._update(group))
+            if self.average is not None:
+                _average_(self.average, self.model)
+            bar.update(len(group))
+        mean = sum(losses) / len(losses)
+        if not math.isfinite(mean):
+            raise DivergedError(self.epoch + 1, mean, training.lr)
+        self.losses.append(mean)
+        self.epoch += 1
+
+    def _update(self, group: Sequence[tuple[Tensor, Tensor]]) -> float:
+        """One step of the optimizer on the mean loss of all images of some batches."""
+        count = sum(len(labels) for _, labels in group)
+        total = 0.0
+        self.optimizer.zero_grad()
+        for inputs, labels in group:
+            inputs, labels = inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            if self.training.channels_last and inputs.dim() == 4:
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            with self._autocast():
+                loss = self.objective(self.model, inputs, labels)
+            part = loss if len(group) == 1 else loss * (len(labels) / count)
+            self.scaler.scale(part).backward()
+            total += part.item()
+        if self.training.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.training.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total
+
+    def _autocast(self) -> torch.autocast:
+        kind = torch.float16 if self.training.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, kind, enabled=self.training.amp != "off")
+
+    def evaluate(self) -> None:
+        """Note the scores of the epoch, and keep the weights if they are the best so far."""
+        if self.evaluation is None:
+            return
+        network = self.evaluated.eval()
+        with torch.no_grad():
+            scores = dict(self.evaluation(network, self.epoch))
+        self.scores.append(scores)
+        value = scores.get("validation")
+        known = [score["validation"] for score in self.scores[:-1] if "validation" in score]
+        if value is not None and (not known or value > max(known)):
+            self.best_epoch, self.best = self.epoch, copied(network.state_dict())
+
+    def finish(self) -> History:
+        """Give the network its final weights."""
+        if self.best is not None:
+            self.model.load_state_dict(self.best)
+        elif self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+        self.model.zero_grad(set_to_none=True)
+        self.model.eval()
+        best = self.best_epoch if self.best is not None else self.epoch
+        return History(tuple(self.losses), tuple(self.scores), best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the coming epochs depend on, as tensors and plain values."""
+        generator = getattr(self.batches, "generator", None)
+        return {
+            "epoch": self.epoch,
+            "losses": self.losses,
+            "scores": self.scores,
+            "best_epoch": self.best_epoch,
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "generator": None if generator is None else generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to where :meth:`state_dict` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        generator = getattr(self.batches, "generator", None)
+        if generator is not None and state["generator"] is not None:
+            generator.set_state(state["generator"])
+        self.epoch, self.best_epoch, self.best = state["epoch"], state["best_epoch"], state["best"]
+        self.losses, self.scores = list(state["losses"]), list(state["scores"])
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    """The optimizer that the settings name."""
+    if training.optimizer == "sgd":
+        momentum = training.momentum
+        return torch.optim.SGD(
+            parameters, training.lr, momentum, weight_decay=training.weight_decay, nesterov=momentum > 0
+        )
+    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, training.lr, weight_decay=training.weight_decay)
+
+
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done),
+    "linear": lambda done: 1.0 - done,
+    "step": lambda done: 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01,
+    "constant": lambda done: 1.0,
+}
+
+
+def lr_factor(training: Training, step: int, per_epoch: int) -> float:
+    """What the learning rate is multiplied with at ``step`` (from 0), of ``per_epoch`` in each epoch."""
+    warm = round(training.warmup_epochs * per_epoch)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return _SHAPES[training.schedule]((step - warm) / (training.epochs * per_epoch - warm))
+
+
+def _average_(average: AveragedModel, model: nn.Module) -> None:
+    """Move the average towards the network; counters, which have no average, are copied."""
+    average.update_parameters(model)
+    for mean, buffer in zip(average.module.buffers(), model.buffers(), strict=True):
+        if not buffer.is_floating_point():
+            mean.copy_(buffer)
+
+
+def _cross_entropy(label_smoothing: float) -> Objective:
+    return lambda model, inputs, labels: F.cross_entropy(model(inputs), labels, label_smoothing=label_smoothing)
+
+
+def _groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _identity(model: nn.Module, batches: Batches, training: Training, key: str) -> str:
+    settings = {item.name: getattr(training, item.name) for item in fields(training)}
+    return digest(model, repr((sorted(settings.items()), len(batches), key, torch.__version__)))
+
+
+@contextmanager
+def seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
+    """Torch's generators as a seed and the number of an epoch decide, and afterwards as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed * 100_003 + epoch)
+        yield
