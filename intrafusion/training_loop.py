@@ -55,7 +55,7 @@ class Training:
             three quarters), or ``"constant"``.
         warmup_epochs: the learning rate rises linearly for so long, before the schedule; below ``epochs``.
         label_smoothing: share of the label that is spread over all classes, in [0, 1).
-        amp: mixed precision, ``"off"``, ``"bf16"``, or ``"fp16"`` with a scaled loss (on a GPU only).
+        amp: mixed precision, ``"none"``, ``"bf16"``, or ``"fp16"`` with a scaled loss (on a GPU only).
         accumulate: batches whose gradients make one update, which is that of the one big batch (batch-norms still see
             the small ones).
         clip_norm: the gradient's norm is cut to this.
@@ -73,7 +73,7 @@ class Training:
     schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
-    amp: Literal["off", "bf16", "fp16"] = "off"
+    amp: Literal["none", "bf16", "fp16"] = "none"
     accumulate: int = 1
     clip_norm: float | None = None
     ema: float | None = None
@@ -90,7 +90,7 @@ class Training:
             ("schedule", self.schedule in _SHAPES, "cosine, linear, step or constant"),
             ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, "at least 0 and below epochs"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
-            ("amp", self.amp in ("off", "bf16", "fp16"), "off, bf16 or fp16"),
+            ("amp", self.amp in ("none", "bf16", "fp16"), "none, bf16 or fp16"),
             ("accumulate", self.accumulate >= 1, "at least 1"),
             ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "above 0, or None"),
             ("ema", self.ema is None or 0 < self.ema < 1, "in (0, 1), or None"),
@@ -107,8 +107,8 @@ class History:
     Attributes:
         losses: mean training loss of epochs 1, 2, ...
         scores: what the evaluation said before the first step (epoch 0) and after every epoch; empty without one.
-        best: the first epoch with the largest validation score, whose weights the network has; the last one without a
-            validation score.
+        best: the epoch with the largest validation score (of several the last, which was trained longest), whose
+            weights the network has; without validation scores the last epoch.
     """
 
     losses: tuple[float, ...]
@@ -151,7 +151,7 @@ def fit_(
         raise ValueError("there are no training batches")
     device = parameters[0].device
     if training.amp == "fp16" and device.type != "cuda":
-        raise ValueError("amp='fp16' needs a GPU; use 'bf16' or 'off' on a CPU")
+        raise ValueError("amp='fp16' needs a GPU; use 'bf16' or 'none' on a CPU")
     file = None if checkpoint is None else TrainingFile(checkpoint, _identity(model, batches, training, key))
     if training.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -245,7 +245,7 @@ class _Run:
 
     def _autocast(self) -> torch.autocast:
         kind = torch.float16 if self.training.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, kind, enabled=self.training.amp != "off")
+        return torch.autocast(self.device.type, kind, enabled=self.training.amp != "none")
 
     def evaluate(self) -> None:
         """Note the scores of the epoch, and keep the weights if they are the best so far."""
@@ -257,7 +257,7 @@ class _Run:
         self.scores.append(scores)
         value = scores.get("validation")
         known = [score["validation"] for score in self.scores[:-1] if "validation" in score]
-        if value is not None and (not known or value > max(known)):
+        if value is not None and (not known or value >= max(known)):
             self.best_epoch, self.best = self.epoch, copied(network.state_dict())
 
     def finish(self) -> History:

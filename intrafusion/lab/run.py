@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from intrafusion.lab.bench import Bench
+from intrafusion.lab.bench import Bench, forget_checkpoint
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.measure import device_name
@@ -75,8 +75,12 @@ def _run(recipe: Recipe, fresh: bool, progress: bool) -> Finished:
         key = key_of_identity(identity)
         result = store.get(key)
         if result is None:
+            checkpoint = bench.checkpoint(cell)
+            if fresh:
+                forget_checkpoint(checkpoint)
             result = bench.measure(cell)
             store.add(key, result, identity)
+            forget_checkpoint(checkpoint)
             computed += 1
             _log.info("%s: %s in %.1f s", _label(cell), result.accuracy, result.seconds)
         results.append(result)
@@ -118,9 +122,9 @@ def environment() -> dict[str, str]:
 
 
 def _check_twins(results: list[Result]) -> None:
-    kept = {(r.cell.group, r.cell.ratio): r.kept for r in results if r.cell.method == "discard"}
+    kept = {replace(r.cell, method="fused"): r.kept for r in results if r.cell.method == "discard"}
     for result in results:
-        if result.cell.method == "fused" and kept[result.cell.group, result.cell.ratio] != result.kept:
+        if result.cell.method == "fused" and kept[result.cell] != result.kept:
             raise LabError(
                 f"{_label(result.cell)}: the fused and the discarded network keep different channels, so their "
                 "accuracies cannot be compared; this is a defect of intrafusion, please report it"
@@ -131,4 +135,5 @@ def _label(cell: Cell) -> str:
     if cell.method == "dense":
         return "dense"
     group = "" if cell.group == ALL else f"{cell.group} "
-    return f"{group}{cell.ratio:.0%} {cell.method}"
+    tuned = "" if cell.stage == "pruned" else f", fine-tuned with seed {cell.seed}"
+    return f"{group}{cell.ratio:.0%} {cell.method}{tuned}"

@@ -93,7 +93,7 @@ class OptimisationSection:
         "none", "random changes of the images: mirrored; also shifted by up to 1/8; also torchvision's RandAugment"
     )
     label_smoothing: float = option(0.0, "share of the label that is spread over all classes", ge=0, lt=1)
-    amp: Literal["off", "bf16", "fp16"] = option("off", "mixed precision; fp16 on a GPU only")
+    amp: Literal["none", "bf16", "fp16"] = option("none", "mixed precision; fp16 on a GPU only")
     clip_norm: float | None = option(None, "the gradient's norm is cut to this", gt=0)
     ema: float | None = option(None, "decay of a moving average of the weights, which is the result", gt=0, lt=1)
     channels_last: bool = option(False, "keep images and weights in this memory format while training")

@@ -75,8 +75,8 @@ def finetune_(
 ) -> History:  # fmt: skip
     """Fine-tune a pruned ``model`` in place and leave it in eval mode, at its best epoch on the ``validation`` split.
 
-    The scores of the history are accuracies in per cent: ``validation`` after every epoch, and ``test`` after the
-    epochs of ``settings.at``, on which nothing is chosen.
+    The scores of the history are ``validation``, an accuracy in per cent, after every epoch, and ``test``, a number of
+    images, after the epochs of ``settings.at``; nothing is chosen on it.
 
     Args:
         teacher: the dense network, used if ``settings.teacher`` is set.
@@ -87,8 +87,10 @@ def finetune_(
     """
 
     def scores(network: nn.Module, epoch: int) -> dict[str, float]:
-        splits = ("validation", "test") if epoch in settings.at else ("validation",)
-        return {split: evaluate(network, data, split, progress=False).percent for split in splits}
+        found = {"validation": evaluate(network, data, "validation", progress=False).percent}
+        if epoch in settings.at:
+            found["test"] = evaluate(network, data, "test", progress=False).correct
+        return found
 
     if settings.recenter:
         recenter_batchnorms_(model, data.draw("train", _RECENTRED_ON, seed=seed))
