@@ -155,7 +155,17 @@ def fit_(
     file = None if checkpoint is None else TrainingFile(checkpoint, _identity(model, batches, training, key))
     if training.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = _Run(model, batches, training, parameters, device, objective, evaluation)
+    try:
+        run = _Run(model, batches, training, parameters, device, objective, evaluation)
+        _train_(run, file, progress, title)
+        return run.finish()
+    finally:
+        if training.channels_last:
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def _train_(run: _Run, file: TrainingFile | None, progress: bool, title: str) -> None:
+    training, batches = run.training, run.batches
     if file is not None and (state := file.read()) is not None:
         run.load_state_dict(state)
         _log.info("%s: resumed after epoch %d of %d", title, run.epoch, training.epochs)
@@ -163,18 +173,15 @@ def fit_(
     bar = tqdm(total=total, initial=run.epoch * len(batches), desc=title, unit=" steps", delay=1, leave=False,
                disable=None if progress else True)  # fmt: skip
     with bar, torch.enable_grad():
-        if run.epoch == 0 and evaluation is not None:
+        if run.epoch == 0:
             run.evaluate()
         while run.epoch < training.epochs:
-            with seeded(training.seed, run.epoch, device):
+            with seeded(training.seed, run.epoch, run.device):
                 run.train_epoch(bar)
             run.evaluate()
             bar.set_postfix(epoch=run.epoch, loss=f"{run.losses[-1]:.4f}")
             if file is not None:
                 file.write(run.state_dict, last=run.epoch == training.epochs)
-    if training.channels_last:
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return run.finish()
 
 
 class _Run:
