@@ -13,7 +13,8 @@ from intrafusion.pruner import (
 )
 from intrafusion.report import GroupReport, Report
 from intrafusion.surgery.batchnorm import recenter_batchnorms_
-from intrafusion.training_loop import DivergedError, History, Training
+from intrafusion.training_loop import DivergedError, History
+from intrafusion.training_settings import Training
 
 __version__ = "0.1.0"
 

@@ -55,7 +55,8 @@ _CODE = (
     "lab/models.py",
 )  # fmt: skip
 _TRAINING_CODE = (
-    "training_loop.py", "training_state.py", "finetuning.py", "lab/training.py", "lab/augmentation.py",
+    "training_loop.py", "training_settings.py", "training_state.py", "finetuning.py", "lab/training.py",
+    "lab/augmentation.py",
 )  # fmt: skip
 
 

@@ -65,6 +65,8 @@ def draw_finetuning(study: Study) -> bytes:
             values = tuned.validation(method)[1:]
             epochs = range(1, len(values) + 1)
             axis.plot(epochs, values, color=colour, marker="o", markersize=4, linewidth=1.8, label=method)
+        low = min(value for method in ("discard", "fused") for value in tuned.validation(method)[1:])
+        axis.set_ylim(low - 0.05 * (101 - low), 100.3)
         axis.set_title(tuned.pair.label, fontsize=9, loc="left", color=INK)
         axis.xaxis.get_major_locator().set_params(integer=True)
         soften(axis)

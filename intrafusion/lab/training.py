@@ -17,7 +17,8 @@ from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.sections import FinetuneSection, OptimisationSection, TrainSection
 from intrafusion.surgery.batchnorm import recenter_batchnorms_
-from intrafusion.training_loop import DivergedError, History, Training, fit_
+from intrafusion.training_loop import DivergedError, History, fit_
+from intrafusion.training_settings import Training
 from intrafusion.training_state import digest
 
 _log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from intrafusion.lab.models import DigitsCNN
 from intrafusion.lab.sections import FinetuneSection, TrainSection
 from intrafusion.lab.training import finetune_, train_
 from intrafusion.lab.weights import digest
-from intrafusion.training_loop import History, Training
+from intrafusion.training_loop import History
+from intrafusion.training_settings import Training
 
 QUICK = TrainSection(epochs=2)
 
