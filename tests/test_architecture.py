@@ -24,32 +24,14 @@ MAY_IMPORT = {
     "training_loop": {"training_settings", "training_state"},
     "finetuning": {"surgery", "training_settings", "training_state", "training_loop"},
     "__init__": {
-        "fusion",
-        "report",
-        "importance",
-        "pruner",
-        "surgery",
-        "finetuning",
-        "training_loop",
-        "training_settings",
+        "fusion", "report", "importance", "pruner", "surgery", "finetuning", "training_loop", "training_settings",
     },
     "lab": {
-        "ot",
-        "surgery",
-        "fusion",
-        "report",
-        "checks",
-        "importance",
-        "pruner",
-        "files",
-        "training_state",
-        "training_loop",
-        "finetuning",
-        "lab",
-        "intrafusion",
+        "ot", "surgery", "fusion", "report", "checks", "importance", "pruner", "files", "training_settings",
+        "training_state", "training_loop", "finetuning", "lab", "intrafusion",
     },
     "cli": {"lab", "intrafusion"},
-}
+}  # fmt: skip
 FORBIDDEN_IN_OT = {"torch_pruning", "torchvision", "pathlib", "os"}
 
 
