@@ -42,7 +42,7 @@ def crop_flip(images: Tensor) -> Tensor:
 
 
 def randaugment(images: Tensor) -> Tensor:
-    """:func:`crop_flip`, then torchvision's RandAugment of each image by itself (about 0.3 ms each)."""
+    """:func:`crop_flip`, then torchvision's RandAugment of each image by itself: 0.2 ms (32x32) to 2.5 ms (224x224)."""
     from torchvision.transforms.v2 import RandAugment
 
     changed = RandAugment()
