@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 import intrafusion
-from intrafusion.lab.data import Dataset, digits, stratified
+from intrafusion.lab.data import Dataset
 from intrafusion.lab.landscape import interpolate, score
 from intrafusion.lab.models import build_model
 from intrafusion.lab.sections import TrainSection
+from intrafusion.lab.sources import digits, stratified
 from intrafusion.lab.training import train_
 
 METHODS = ("matching", "weights", "activations")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 if _TYPE_CHECKING:
     from intrafusion.averaging import fuse
     from intrafusion.checkpoint import CheckpointError, load, save
+    from intrafusion.finetuning import finetune
     from intrafusion.fusion import PRESETS, Fusion
     from intrafusion.importance import CHIPImportance, ReconstructionImportance
     from intrafusion.onnx_export import ExportError, export
@@ -19,6 +20,9 @@ if _TYPE_CHECKING:
     )
     from intrafusion.report import GroupReport, Report
     from intrafusion.surgery.align import Alignment, align
+    from intrafusion.surgery.batchnorm import recenter_batchnorms_
+    from intrafusion.training_loop import DivergedError, History
+    from intrafusion.training_settings import Training
 
 __version__ = "0.1.0"
 
@@ -27,21 +31,26 @@ __all__ = [
     "Alignment",
     "CHIPImportance",
     "CheckpointError",
+    "DivergedError",
     "ExportError",
     "FusedGroup",
     "Fusion",
     "FusionError",
     "GroupReport",
+    "History",
     "IntraFusionBNScalePruner",
     "IntraFusionGroupNormPruner",
     "IntraFusionGrowingRegPruner",
     "IntraFusionPruner",
     "ReconstructionImportance",
     "Report",
+    "Training",
     "align",
     "export",
+    "finetune",
     "fuse",
     "load",
+    "recenter_batchnorms_",
     "save",
 ]
 
@@ -53,6 +62,7 @@ _HOME = {
         "load",
         "save",
     ),
+    "finetuning": ("finetune",),
     "fusion": (
         "PRESETS",
         "Fusion",
@@ -81,6 +91,12 @@ _HOME = {
         "Alignment",
         "align",
     ),
+    "surgery.batchnorm": ("recenter_batchnorms_",),
+    "training_loop": (
+        "DivergedError",
+        "History",
+    ),
+    "training_settings": ("Training",),
 }
 
 

@@ -22,23 +22,20 @@ MAY_IMPORT = {
     "averaging": {"surgery", "checks"},
     "checkpoint": {"checkpoint", "files", "surgery"},
     "onnx_export": {"checkpoint", "files", "surgery"},
-    "__init__": {"fusion", "report", "importance", "pruner", "averaging", "surgery", "checkpoint", "onnx_export"},
+    "training_state": {"files"},
+    "training_settings": set(),
+    "training_loop": {"training_settings", "training_state"},
+    "finetuning": {"surgery", "training_settings", "training_state", "training_loop"},
+    "__init__": {
+        "fusion", "report", "importance", "pruner", "averaging", "surgery", "checkpoint", "onnx_export", "finetuning",
+        "training_loop", "training_settings",
+    },
     "lab": {
-        "ot",
-        "surgery",
-        "files",
-        "fusion",
-        "report",
-        "checks",
-        "importance",
-        "pruner",
-        "averaging",
-        "checkpoint",
-        "lab",
-        "intrafusion",
+        "ot", "surgery", "files", "fusion", "report", "checks", "importance", "pruner", "averaging", "checkpoint",
+        "training_settings", "training_state", "training_loop", "finetuning", "lab", "intrafusion",
     },
     "cli": {"lab", "intrafusion"},
-}
+}  # fmt: skip
 FROM_ABOVE = {"checkpoint": {"intrafusion.lab.models.build_model", "intrafusion.lab.errors.LabError"}}
 """Looked up inside a function, by name: a checkpoint says which of the lab's networks it belongs to."""
 FORBIDDEN_IN_OT = {"torch_pruning", "torchvision", "pathlib", "os"}

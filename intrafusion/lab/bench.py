@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -47,16 +48,20 @@ from intrafusion.lab.pruning import (
     without_images,
 )
 from intrafusion.lab.recipe import Recipe, to_mapping
-from intrafusion.lab.results import Cell, GroupLine, Result, key_of_identity
+from intrafusion.lab.results import Cell, Curve, GroupLine, Result, key_of_identity
 from intrafusion.lab.sections import PruneSection
 from intrafusion.lab.sources import open_data
 from intrafusion.lab.target import UnreachableTarget, find_ratio
-from intrafusion.lab.training import train_
+from intrafusion.lab.training import finetune_, train_
 
 _log = logging.getLogger(__name__)
 _CODE = (
     "ot", "surgery", "pruner.py", "checks.py", "fusion.py", "importance.py", "lab/pruning.py", "lab/measure.py",
     "lab/models.py",
+)  # fmt: skip
+_TRAINING_CODE = (
+    "training_loop.py", "training_settings.py", "training_state.py", "finetuning.py", "lab/training.py",
+    "lab/augmentation.py",
 )  # fmt: skip
 
 TRAINED = "dense.safetensors"
@@ -140,18 +145,20 @@ class Bench:
         _ = self._blank, self._test_digest, self.dense_digest  # mistakes show before any training
 
     def cells(self) -> list[Cell]:
-        """Everything to measure: the dense network, then each group's ratios, discarded and fused."""
+        """Everything to measure: the dense network, then each group's ratios, discarded and fused; then fine-tuned."""
         settings = self.recipe.prune
         groups = [ALL] if settings.groups == "all" else group_roots(self.dense, self.example, settings)
         cells = [Cell("dense", 0.0, ALL)]
         for group in groups:
             for ratio in self._ratios:
                 cells += [Cell("discard", ratio, group), Cell("fused", ratio, group)]
-        return cells
+        seeds = self.recipe.finetune.seeds if self.recipe.finetune else ()
+        tuned = [replace(cell, stage="finetuned", seed=seed) for seed in seeds for cell in cells[1:]]
+        return cells + tuned
 
     def identity(self, cell: Cell) -> dict[str, Any]:
         """Everything the result of a cell depends on, in plain values."""
-        common = {"cell": asdict(cell), **self._common()}
+        common = {"cell": cell.plain(), **self._common()}
         if cell.method == "dense":
             return common
         prune_settings = to_mapping(self.recipe.prune)
@@ -159,7 +166,17 @@ class Bench:
             del prune_settings[key]
         if uses_images(self.recipe.prune, self.recipe.fusion):
             common["train"] = self.data.digest("train")
-        return {**common, "prune": prune_settings, "fusion": asdict(self.recipe.fusion)}
+        common |= {"prune": prune_settings, "fusion": asdict(self.recipe.fusion)}
+        if cell.stage == "finetuned" and self.recipe.finetune is not None:
+            settings = to_mapping(self.recipe.finetune)
+            del settings["seeds"]  # they say which cells there are
+            common |= {"finetune": settings, "training code": _code_digest(_TRAINING_CODE)}
+            common |= {name: self.data.digest(name) for name in ("train", "validation")}
+        return common
+
+    def checkpoint(self, cell: Cell) -> Path:
+        """The file that the fine-tuning of a cell goes on from, if it was interrupted."""
+        return self.folder / "checkpoints" / f"{key_of_identity(self.identity(cell))}.pt"
 
     def _common(self) -> dict[str, Any]:
         return {
@@ -181,10 +198,11 @@ class Bench:
                 for g in pruned.groups
                 for plan in [g.plan if cell.method == "fused" else ()]
             )
+        curve = self._finetune_(model, cell) if cell.stage == "finetuned" else None
         batch_size = self.recipe.data.batch_size
         place = places(model, self.data, "test", batch_size=batch_size, progress=self.progress)
         seconds = round(time.perf_counter() - start, 3)
-        batches = LATENCY_BATCHES if timed and cell.method != "discard" else ()
+        batches = LATENCY_BATCHES if timed and cell.method != "discard" and not curve else ()
         return Result(
             cell,
             correct=int((place < 1).sum()),
@@ -198,6 +216,7 @@ class Bench:
             size=size_on_disk(model),
             memory=peak_memory(model, self.example),
             latency=tuple(measure_latency(model, self.example, batch) for batch in batches),
+            curve=curve,
         )
 
     def prune(self, cell: Cell, settings: PruneSection, fusion: Fusion) -> Pruned:
@@ -209,6 +228,22 @@ class Bench:
             )
         except OutputChanged as error:
             raise self.recipe.error("prune.ignored", str(error)) from None
+
+    def _finetune_(self, model: nn.Module, cell: Cell) -> Curve:
+        settings = self.recipe.finetune
+        if settings is None or cell.seed is None:
+            raise ValueError(f"{cell} is not fine-tuned by this recipe")
+        history = finetune_(
+            model,
+            self.data,
+            settings,
+            seed=cell.seed,
+            teacher=self.dense,
+            checkpoint=self.checkpoint(cell),
+            progress=self.progress,
+        )
+        test = tuple((epoch, round(score["test"])) for epoch, score in enumerate(history.scores) if "test" in score)
+        return Curve(history.losses, history.validation, history.best, test)
 
     @cached_property
     def _ratios(self) -> tuple[float, ...]:
@@ -283,10 +318,19 @@ class Bench:
             weights.load_weights_(model, path)
             return
         self.data.split("validation")  # an empty one shows before the training
-        train_(model, self.data, settings, progress=self.progress)
+        checkpoint = self.folder / "checkpoints" / "dense.pt"
+        train_(model, self.data, settings, checkpoint=checkpoint, progress=self.progress)
         held_out = evaluate(model, self.data, "validation", progress=self.progress)
         _log.info("validation accuracy of the dense network: %s", held_out)
         weights.save_weights(model, path, {"key": key, "validation": str(held_out)})
+        forget_checkpoint(checkpoint)
+
+
+def forget_checkpoint(path: Path) -> None:
+    """Remove a file that training is resumed from, and its folder if nothing else is in it."""
+    path.unlink(missing_ok=True)
+    with suppress(OSError):
+        path.parent.rmdir()
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -296,11 +340,11 @@ def _device(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if available and recipe.device != "cpu" else "cpu")
 
 
-def _code_digest() -> str:
+def _code_digest(names: Sequence[str] = _CODE) -> str:
     """Changes with every edit of the code a result depends on, so that a stale result is never taken for a new one."""
     package = Path(__file__).resolve().parent.parent
     total = hashlib.sha256(metadata.version("torch-pruning").encode())
-    for name in _CODE:
+    for name in names:
         path = package / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             total.update(file.read_bytes())

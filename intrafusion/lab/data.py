@@ -119,15 +119,19 @@ class Dataset:
 
     def batches(
         self, name: str, batch_size: int, *, generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "cpu", augment: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-        """Normalised images ``[B, C, H, W]`` and labels ``[B]``; shuffled if a ``generator`` is given."""
+        """Normalised images ``[B, C, H, W]`` and labels ``[B]``; shuffled if a ``generator`` is given.
+
+        augment: changes uint8 images ``[B, C, H, W]`` on the device, before they are normalised.
+        """
         split = self.split(name)
         order = None if generator is None else torch.randperm(len(split), generator=generator)
         for start in range(0, len(split), batch_size):
             stop = start + batch_size
             part = slice(start, stop) if order is None else order[start:stop]
-            yield self.normalise(split.read(part).to(device)), split.labels[part].to(device)
+            images = split.read(part).to(device)
+            yield self.normalise(augment(images) if augment else images), split.labels[part].to(device)
 
     def draw(self, name: str, count: int, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """A random ``count`` of a split's images (all, if it has fewer), in batches of at most 250.

@@ -7,6 +7,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
+from intrafusion.lab.finetuned import METHODS, finetuned, finetuned_note, finetuned_table
 from intrafusion.lab.measure import LATENCY_BATCHES
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import to_yaml
@@ -40,6 +41,7 @@ def to_html(study: Study, folder: Path) -> str:
         *_what_was_run(study),
         *_dense(study),
         *_curves(study),
+        *_finetuned(study),
         *_groups(study),
         *_plan(study),
         *_only_selected(study),
@@ -76,7 +78,7 @@ def _what_was_run(study: Study) -> list[str]:
     return [
         "<h2>What was run</h2>",
         "<p>Channels are ranked by the importance; <em>discard</em> and <em>fused</em> keep the same ones, have the "
-        "same shapes and are not fine-tuned.</p>",
+        f"same shapes and are not fine-tuned{', but for the section on it' if recipe.finetune else ''}.</p>",
         _facts(facts),
         f"<details><summary>The recipe with every setting</summary><pre>{escape(to_yaml(recipe))}</pre></details>",
         f"<details><summary>Versions</summary>{_facts(versions)}</details>" if versions else "",
@@ -143,6 +145,25 @@ def _against(study: Study, costs: Mapping[Result, tuple[float, float]], label: s
     alt = f"Accuracy of the fused and the discarded networks. {caption}. The figures are in the table of every row"
     joined = all(pair.group == ALL for pair in study.pairs)
     return figure(accuracy_chart(lines, start, alt=alt, x_label=label, joined=joined), caption)
+
+
+def _finetuned(study: Study) -> list[str]:
+    found = finetuned(study)
+    if not found:
+        return []
+    parts = ["<h2>After fine-tuning</h2>", f"<p>{escape(finetuned_note(study))}</p>"]
+    parts += [html_table(*finetuned_table(study)), LEGEND, '<div class="figures">']
+    for tuned in found:
+        curves = {method: list(enumerate(tuned.validation(method)))[1:] for method in METHODS}
+        lines = {
+            method: [Point(epoch, value, f"{method}, epoch {epoch}: {value:.2f} %") for epoch, value in curve]
+            for method, curve in curves.items()
+        }
+        name = f"Validation accuracy, in %, over the epochs: {tuned.pair.label}"
+        ends = ", ".join(f"{method} {curve[-1][1]:.2f} %" for method, curve in curves.items())
+        chart = accuracy_chart(lines, None, alt=f"{name}. At the end: {ends}", x_label="epochs", joined=True)
+        parts.append(figure(chart, name))
+    return [*parts, "</div>"]
 
 
 def _groups(study: Study) -> list[str]:
@@ -295,5 +316,5 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(name: str, kind: str, text: str) -> str:
-    tone = {"+": " win", "-": " loss"}.get(text[:1], "") if name == "gain" and float(text) else ""
+    tone = {"+": " win", "-": " loss"}.get(text[:1], "") if name == "gain" and float(text.split()[0]) else ""
     return f'<td class="{kind}{tone}">{escape(text.replace(" -> ", " → "))}</td>'

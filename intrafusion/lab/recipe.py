@@ -20,7 +20,14 @@ from intrafusion.lab.models import build_model, find_layers
 from intrafusion.lab.nodes import Node, override, parse, parse_assignment
 from intrafusion.lab.pretrained import WrongClasses, find_pretrained
 from intrafusion.lab.schema import Reader, json_schema, key_of, option, options
-from intrafusion.lab.sections import DataSection, ModelSection, PruneSection, TrainSection, pretrained_name
+from intrafusion.lab.sections import (
+    DataSection,
+    FinetuneSection,
+    ModelSection,
+    PruneSection,
+    TrainSection,
+    pretrained_name,
+)
 
 _SHORTHANDS = {"fusion": "preset"}
 
@@ -44,6 +51,7 @@ class Recipe:
         parse=read_fusion,
         schema=fusion_schema(),
     )
+    finetune: FinetuneSection | None = option(None, "train both networks of every pair after pruning")
     sweep: tuple[Mapping[str, Any], ...] | None = option(
         None,
         "for `intrafusion sweep`: keys with lists of values, as in {prune.importance: [l1, l2]}, or a list of such",

@@ -66,8 +66,9 @@ class Study:
     @cached_property
     def pairs(self) -> list[Pair]:
         """One entry per group and ratio of which both networks are measured, in the order of the run."""
-        fused = {(r.cell.group, r.cell.ratio): r for r in self.results if r.cell.method == "fused"}
-        places = [((r.cell.group, r.cell.ratio), r) for r in self.results if r.cell.method == "discard"]
+        pruned = [r for r in self.results if r.cell.stage == "pruned"]
+        fused = {(r.cell.group, r.cell.ratio): r for r in pruned if r.cell.method == "fused"}
+        places = [((r.cell.group, r.cell.ratio), r) for r in pruned if r.cell.method == "discard"]
         return [Pair(*place, discard, fused[place]) for place, discard in places if place in fused]
 
     @cached_property
@@ -89,10 +90,13 @@ class Study:
 
 def write_report(study: Study, folder: Path) -> str:
     """Write ``report.md``, ``report.html``, ``results.csv`` and ``accuracy.png``; return the table for the terminal."""
-    from intrafusion.lab.figure import draw
+    from intrafusion.lab.figure import draw, draw_finetuning
+    from intrafusion.lab.finetuned import finetuned
     from intrafusion.lab.page import to_html
 
     write_atomic(folder / "accuracy.png", draw(study))
+    if finetuned(study):
+        write_atomic(folder / "finetuned.png", draw_finetuning(study))
     write_atomic(folder / "results.csv", to_csv(csv_rows(study)))
     write_atomic(folder / "report.md", to_markdown(study, folder))
     write_atomic(folder / "report.html", to_html(study, folder))
@@ -100,8 +104,14 @@ def write_report(study: Study, folder: Path) -> str:
 
 
 def to_text(study: Study) -> str:
-    """The summary and the table, aligned with spaces."""
-    return f"{summary(study)}\n\n{text_table(*table(study))}"
+    """The summary and the tables, aligned with spaces."""
+    from intrafusion.lab.finetuned import finetuned_table
+
+    parts = [summary(study), text_table(*table(study))]
+    header, rows = finetuned_table(study)
+    if rows:
+        parts += ["after fine-tuning both alike:", text_table(header, rows)]
+    return "\n\n".join(parts)
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -121,12 +131,13 @@ def to_markdown(study: Study, folder: Path) -> str:
         f"# {recipe.title}",
         f"{summary(study)}. {verdict(study)}".rstrip(),
         f"Channels are ranked by `{recipe.prune.importance}`; `discard` and `fused` keep the same ones and are not "
-        f"fine-tuned. Fusion: `{recipe.fusion_text()}`. A gain is in points of accuracy.",
+        f"fine-tuned here. Fusion: `{recipe.fusion_text()}`. A gain is in points of accuracy.",
         markdown_table(header, rows, "r" * len(header)),
         *([f"The dense network: {'; '.join(f'{name}: {text}' for name, text in dense.items())}."] if dense else []),
         *([TIMED_ONCE] if study.dense.latency else []),
         *([published_note(study)] if study.published else []),
         "![Accuracy over the share of channels removed](accuracy.png)",
+        *_finetuned_part(study),
         *_groups_part(study),
         *_skipped_part(study),
         "## Again",
@@ -151,8 +162,9 @@ def csv_rows(study: Study) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for result in study.results:
         timed = {latency.batch: latency for latency in result.latency}
-        row = {name: getattr(result.cell, name) for name in ("method", "group", "ratio")}
+        row = {name: getattr(result.cell, name) for name in ("method", "group", "ratio", "stage", "seed")}
         row |= {name: getattr(result, name) for name in _CSV_COLUMNS}
+        row["best_epoch"] = result.curve and result.curve.best
         for batch in LATENCY_BATCHES:
             row |= {f"latency_{batch}_{part}_s": getattr(timed.get(batch), part, None) for part in ("median", "iqr")}
         rows.append(row)
@@ -235,6 +247,20 @@ def measurements(result: Result) -> dict[str, str]:
     for timed in result.latency:
         found[f"latency, batch {timed.batch}"] = f"{1e3 * timed.median:.3g} ms (IQR {1e3 * timed.iqr:.2g})"
     return found
+
+
+def _finetuned_part(study: Study) -> list[str]:
+    from intrafusion.lab.finetuned import finetuned_note, finetuned_table
+
+    header, rows = finetuned_table(study)
+    if not rows:
+        return []
+    return [
+        "## After fine-tuning",
+        finetuned_note(study),
+        markdown_table(header, rows, "r" * len(header)),
+        "![Validation accuracy over the epochs of fine-tuning](finetuned.png)",
+    ]
 
 
 def _groups_part(study: Study) -> list[str]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from intrafusion.lab.bench import Bench
+from intrafusion.lab.bench import Bench, forget_checkpoint
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.folder import RESULTS, environment, prepare, write_cells
 from intrafusion.lab.pruning import ALL
@@ -64,6 +64,8 @@ class Run:
         self.store = ResultStore(self.folder / RESULTS)
         if fresh:
             self.store.forget()
+            for cell in self.keys:
+                forget_checkpoint(self.bench.checkpoint(cell))
         write_cells(self.folder, self.keys, self._skipped)
 
     @property
@@ -79,6 +81,7 @@ class Run:
     def add(self, cell: Cell, result: Result) -> None:
         """Keep a result; it is on the disk on return."""
         self.store.add(self.keys[cell], result, self.identities[cell])
+        forget_checkpoint(self.bench.checkpoint(cell))
 
     def report(self) -> tuple[Study, str]:
         """Write the report of what is finished; return it as a study and as a table for the terminal."""
@@ -136,10 +139,9 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _check_twins(results: tuple[Result, ...]) -> None:
-    kept = {(r.cell.group, r.cell.ratio): r.kept for r in results if r.cell.method == "discard"}
+    kept = {replace(r.cell, method="fused"): r.kept for r in results if r.cell.method == "discard"}
     for result in results:
-        place = result.cell.group, result.cell.ratio
-        if result.cell.method == "fused" and kept.get(place, result.kept) != result.kept:
+        if result.cell.method == "fused" and kept.get(result.cell, result.kept) != result.kept:
             raise LabError(
                 f"{label(result.cell)}: the fused and the discarded network keep different channels, so their "
                 "accuracies cannot be compared; this is a defect of intrafusion, please report it"
@@ -151,4 +153,5 @@ def label(cell: Cell) -> str:
     if cell.method == "dense":
         return "dense"
     group = "" if cell.group == ALL else f"{cell.group} "
-    return f"{group}{cell.ratio:.0%} {cell.method}"
+    tuned = "" if cell.stage == "pruned" else f", fine-tuned with seed {cell.seed}"
+    return f"{group}{cell.ratio:.0%} {cell.method}{tuned}"

@@ -128,15 +128,66 @@ class DataSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSection:
-    """How the dense network is trained when no weights are given."""
+class OptimisationSection:
+    """What training and fine-tuning share; see :class:`intrafusion.Training`."""
 
     epochs: int = option(10, "passes over the training images", ge=1)
-    lr: float = option(0.05, "largest learning rate of the cosine schedule", gt=0)
+    lr: float = option(0.05, "largest learning rate of the schedule", gt=0)
+    optimizer: Literal["sgd", "adam", "adamw"] = option("sgd", "SGD (with Nesterov momentum), Adam or AdamW")
     momentum: float = option(0.9, "of SGD", ge=0, lt=1)
-    weight_decay: float = option(0.0005, "of SGD", ge=0)
+    weight_decay: float = option(0.0005, "of the optimizer, on every parameter", ge=0)
+    schedule: Literal["cosine", "linear", "step", "constant"] = option(
+        "cosine", "how the learning rate falls: to zero, or to a tenth and a hundredth after 1/2 and 3/4 of the steps"
+    )
+    warmup_epochs: float = option(0.0, "the learning rate rises for so long before it falls", ge=0)
     batch_size: int = option(64, "images per training step", ge=2)
-    seed: int = option(0, "of the first weights and of the order of the images", ge=0)
+    accumulate: int = option(1, "batches whose gradients make one update", ge=1)
+    augmentation: Literal["none", "flip", "crop_flip", "randaugment"] = option(
+        "none", "random changes of the images: mirrored; also shifted by up to 1/8; also torchvision's RandAugment"
+    )
+    label_smoothing: float = option(0.0, "share of the label that is spread over all classes", ge=0, lt=1)
+    amp: Literal["none", "bf16", "fp16"] = option("none", "mixed precision; fp16 on a GPU only")
+    clip_norm: float | None = option(None, "the gradient's norm is cut to this", gt=0)
+    ema: float | None = option(None, "decay of a moving average of the weights, which is the result", gt=0, lt=1)
+    channels_last: bool = option(False, "keep images and weights in this memory format while training")
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Warming up ends before training does."""
+        if None not in (self.warmup_epochs, self.epochs) and self.warmup_epochs >= self.epochs:
+            yield "warmup_epochs", f"must be below epochs ({self.epochs})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection(OptimisationSection):
+    """How the dense network is trained when no weights are given."""
+
+    seed: int = option(0, "of the first weights, the order of the images and their augmentation", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSection(OptimisationSection):
+    """How both networks of every pair are trained after pruning, alike."""
+
+    lr: float = option(0.01, "largest learning rate of the schedule", gt=0)
+    teacher: bool = option(False, "learn from the dense network's logits too")
+    temperature: float = option(4.0, "with teacher: what logits are divided by", gt=0)
+    alpha: float = option(0.9, "with teacher: its weight in the loss; the labels have the rest", ge=0, le=1)
+    recenter: bool = option(False, "first give batch-norms the statistics of training images; eval outputs stay")
+    at: tuple[int, ...] = option((), "epochs after which the test accuracy is reported, chosen in advance", ge=1)
+    seeds: tuple[int, ...] = option(
+        (0,), "one run each: of the order of the images and their augmentation", ge=0, min_length=1
+    )
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Also: epochs that are reported exist, and no seed is given twice."""
+        yield from OptimisationSection.check(self)
+        late = [epoch for epoch in self.at or () if epoch > (self.epochs or epoch)]
+        if late:
+            yield "at", f"{late[0]} is after the last epoch ({self.epochs})"
+        for key in ("at", "seeds"):
+            values = getattr(self, key) or ()
+            if len(set(values)) < len(values):
+                yield key, "the same number is given twice"
 
 
 @dataclass(frozen=True, kw_only=True)
