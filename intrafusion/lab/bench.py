@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.checkpoint import save
 from intrafusion.fusion import Fusion
 from intrafusion.lab import weights
 from intrafusion.lab.data import Dataset
@@ -199,6 +200,8 @@ class Bench:
                 for plan in [g.plan if cell.method == "fused" else ()]
             )
         curve = self._finetune_(model, cell) if cell.stage == "finetuned" else None
+        if cell.method in self.recipe.kept_methods:
+            self._save(model, cell)
         batch_size = self.recipe.data.batch_size
         place = places(model, self.data, "test", batch_size=batch_size, progress=self.progress)
         seconds = round(time.perf_counter() - start, 3)
@@ -228,6 +231,11 @@ class Bench:
             )
         except OutputChanged as error:
             raise self.recipe.error("prune.ignored", str(error)) from None
+
+    def _save(self, model: nn.Module, cell: Cell) -> None:
+        name, classes = self.recipe.model.name, self.recipe.model.num_classes
+        path = network_file(Path(self.recipe.output).expanduser(), cell)
+        save(model, path, source=name, num_classes=classes, recipe=to_mapping(self.recipe))
 
     def _finetune_(self, model: nn.Module, cell: Cell) -> Curve:
         settings = self.recipe.finetune
@@ -331,6 +339,13 @@ def forget_checkpoint(path: Path) -> None:
     path.unlink(missing_ok=True)
     with suppress(OSError):
         path.parent.rmdir()
+
+
+def network_file(folder: Path, cell: Cell) -> Path:
+    """Where a run keeps the network of a cell, for :func:`intrafusion.load`."""
+    group = "" if cell.group == ALL else f"-{cell.group}"
+    stage = "" if cell.stage == "pruned" else f"-finetuned-{cell.seed}"
+    return folder / "networks" / f"{cell.method}{group}-{cell.ratio:.4g}{stage}.safetensors"
 
 
 def _device(recipe: Recipe) -> torch.device:

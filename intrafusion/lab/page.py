@@ -17,6 +17,7 @@ from intrafusion.lab.report import (
     Study,
     command,
     measurements,
+    networks_note,
     published_note,
     shown_skipped,
     si,
@@ -47,6 +48,7 @@ def to_html(study: Study, folder: Path) -> str:
         *_only_selected(study),
         *_rows(study),
         *_skipped(study),
+        f"<h2>The networks</h2><p>{escape(networks_note(study)).replace('`', '')}</p>" if networks_note(study) else "",
         f"<h2>Again</h2><pre>{escape(command(folder))}</pre>",
         "<p>Every number with its cell is in <code>results.jsonl</code> and <code>results.csv</code>.</p>",
     ]

@@ -59,6 +59,9 @@ class Recipe:
         schema={"anyOf": [GRID_SCHEMA, {"type": "array", "items": GRID_SCHEMA, "minItems": 1}, {"type": "null"}]},
     )
     output: str = option(doc="folder of the run")
+    keep: Literal["none", "fused", "all"] | None = option(
+        None, "pruned networks that stay in the folder; null for fused, or none with groups: each"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the network runs; auto takes a GPU if there is one")
     threads: int | None = option(
         None, "processor threads of torch; null for torch's choice; 1 gives the same numbers on every machine", ge=1
@@ -89,6 +92,12 @@ class Recipe:
     def title(self) -> str:
         """What was pruned, in a few words."""
         return f"{self.model.name} on {self.data.shown}"
+
+    @property
+    def kept_methods(self) -> tuple[str, ...]:
+        """The methods whose networks are kept."""
+        keep = self.keep or ("none" if self.prune.groups == "each" else "fused")
+        return {"none": (), "fused": ("fused",), "all": ("fused", "discard")}[keep]
 
     def fusion_text(self) -> str:
         """The fusion by its preset name where it has one."""

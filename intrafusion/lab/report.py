@@ -140,6 +140,7 @@ def to_markdown(study: Study, folder: Path) -> str:
         *_finetuned_part(study),
         *_groups_part(study),
         *_skipped_part(study),
+        *([f"## The networks\n\n{networks_note(study)}"] if study.recipe.kept_methods else []),
         "## Again",
         f"```\n{command(folder)}\n```",
         "Every number with its cell is in `results.jsonl` and `results.csv`, every setting in `recipe.yaml`, every "
@@ -285,6 +286,16 @@ def _skipped_part(study: Study) -> list[str]:
     if not study.skipped:
         return []
     return ["## Test images left out", "\n".join(f"* {entry}" for entry in shown_skipped(study))]
+
+
+def networks_note(study: Study) -> str:
+    """Where the pruned networks are, and how one is had."""
+    if not study.recipe.kept_methods:
+        return ""
+    return (
+        "The pruned networks are in `networks/` as safetensors: `intrafusion.load(FILE)` gives one back anywhere, "
+        "`intrafusion.export` makes it ONNX."
+    )
 
 
 def shown_skipped(study: Study) -> list[str]:

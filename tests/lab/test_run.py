@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from intrafusion import load
 from intrafusion.lab import bench
 from intrafusion.lab import run as run_module
 from intrafusion.lab.bench import Bench
 from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError, RecipeError
+from intrafusion.lab.measure import evaluate
 from intrafusion.lab.models import DigitsCNN, build_model
 from intrafusion.lab.recipe import Recipe, load_recipe, read_recipe
 from intrafusion.lab.results import Result
@@ -54,8 +56,8 @@ def test_everything_is_in_the_folder(recipe: Recipe, measured: list[str]) -> Non
     finished = run(recipe, progress=False)
     folder = Path(recipe.output)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "accuracy.png", "cells.json", "dense.safetensors", "environment.json", "recipe.yaml", "report.html",
-        "report.md", "results.csv", "results.jsonl",
+        "accuracy.png", "cells.json", "dense.safetensors", "environment.json", "networks", "recipe.yaml",
+        "report.html", "report.md", "results.csv", "results.jsonl",
     ]  # fmt: skip
     assert measured == ["dense 0.0 all"] + [f"{m} {r} all" for r in (0.25, 0.5) for m in ("discard", "fused")]
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
@@ -89,6 +91,30 @@ def test_a_finished_cell_is_never_computed_again(recipe: Recipe, measured: list[
     measured.clear()
     run(recipe, fresh=True, progress=False)
     assert len(measured) == 5
+
+
+@pytest.mark.parametrize(
+    ("extra", "names"),
+    [
+        ([], ["fused-0.5"]),
+        (["keep=all"], ["discard-0.5", "fused-0.5"]),
+        (["keep=none"], []),
+        (["prune.groups=each"], []),
+        (["prune.groups=each", "keep=fused"], ["fused-features.0-0.5", "fused-features.3-0.5", "fused-features.7-0.5"]),
+    ],
+)
+def test_the_pruned_networks_stay(tmp_path: Path, extra: list[str], names: list[str]) -> None:
+    recipe = read_recipe(TEXT, "r.yaml", [f"output={tmp_path}", "prune.ratios=0.5", *extra])
+    run(recipe, progress=False)
+    files = sorted((tmp_path / "networks").glob("*"))
+    assert [file.name for file in files] == [f"{name}.safetensors" for name in names]
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    measured = {(line["cell"]["method"], line["cell"]["group"]): line["correct"] for line in lines}
+    data = Bench(recipe, tmp_path, progress=False).data
+    for file in files:
+        method, *group = file.stem.removesuffix("-0.5").split("-")
+        assert evaluate(load(file), data, progress=False).correct == measured[method, *(group or ["all"])]
+    assert ("`networks/`" in (tmp_path / "report.md").read_text()) == bool(names)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(
