@@ -14,7 +14,7 @@ from intrafusion.lab.figure import draw_finetuning
 from intrafusion.lab.finetuned import finetuned, finetuned_note, finetuned_table
 from intrafusion.lab.page import to_html
 from intrafusion.lab.recipe import read_recipe
-from intrafusion.lab.report import Study, table, csv_rows, to_csv, to_markdown, to_text
+from intrafusion.lab.report import Study, csv_rows, table, to_csv, to_markdown, to_text
 from intrafusion.lab.results import Cell, Curve, Result
 from tests.lab.test_report import Page, study
 
@@ -108,7 +108,7 @@ def test_the_figure_is_drawn(groups: tuple[str, ...]) -> None:
 
 
 def test_the_csv_tells_fine_tuned_rows_apart() -> None:
-    rows = list(csv.DictReader(io.StringIO(to_csv(tuned()))))
+    rows = list(csv.DictReader(io.StringIO(to_csv(csv_rows(tuned())))))
     assert {(row["stage"], row["seed"], row["best_epoch"]) for row in rows} == {
         ("pruned", "", ""), ("finetuned", "0", "2"), ("finetuned", "4", "2")
     }  # fmt: skip
