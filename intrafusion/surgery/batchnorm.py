@@ -88,9 +88,12 @@ def merge(rows: Tensor, bias: Tensor, bn: Affine, mix: Tensor, *, affine: bool, 
     mixed: [c, d] the merged folded rows where they are not mix @ (a·rows) (depthwise filters are averaged).
 
     The eval output is exactly that of the merged folded channel. Its mean is mix @ beta; its variance is
-    mix Cov mix^T with Cov_ij = gamma_i gamma_j cos(w_i, w_j), which is exact for white inputs.
+    mix Cov mix^T with Cov_ij = gamma_i gamma_j cos(w_i, w_j), which is exact for white inputs. How the result is split
+    between filter and batch-norm is free; the running variance is the average of the members', each with its share in
+    the output. A nearly dead member may have a huge coefficient: were it counted by that, the filter would be as tiny
+    as its own, and the first step of training as many times too large.
     """
-    weights = row_average(mix)
+    weights = _shares(mix, bn.gamma)
     folded = mix @ (bn.scale[:, None] * rows) if mixed is None else mixed
     shift = mix @ (bn.scale * (bias - bn.mean) + bn.beta)
     beta, var, new_bias = mix @ bn.beta, weights @ bn.var, weights @ bias
@@ -129,6 +132,13 @@ def row_average(mix: Tensor) -> Tensor:
     """Magnitudes of the rows of `mix`, scaled to sum to 1: the map for gains, which must not be counted twice."""
     total = mix.abs().sum(dim=1, keepdim=True)
     return mix.abs() / torch.where(total == 0, 1.0, total)
+
+
+def _shares(mix: Tensor, gamma: Tensor) -> Tensor:
+    """Row averages in which each member counts as much as it moves the output; by `mix` alone where none does."""
+    moved = mix * gamma
+    silent = moved.abs().sum(dim=1, keepdim=True) == 0
+    return row_average(torch.where(silent, mix, moved))
 
 
 @contextmanager

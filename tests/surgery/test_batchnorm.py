@@ -8,7 +8,7 @@ import torch_pruning as tp
 from torch import nn
 
 from intrafusion import Fusion, IntraFusionPruner
-from intrafusion.surgery.batchnorm import folded, recenter_batchnorms_, row_average
+from intrafusion.surgery.batchnorm import Affine, folded, merge, recenter_batchnorms_, row_average
 from intrafusion.surgery.groups import batchnorm_of
 from tests.nets import PICO, randomise_
 
@@ -243,3 +243,21 @@ def test_a_failed_recentring_changes_nothing():
         recenter_batchnorms_(model, [torch.full((2, 3, 5, 5), float("nan"))])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not model[1]._forward_pre_hooks
+
+
+def test_a_nearly_dead_member_with_a_huge_coefficient_does_not_shrink_the_filter() -> None:
+    """The optimiser's steps are relative to the filter's size, so a tiny filter would be lost in the first of them."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    rows[2] *= 1e-2
+    gamma = torch.tensor([0.6, 0.5, 1e-3], dtype=torch.float64)
+    var = rows.square().sum(dim=1)
+    scale = gamma / (var + 1e-5).sqrt()
+    zero = torch.zeros(3, dtype=torch.float64)
+    mix = torch.tensor([[0.7, 0.2, 150.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    new = merge(rows, zero, Affine(scale, gamma, zero, zero, var, 1e-5), mix, affine=True)
+    norms = new.rows.norm(dim=1)
+    assert 0.3 < norms[0] / rows[0].norm() < 1.5
+    torch.testing.assert_close(new.rows[1:], rows[[2, 1]])
+    folded = (new.gamma / (new.var + 1e-5).sqrt())[:, None] * new.rows
+    torch.testing.assert_close(folded, mix @ (scale[:, None] * rows))
