@@ -6,7 +6,7 @@ import csv
 import io
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -83,9 +83,24 @@ class Study:
 
     @property
     def middle_groups(self) -> list[GroupLine]:
-        """What happened to the groups at that ratio, but for those where nothing did."""
-        lines = [line for pair in self.pairs if pair.ratio == self.middle for line in pair.fused.groups]
+        """What happened to the groups at that ratio, all steps together, but for those where nothing did."""
+        lines = [line for pair in self.pairs if pair.ratio == self.middle for line in _all_steps(pair.fused.groups)]
         return [line for line in lines if line.before != line.after or line.reason]
+
+
+def _all_steps(lines: Sequence[GroupLine]) -> list[GroupLine]:
+    """One line per group: its width before the first step and after the last, every remark; a plan only of one step."""
+    steps: dict[str, list[GroupLine]] = {}
+    for line in lines:
+        steps.setdefault(line.name, []).append(line)
+    found = []
+    for of in steps.values():
+        first, last = of[0], of[-1]
+        if len(of) > 1:
+            reasons = dict.fromkeys(line.reason for line in of if line.reason)
+            last = replace(last, before=first.before, cost=None, plan=(), reason="; ".join(reasons))
+        found.append(last)
+    return found
 
 
 def write_report(study: Study, folder: Path) -> str:
