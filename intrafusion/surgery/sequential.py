@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from intrafusion.ot import Pair, Plan, selection_pair
 from intrafusion.ot.merge import barycentre
-from intrafusion.ot.rows import Samples, match_spread, optimise_rows
+from intrafusion.ot.rows import Samples, bound_means, match_spread, optimise_rows
 from intrafusion.surgery.apply import shift_carrier
 from intrafusion.surgery.groups import GroupTable, Role, Slot, batchnorm_of, module_name
 from intrafusion.surgery.layout import gather, mix_, to_channels
@@ -89,7 +89,10 @@ class Sequential:
         halfway = (start.rows + selection_pair(plan.kept, table.n).rows.to(start.rows)) / 2
         rows, shift = match_spread(halfway.to(cov), mean, cov)
         may_shift = shift_carrier(table) is not None
-        rows, shift = optimise_rows(rows, shift if may_shift else torch.zeros_like(shift), readers)
+        given = rows, shift if may_shift else torch.zeros_like(shift)
+        rows, shift = optimise_rows(*given, readers)
+        if may_shift:
+            shift = bound_means(rows, shift, given, mean.to(rows), cov.to(rows))
         rows = self._inside_classes(rows.cpu(), table, plan)
         return Pair(rows, start.columns, plan.kept, shift.cpu() if may_shift else None)
 
