@@ -2,17 +2,19 @@
 
     python -m benchmarks.noise_scale            # some minutes on one core; writes benchmarks/results/noise_scale.*
 
-Learning rate x batch size on scikit-learn's digits, every other setting and the number of epochs the same. The second
+An interrupted call goes on where it stopped, and more seeds are added to those in noise_scale.jsonl. Learning rate x batch size on scikit-learn's digits, every other setting and the number of epochs the same. The second
 network starts from the first one's initialisation, or from another. Nothing is selected on the test images.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, pairwise, product
 from pathlib import Path
@@ -37,7 +39,7 @@ from intrafusion.lab.training_record import mean_noise_scale
 from intrafusion.training_loop import History
 
 RESULTS = Path(__file__).parent / "results"
-RATES, BATCHES = (0.003, 0.01, 0.03, 0.1, 0.3), (16, 64, 256)
+RATES, BATCHES = (0.003, 0.01, 0.03, 0.1, 0.3), (32, 128)
 STARTS = {"one initialisation": 0, "two initialisations": 1000}
 BINS = 5
 LEARNT = 90
@@ -45,9 +47,10 @@ LEARNT = 90
 
 @dataclass(frozen=True)
 class Pairing:
-    """Two trained networks and their fusion; accuracies and gain in per cent, None where a training diverged."""
+    """Two trained networks and their fusion; accuracies and gain in per cent."""
 
     start: str
+    epochs: int
     lr: float
     batch: int
     seed: int
@@ -74,7 +77,7 @@ def measure(data: Dataset, lr: float, batch: int, seed: int, epochs: int) -> Ite
         fused = intrafusion.fuse([first, second], images[0][:2], batches=images)
         aligned = intrafusion.align(second, first, images[0][:2]).apply(second)
         yield Pairing(
-            start, lr, batch, seed,
+            start, epochs, lr, batch, seed,
             noise=statistics.fmean(mean_noise_scale(h.noise) for h in (history, other) if h.noise),
             trace=statistics.fmean(h.noise.epochs[-1].trace or math.nan for h in (history, other) if h.noise),
             parents=50 * (test(first).accuracy + test(second).accuracy),
@@ -129,8 +132,6 @@ def verdict(pairings: Sequence[Pairing]) -> str:
 
 def draw(pairings: Sequence[Pairing]) -> bytes:
     """A PNG: gain and barrier over the noise scale, a point per setting (mean and standard error), a line of bins."""
-    import io
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -194,18 +195,28 @@ def _difference(left: Sequence[Pairing], right: Sequence[Pairing]) -> tuple[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--output", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     data = digits()
-    pairings: list[Pairing] = []
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    kept = chosen.output / "noise_scale.jsonl"
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+    pairings = [p for p in (Pairing(**json.loads(line)) for line in lines) if p.epochs == chosen.epochs]
+    done = {(p.seed, p.lr, p.batch) for p in pairings}
     failed: list[str] = []
-    for lr, batch, seed in tqdm(list(product(RATES, BATCHES, range(chosen.seeds))), desc="pairs"):
+    for seed, lr, batch in tqdm(list(product(range(chosen.seeds), RATES, BATCHES)), desc="pairs"):
+        if (seed, lr, batch) in done:
+            continue
         try:
-            pairings += measure(data, lr, batch, seed, chosen.epochs)
+            found = list(measure(data, lr, batch, seed, chosen.epochs))
         except LabError as error:
             failed.append(f"lr {lr:g}, batch {batch}, seed {seed}: {error}")
+            continue
+        pairings += found
+        with kept.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(p)) + "\n" for p in found)
     parts = [
         "# Gain from fusing two networks against the noise scale of their training",
         f"`python -m benchmarks.noise_scale --seeds {chosen.seeds} --epochs {chosen.epochs}`: digits_cnn, each network "
@@ -228,7 +239,6 @@ def main() -> None:
     if failed:
         parts += ["## Left out", "\n".join(f"* {line}" for line in failed)]
     text = "\n\n".join(parts) + "\n"
-    chosen.output.mkdir(parents=True, exist_ok=True)
     (chosen.output / "noise_scale.md").write_text(text, encoding="utf-8")
     (chosen.output / "noise_scale.png").write_bytes(draw(pairings))
     print(text)

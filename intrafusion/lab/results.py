@@ -186,7 +186,7 @@ def _write_all(handle: int, data: bytes) -> None:
 
 
 def finite(value: Any) -> Any:
-    """JSON knows no nan and no infinity: they become null."""
+    """The same without nan and infinity, which JSON does not know: they become null."""
     if isinstance(value, dict):
         return {key: finite(child) for key, child in value.items()}
     if isinstance(value, list | tuple):

@@ -111,7 +111,7 @@ def run(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Finish
         LabError: files are missing or broken, training diverges, an output folder cannot be used.
         intrafusion.FusionError: a group cannot be pruned.
     """
-    with _threads(recipe.threads):
+    with torch_threads(recipe.threads):
         return _run(recipe, fresh, progress)
 
 
@@ -132,7 +132,8 @@ def _run(recipe: Recipe, fresh: bool, progress: bool) -> Finished:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch, and afterwards as many as before; ``None`` changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
