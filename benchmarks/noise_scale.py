@@ -2,8 +2,9 @@
 
     python -m benchmarks.noise_scale            # some minutes on one core; writes benchmarks/results/noise_scale.*
 
-An interrupted call goes on where it stopped, and more seeds are added to those in noise_scale.jsonl. Learning rate x batch size on scikit-learn's digits, every other setting and the number of epochs the same. The second
-network starts from the first one's initialisation, or from another. Nothing is selected on the test images.
+Learning rate x batch size on scikit-learn's digits, every other setting and the number of epochs the same. The second
+network starts from the first one's initialisation, or from another. Nothing is selected on the test images. An
+interrupted call goes on where it stopped, and more seeds are added to those in noise_scale.jsonl.
 """
 
 from __future__ import annotations
