@@ -204,7 +204,8 @@ def main() -> None:
     chosen.output.mkdir(parents=True, exist_ok=True)
     kept = chosen.output / "noise_scale.jsonl"
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
-    pairings = [p for p in (Pairing(**json.loads(line)) for line in lines) if p.epochs == chosen.epochs]
+    read = (Pairing(**json.loads(line)) for line in lines)
+    pairings = [p for p in read if p.epochs == chosen.epochs and p.seed < chosen.seeds]
     done = {(p.seed, p.lr, p.batch) for p in pairings}
     failed: list[str] = []
     for seed, lr, batch in tqdm(list(product(range(chosen.seeds), RATES, BATCHES)), desc="pairs"):

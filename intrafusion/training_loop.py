@@ -61,7 +61,8 @@ class History:
         scores: what the evaluation said before the first step (epoch 0) and after every epoch; empty without one.
         best: the epoch with the largest validation score (of several the last, which was trained longest), whose
             weights the network has; without validation scores the last epoch.
-        noise: learning rate, effective noise scale and the size of the gradient's noise, epoch by epoch.
+        noise: learning rate, effective noise scale and the size of the gradient's noise, epoch by epoch; epochs that an
+            older version of this package trained, before an interruption, are not in it.
     """
 
     losses: tuple[float, ...]
@@ -258,7 +259,7 @@ class _Run:
         self.model.eval()
         best = self.best_epoch if self.best is not None else self.epoch
         noise = NoiseHistory(definition(self.training), self.training.weight_decay, epochs=tuple(self.noise))
-        return History(tuple(self.losses), tuple(self.scores), best, noise)
+        return History(tuple(self.losses), tuple(self.scores), best, noise if self.noise else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the coming epochs depend on, as tensors and plain values."""

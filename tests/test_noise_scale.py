@@ -180,6 +180,15 @@ def test_an_interrupted_training_has_the_record_of_a_whole_one(tmp_path: Path) -
     assert fit_(Net(), loader(), QUICK, evaluation=scores, **arguments) == expected
 
 
+def test_a_file_of_an_older_version_is_gone_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    fit_(Net(), loader(), QUICK, checkpoint=path, progress=False)
+    content = torch.load(path, weights_only=True)
+    del content["state"]["noise"]
+    torch.save(content, path)
+    assert fit_(Net(), loader(), QUICK, checkpoint=path, progress=False).noise is None
+
+
 def test_what_is_recorded_is_the_learning_rate_over_batch_and_momentum() -> None:
     constant = Training(epochs=2, lr=0.05, schedule="constant", momentum=0.9)
 

@@ -96,7 +96,7 @@ class Landscape:
             "networks": dict(zip(_NAMES, map(str, self.files), strict=False)),
             "split": self.settings.split,
             "images": self.count,
-            "re_estimated_on": self.settings.images,
+            "re_estimated_on": self.settings.images if REPAIRED in self.paths else 0,
             "lines": lines,
             "unaligned": dict(self.unaligned),
             "plane": None if self.plane is None else {key: getattr(self.plane, key).tolist() for key in keys},

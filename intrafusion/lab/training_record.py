@@ -71,7 +71,8 @@ def noise_table(histories: Mapping[str, Sequence[NoiseHistory]]) -> tuple[list[s
         epoch = first.epochs[number]
         rows.append([str(epoch.epoch), f"{epoch.lr:.4g}", f"{epoch.scale:.4g}"])
         for alike in histories.values():
-            known = [trace for each in alike if (trace := each.epochs[number].trace) is not None]
+            same = [other for each in alike for other in each.epochs if other.epoch == epoch.epoch]
+            known = [other.trace for other in same if other.trace is not None]
             rows[-1].append(f"{fmean(known):.4g}" if known else "")
     return ["epoch", "lr", "noise scale", *(f"gradient variance {name}".rstrip() for name in histories)], rows
 

@@ -118,7 +118,10 @@ def test_bad_files_are_named_and_nothing_is_written(
     (tmp_path / "torn.safetensors").write_bytes(b"no weights")
     for second, message in (
         ("nowhere.safetensors", "no weights file at nowhere.safetensors"),
-        ("wider.safetensors", "wider.safetensors does not fit DigitsCNN:\n  shapes differ: classifier.weight is [10, 24]"),
+        (
+            "wider.safetensors",
+            "wider.safetensors does not fit DigitsCNN:\n  shapes differ: classifier.weight is [10, 24]",
+        ),
         ("torn.safetensors", "torn.safetensors is truncated or not a safetensors file"),
     ):
         for order in ([files[0], second], [second, files[0]], [*files[:2], "--third", second]):
