@@ -126,8 +126,8 @@ def verdict(pairings: Sequence[Pairing]) -> str:
     clear = all(difference > 2 * error for difference, error in steps)
     return text + (
         f"The largest is bin {best + 1}: {above[0]} points over the first and {above[1]} over the last (± one standard "
-        f"error), {'more' if clear else 'not more'} than two standard errors over both: the curve is "
-        f"{'' if clear else 'not shown to be '}non-monotone."
+        f"error over a bin's pairs), {'more' if clear else 'not more'} than two standard errors over both: the curve "
+        f"{'rises and falls' if clear else 'is not shown to be non-monotone'}."
     )
 
 
@@ -231,6 +231,8 @@ def main() -> None:
         "docs/noise_scale.md.",
         "![Gain and barrier over the noise scale](noise_scale.png)",
     ]
+    if chosen.seeds < 3:
+        parts.append(f"With {chosen.seeds} of the 3 seeds that were planned this is a first look, not yet a result.")
     for start in STARTS:
         own = [p for p in pairings if p.start == start]
         learnt = [p for cell in _cells(own) if _mean(cell, lambda p: p.parents) >= LEARNT for p in cell]
