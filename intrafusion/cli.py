@@ -55,6 +55,16 @@ Every point of the grid has a folder of its own inside the output folder. A swee
 something failed, continues where it stopped when the same command is given again. Each cell is computed on `threads`
 threads of the recipe, 1 if it names none, so that the numbers do not depend on the workers.
 """
+_LANDSCAPE_EXAMPLES = """\
+examples:
+  intrafusion landscape first.safetensors second.safetensors digits --output runs/landscape
+  intrafusion landscape a.safetensors b.safetensors cifar10_resnet20 --set data.root=/data/cifar10 \\
+      --third c.safetensors --split test --output runs/landscape
+      with a picture of the plane through the three
+
+The files are state dicts of the recipe's network (dense.safetensors of a run is one); its own weights are not used and
+nothing is trained. B, and C, are aligned to A: their channels are put in its order.
+"""
 _REPORT_EXAMPLES = """\
 examples:
   intrafusion report runs/demo
@@ -168,14 +178,32 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command(
         "inspect", _inspect, "Show what a recipe cuts and what it fuses, group by group.", _INSPECT_EXAMPLES + shipped
     )
-    for added in (run, sweep, inspect):
+    landscape = command(
+        "landscape", _landscape, "Measure and draw the loss between trained networks.", _LANDSCAPE_EXAMPLES + shipped
+    )
+    landscape.add_argument("first", metavar="A", type=Path, help="safetensors file of a network")
+    landscape.add_argument("second", metavar="B", type=Path, help="safetensors file of another")
+    landscape.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of figures and numbers")
+    landscape.add_argument("--third", metavar="C", type=Path, help="a third one: draw the plane through all of them")
+    landscape.add_argument(
+        "--split", choices=("validation", "test"), default="validation", help="whose images score the networks"
+    )
+    landscape.add_argument("--steps", type=_points, default=11, metavar="N", help="points along each line")
+    landscape.add_argument(
+        "--resolution", type=_points, default=11, metavar="N", help="points along a side of the plane"
+    )
+    landscape.add_argument(
+        "--images", type=_images, default=250, metavar="N",
+        help="training images that batch-norm statistics are re-estimated on, for a third line and the plane; 0: never",
+    )  # fmt: skip
+    for added in (run, sweep, inspect, landscape):
         added.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or the name of a shipped recipe")
         added.add_argument(
             "--set", metavar="KEY=VALUE", action="append", default=[], dest="assignments",
             help="change a key of the recipe, as in prune.seed=1; may be given many times",
         )  # fmt: skip
     recipes = command("recipes", _recipes, "List the shipped recipes.")
-    for added in (run, sweep, report, inspect, recipes):
+    for added in (run, sweep, report, inspect, landscape, recipes):
         added.add_argument("--json", action="store_true", help="print JSON instead of text")
     command("schema", _schema, "Print the JSON schema of a recipe, for editors.", _SCHEMA_EXAMPLES)
     return parser
@@ -239,6 +267,22 @@ def _inspect(options: argparse.Namespace) -> int:
     return OK
 
 
+def _landscape(options: argparse.Namespace) -> int:
+    path = find_recipe(options.recipe)
+    from intrafusion.lab.landscape_report import REPORT, LandscapeSettings, measure_landscape, write_landscape
+    from intrafusion.lab.recipe import load_recipe
+
+    recipe = load_recipe(path, options.assignments)
+    files = tuple(file for file in (options.first, options.second, options.third) if file is not None)
+    settings = LandscapeSettings(
+        split=options.split, steps=options.steps, resolution=options.resolution, images=options.images
+    )
+    found = measure_landscape(recipe, files, settings, progress=not options.json)
+    write_landscape(found, options.output)
+    print(json.dumps(found.plain(), indent=2) if options.json else f"{found}\n\nreport: {options.output / REPORT}")
+    return OK
+
+
 def _recipes(options: argparse.Namespace) -> int:
     shipped = shipped_recipes()
     found = [{"name": name, "summary": _summary(path), "path": str(path)} for name, path in shipped.items()]
@@ -260,11 +304,17 @@ def _schema(_: argparse.Namespace) -> int:
     return OK
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more")
+        return value
+
+    return count
+
+
+_images, _count, _points = map(_at_least, (0, 1, 2))
 
 
 def _report_error(error: Exception, debug: bool) -> int:

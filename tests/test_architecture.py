@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "onnx_export": {"checkpoint", "files", "surgery"},
     "training_state": {"files"},
     "training_settings": set(),
-    "training_loop": {"training_settings", "training_state"},
+    "noise_scale": {"training_settings"},
+    "training_loop": {"training_settings", "training_state", "noise_scale"},
     "finetuning": {"surgery", "training_settings", "training_state", "training_loop"},
     "__init__": {
         "fusion", "report", "importance", "pruner", "averaging", "surgery", "checkpoint", "onnx_export", "finetuning",
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     },
     "lab": {
         "ot", "surgery", "files", "fusion", "report", "checks", "importance", "pruner", "averaging", "checkpoint",
-        "training_settings", "training_state", "training_loop", "finetuning", "lab", "intrafusion",
+        "training_settings", "training_state", "training_loop", "noise_scale", "finetuning", "lab", "intrafusion",
     },
     "cli": {"lab", "intrafusion"},
 }  # fmt: skip

@@ -54,6 +54,7 @@ from intrafusion.lab.sections import PruneSection
 from intrafusion.lab.sources import open_data
 from intrafusion.lab.target import UnreachableTarget, find_ratio
 from intrafusion.lab.training import finetune_, train_
+from intrafusion.lab.training_record import TrainingRecord, read_training, write_training
 
 _log = logging.getLogger(__name__)
 _CODE = (
@@ -61,8 +62,8 @@ _CODE = (
     "lab/models.py",
 )  # fmt: skip
 _TRAINING_CODE = (
-    "training_loop.py", "training_settings.py", "training_state.py", "finetuning.py", "lab/training.py",
-    "lab/augmentation.py",
+    "training_loop.py", "training_settings.py", "training_state.py", "noise_scale.py", "finetuning.py",
+    "lab/training.py", "lab/augmentation.py",
 )  # fmt: skip
 
 TRAINED = "dense.safetensors"
@@ -136,6 +137,13 @@ class Bench:
         elif self.trained:
             self._train_(model)
         return model.eval()
+
+    @property
+    def training(self) -> TrainingRecord | None:
+        """How the dense network was trained, if the recipe did it and its record is kept."""
+        record = read_training(self.folder) if self.recipe.model.weights is None and self.trained else None
+        key = weights.read_metadata(self.folder / TRAINED).get("key")
+        return record if record and record.key == key else None
 
     @cached_property
     def dense_digest(self) -> str:
@@ -251,7 +259,7 @@ class Bench:
             progress=self.progress,
         )
         test = tuple((epoch, round(score["test"])) for epoch, score in enumerate(history.scores) if "test" in score)
-        return Curve(history.losses, history.validation, history.best, test)
+        return Curve(history.losses, history.validation, history.best, test, history.noise)
 
     @cached_property
     def _ratios(self) -> tuple[float, ...]:
@@ -327,9 +335,10 @@ class Bench:
             return
         self.data.split("validation")  # an empty one shows before the training
         checkpoint = self.folder / "checkpoints" / "dense.pt"
-        train_(model, self.data, settings, checkpoint=checkpoint, progress=self.progress)
+        history = train_(model, self.data, settings, checkpoint=checkpoint, progress=self.progress)
         held_out = evaluate(model, self.data, "validation", progress=self.progress)
         _log.info("validation accuracy of the dense network: %s", held_out)
+        write_training(self.folder, TrainingRecord(key, history.losses, history.noise))
         weights.save_weights(model, path, {"key": key, "validation": str(held_out)})
         forget_checkpoint(checkpoint)
 

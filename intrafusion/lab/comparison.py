@@ -22,6 +22,7 @@ from intrafusion.lab.report import (
     to_csv,
 )
 from intrafusion.lab.results import Result
+from intrafusion.lab.training_record import mean_noise_scale
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -141,6 +142,9 @@ def every_row(comparison: Comparison) -> Table:
     columns = {name: [s.get(key, "") for s, _, _ in pairs] for key, name in comparison.keys.items()}
     if any(pair.group != ALL for _, _, pair in pairs):
         columns["group"] = [pair.group for _, _, pair in pairs]
+    scales = [mean_noise_scale(s.training.noise) if s.training and s.training.noise else None for _, s, _ in pairs]
+    if len({f"{scale}" for scale in scales}) > 1:
+        columns["noise scale"] = ["" if scale is None else f"{scale:.4g}" for scale in scales]
     columns |= {
         "removed": [f"{pair.ratio:.4g}" for _, _, pair in pairs],
         "dense": [str(study.dense.accuracy) for _, study, _ in pairs],

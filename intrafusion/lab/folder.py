@@ -18,6 +18,7 @@ from intrafusion.lab.measure import device_name
 from intrafusion.lab.recipe import Recipe, read_recipe, read_text, to_yaml
 from intrafusion.lab.report import Study
 from intrafusion.lab.results import Cell, ResultStore
+from intrafusion.lab.training_record import read_training
 
 RESULTS = "results.jsonl"
 _RECIPE, _CELLS, _ENVIRONMENT = "recipe.yaml", "cells.json", "environment.json"
@@ -68,7 +69,8 @@ def read_study(folder: Path) -> tuple[Study, int]:
     results = tuple(result for result in found if result is not None)
     if not any(result.cell.method == "dense" for result in results):
         raise LabError(f"{folder}: the dense network is not measured yet; run the recipe first")
-    return Study(recipe, results, skipped, versions), len(found) - len(results)
+    training = read_training(folder) if recipe.model.weights is None else None
+    return Study(recipe, results, skipped, versions, training), len(found) - len(results)
 
 
 def environment(recipe: Recipe) -> dict[str, str]:

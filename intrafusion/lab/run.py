@@ -23,6 +23,7 @@ from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import Recipe
 from intrafusion.lab.report import Study, write_report
 from intrafusion.lab.results import Cell, Result, ResultStore, key_of_identity
+from intrafusion.lab.training_record import copy_training
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class Run:
         prepare(self.folder, recipe)
         self.bench = Bench(recipe, networks or self.folder, progress, shared=shared)
         self.bench.prepare()
+        if self.bench.folder != self.folder:
+            copy_training(self.bench.training, self.folder)
         self.identities = {cell: self.bench.identity(cell) for cell in self.bench.cells()}
         self.keys = {cell: key_of_identity(identity) for cell, identity in self.identities.items()}
         self.store = ResultStore(self.folder / RESULTS)
@@ -88,7 +91,7 @@ class Run:
         found = [self.store.get(key) for key in self.keys.values()]
         results = tuple(result for result in found if result is not None)
         _check_twins(results)
-        study = Study(self.recipe, results, self._skipped, environment(self.recipe))
+        study = Study(self.recipe, results, self._skipped, environment(self.recipe), self.bench.training)
         return study, write_report(study, self.folder)
 
     @property
@@ -108,7 +111,7 @@ def run(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Finish
         LabError: files are missing or broken, training diverges, an output folder cannot be used.
         intrafusion.FusionError: a group cannot be pruned.
     """
-    with _threads(recipe.threads):
+    with torch_threads(recipe.threads):
         return _run(recipe, fresh, progress)
 
 
@@ -129,7 +132,8 @@ def _run(recipe: Recipe, fresh: bool, progress: bool) -> Finished:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch, and afterwards as many as before; ``None`` changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -15,6 +15,7 @@ from intrafusion.lab.grid import parse_grid
 from intrafusion.lab.recipe import Point, read_points, read_recipe
 from intrafusion.lab.run import run
 from intrafusion.lab.sweep import report_again, sweep
+from intrafusion.lab.training_record import read_training
 
 TEXT = """\
 model: {name: digits_cnn}
@@ -67,6 +68,7 @@ def test_every_point_is_a_run_and_equals_it(tmp_path: Path) -> None:
         run(read_recipe(TEXT, "r.yaml", given), progress=False)
         assert table(folder) == table(tmp_path / name)
         assert run(read_recipe((folder / "recipe.yaml").read_text()), progress=False).computed == 0
+        assert read_training(folder) == read_training(tmp_path / name) is not None
     both = table(tmp_path / "s")
     assert [row["prune.importance"] for row in both] == ["l1"] * 5 + ["l2"] * 5
     head = swept.table.splitlines()
