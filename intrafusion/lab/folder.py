@@ -24,7 +24,7 @@ _RECIPE, _CELLS, _ENVIRONMENT = "recipe.yaml", "cells.json", "environment.json"
 _PACKAGES = ("intrafusion", "torch", "torchvision", "torch-pruning", "POT", "numpy", "scipy", "scikit-learn")
 
 
-def prepare(folder: Path, recipe: Recipe) -> None:
+def prepare(folder: Path, recipe: Recipe, processes: int = 1) -> None:
     """Make the folder, with the resolved recipe and what it runs on.
 
     Raises:
@@ -32,7 +32,7 @@ def prepare(folder: Path, recipe: Recipe) -> None:
     """
     try:
         write_atomic(folder / _RECIPE, to_yaml(replace(recipe, output=str(folder))))
-        write_atomic(folder / _ENVIRONMENT, json.dumps(environment(recipe), indent=2) + "\n")
+        write_atomic(folder / _ENVIRONMENT, json.dumps(environment(recipe, processes), indent=2) + "\n")
     except OSError as error:
         raise recipe.error("output", f"cannot write to '{folder}': {error.strerror or error}") from None
 
@@ -71,8 +71,8 @@ def read_study(folder: Path) -> tuple[Study, int]:
     return Study(recipe, results, skipped, versions), len(found) - len(results)
 
 
-def environment(recipe: Recipe) -> dict[str, str]:
-    """Versions and machine behind a result."""
+def environment(recipe: Recipe, processes: int = 1) -> dict[str, str]:
+    """Versions and machine behind a result, and how many processes share the work on a network."""
     versions: dict[str, str] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -80,7 +80,8 @@ def environment(recipe: Recipe) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
-    return {**versions, "device": device_name(device), "threads": str(torch.get_num_threads())}
+    together = {"processes": str(processes)} if processes > 1 else {}
+    return {**versions, "device": device_name(device), "threads": str(torch.get_num_threads()), **together}
 
 
 def _read_json(path: Path) -> Any:
