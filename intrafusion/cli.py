@@ -283,9 +283,7 @@ def _check_launch(options: argparse.Namespace) -> None:
         return
     if options.command is _sweep:
         raise UsageError("a sweep runs its own processes: start it without accelerate launch or torchrun")
-    raise UsageError(
-        "only `intrafusion run` is for several processes: start this without accelerate launch or torchrun"
-    )
+    raise UsageError("only a run uses several processes: start this without accelerate launch or torchrun")
 
 
 def _launch() -> tuple[int, int]:

@@ -232,8 +232,9 @@ class Bench:
         try:
             discard = cell.method == "discard"
             return prune(
-                self.dense, self.example, settings, fusion, cell.ratio, data=self.data, only=cell.group, discard=discard
-            )
+                self.dense, self.example, settings, fusion, cell.ratio, data=self.data, only=cell.group,
+                discard=discard, progress=self.progress,
+            )  # fmt: skip
         except OutputChanged as error:
             raise self.recipe.error("prune.ignored", str(error)) from None
 
