@@ -228,13 +228,16 @@ def _assignments(options: argparse.Namespace) -> list[str]:
 
 
 def _finish(finished: Any, options: argparse.Namespace) -> int:
+    report = str(finished.report) if finished.report.is_file() else None  # none of a sweep that measured nothing
     if options.json:
-        with (finished.folder / "results.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        facts = {"folder": str(finished.folder), "report": str(finished.report), "computed": finished.computed}
+        rows = []
+        if report is not None:
+            with (finished.folder / "results.csv").open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        facts = {"folder": str(finished.folder), "report": report, "computed": finished.computed}
         print(json.dumps({**facts, "failed": getattr(finished, "failed", ()), "rows": rows}, indent=2))
     else:
-        print(f"{finished.table}\n\nreport: {finished.report}")
+        print(finished.table if report is None else f"{finished.table}\n\nreport: {report}")
     return OK
 
 
@@ -270,10 +273,9 @@ def _schema(_: argparse.Namespace) -> int:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
+    return int(text)
 
 
 def _check_launch(options: argparse.Namespace) -> None:
@@ -298,10 +300,11 @@ def _launch() -> tuple[int, int]:
 def _report_error(error: Exception, debug: bool) -> int:
     from intrafusion import FusionError
     from intrafusion.lab.errors import LabError, UsageError
+    from intrafusion.processes import ProcessError
 
     if debug:
         traceback.print_exc()
-    known = isinstance(error, LabError | FusionError | OSError) or type(error).__name__ == "ProcessError"
+    known = isinstance(error, LabError | FusionError | ProcessError | OSError)
     text = str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)"
     process, count = _launch()
     if known and process and os.environ.get("LOCAL_RANK", "0") != "0":

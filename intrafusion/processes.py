@@ -196,7 +196,7 @@ def open_processes(*, cpu: bool = False) -> Iterator[Processes]:
         cpu: compute on processors even where there are GPUs; otherwise each process takes the GPU of its local rank.
 
     Raises:
-        ProcessError: several were launched, and Accelerate is not installed.
+        ProcessError: several were launched, and Accelerate is not installed or there are fewer GPUs.
     """
     _, count = launch()
     if count == 1:
@@ -209,7 +209,14 @@ def open_processes(*, cpu: bool = False) -> Iterator[Processes]:
             f"{count} processes were launched together, which needs the package accelerate: "
             "pip install 'intrafusion[accelerate]'; or start a single process"
         ) from None
-    state = accelerate.PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=_PATIENCE)
+    cpu = cpu or not torch.cuda.is_available()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    if not cpu and here > torch.cuda.device_count():
+        raise ProcessError(
+            f"{here} processes were launched on this machine, which has {torch.cuda.device_count()} GPUs that torch can "
+            "use: launch one process for each, or compute on the CPU (device=cpu)"
+        )
+    state = accelerate.PartialState(cpu=cpu, timeout=_PATIENCE)
     yield Launched(state)
     # After a failure the others are waiting for something else: then the launcher ends them.
     state.wait_for_everyone()

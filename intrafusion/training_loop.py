@@ -176,8 +176,9 @@ class _Run:
         mean = sum(losses) / len(losses)
         if not math.isfinite(mean):
             raise DivergedError(self.epoch + 1, mean, training.lr)
-        for network in {id(network): network for network in (self.model, self.evaluated)}.values():
-            self.processes.average_buffers_(network)
+        self.processes.average_buffers_(self.model)
+        if self.average is not None:
+            self.processes.average_buffers_(self.average.module)
         self.losses.append(mean)
         self.epoch += 1
 

@@ -115,6 +115,17 @@ def test_several_processes_without_accelerate(monkeypatch: pytest.MonkeyPatch) -
         open_processes().__enter__()
 
 
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate", reason="several processes are tested where accelerate is installed")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(ProcessError, match="4 processes were launched on this machine, which has 3 GPUs"):
+        open_processes().__enter__()
+
+
 @pytest.mark.parametrize("command", [["sweep", "digits"], ["inspect", "digits"], ["report", "nowhere"], ["recipes"]])
 def test_only_a_run_is_for_several_processes(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

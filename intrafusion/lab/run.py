@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class Run:
     Args:
         networks: where a trained network is kept; the folder of the run by default.
         fresh: treat every finished cell as not there.
-        shared, processes: see :class:`Bench`; only the main process writes.
+        shared, processes: see :class:`Bench`. Only the main process knows and writes what is in the folder: the
+            methods are its own.
 
     Raises:
         RecipeError: the recipe does not fit the network or the images, or its folder cannot be written.
@@ -127,7 +129,7 @@ def _run(recipe: Recipe, fresh: bool, progress: bool, processes: Processes) -> F
     for cell in bar:
         bar.set_postfix_str(label(cell))
         result = opened.bench.measure(cell)
-        processes.from_main(lambda: opened.add(cell, result))  # noqa: B023 - called at once
+        processes.from_main(partial(opened.add, cell, result))
         _log.info("%s: %s in %.1f s", label(cell), result.accuracy, result.seconds)
     table = processes.from_main(lambda: opened.report()[1])
     return Finished(opened.folder, opened.folder / "report.md", table, len(missing))
