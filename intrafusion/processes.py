@@ -210,11 +210,11 @@ def open_processes(*, cpu: bool = False) -> Iterator[Processes]:
             "pip install 'intrafusion[accelerate]'; or start a single process"
         ) from None
     cpu = cpu or not torch.cuda.is_available()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    if not cpu and here > torch.cuda.device_count():
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", count)), torch.cuda.device_count()
+    if not cpu and here > gpus:
         raise ProcessError(
-            f"{here} processes were launched on this machine, which has {torch.cuda.device_count()} GPUs that torch can "
-            "use: launch one process for each, or compute on the CPU (device=cpu)"
+            f"{here} processes were launched on this machine, which has {gpus} GPUs that torch can use: launch one "
+            "process for each, or compute on the CPU (device=cpu)"
         )
     state = accelerate.PartialState(cpu=cpu, timeout=_PATIENCE)
     yield Launched(state)
