@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-_SPEAKING = 1.0  # seconds
+_SPEAKING = 1.0  # seconds that the first process of a machine has to say what is wrong
 _log = logging.getLogger(__name__)
 Command = Callable[[argparse.Namespace], int]
 
@@ -308,7 +308,7 @@ def _report_error(error: Exception, debug: bool) -> int:
     text = str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)"
     process, count = _launch()
     if known and process and os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(_SPEAKING)  # the first process here says the same, unless our end makes the launcher end it
+        time.sleep(_SPEAKING)  # when the first of its processes ends, a launcher ends the others
     else:
         where = f"process {process} of {count}: " if process else ""
         print(f"intrafusion: error: {where}{text}", file=sys.stderr)

@@ -138,6 +138,7 @@ class Bench:
             model = found.load(settings.num_classes, download=settings.download).to(self.device)
         elif self.trained:
             self._train_(model)
+        self.processes.agree_(model)
         return model.eval()
 
     @cached_property
