@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+_SPEAKING = 1.0  # seconds that the first process of a machine has to say what is wrong
 _log = logging.getLogger(__name__)
 Command = Callable[[argparse.Namespace], int]
 
@@ -30,6 +32,8 @@ examples:
   intrafusion run my_recipe.yaml --set prune.ratios=0.3,0.5 --set fusion.merge=barycentre --output runs/mine
   intrafusion run digits --set prune.ratios=null --set prune.target.macs=0.4
       as many channels go as leave 40 % of the multiply-accumulates
+  accelerate launch -m intrafusion.cli run imagenet_resnet50 --set data.root=/data/imagenet
+      every network is trained and evaluated by several GPUs together
 
 An interrupted run continues where it stopped when the same command is given again.
 """
@@ -89,9 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE
     _set_up_messages(options.quiet)
     try:
+        _check_launch(options)
         return options.command(options)
     except KeyboardInterrupt:
-        print("\ninterrupted; give the same command again to continue", file=sys.stderr)
+        if _launch()[0] == 0:
+            print("\ninterrupted; give the same command again to continue", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -213,11 +219,14 @@ def _run(options: argparse.Namespace) -> int:
     path = find_recipe(options.recipe)
     from intrafusion.lab.recipe import load_recipe
     from intrafusion.lab.run import run
+    from intrafusion.processes import open_processes
 
     recipe = load_recipe(path, _assignments(options))
     if recipe.sweep:
         _log.info("the grid of the section 'sweep' is for: intrafusion sweep %s", options.recipe)
-    return _finish(run(recipe, fresh=options.fresh, progress=not options.quiet), options)
+    with open_processes(cpu=recipe.device == "cpu") as processes:
+        finished = run(recipe, fresh=options.fresh, progress=not options.quiet, processes=processes)
+        return _finish(finished, options) if processes.is_main else OK
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -247,13 +256,16 @@ def _assignments(options: argparse.Namespace) -> list[str]:
 
 
 def _finish(finished: Any, options: argparse.Namespace) -> int:
+    report = str(finished.report) if finished.report.is_file() else None  # none of a sweep that measured nothing
     if options.json:
-        with (finished.folder / "results.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        facts = {"folder": str(finished.folder), "report": str(finished.report), "computed": finished.computed}
+        rows = []
+        if report is not None:
+            with (finished.folder / "results.csv").open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        facts = {"folder": str(finished.folder), "report": report, "computed": finished.computed}
         print(json.dumps({**facts, "failed": getattr(finished, "failed", ()), "rows": rows}, indent=2))
     else:
-        print(f"{finished.table}\n\nreport: {finished.report}")
+        print(finished.table if report is None else f"{finished.table}\n\nreport: {report}")
     return OK
 
 
@@ -306,10 +318,9 @@ def _schema(_: argparse.Namespace) -> int:
 
 def _at_least(least: int) -> Callable[[str], int]:
     def count(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more")
-        return value
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of {least} or more")
+        return int(text)
 
     return count
 
@@ -317,15 +328,40 @@ def _at_least(least: int) -> Callable[[str], int]:
 _images, _count, _points = map(_at_least, (0, 1, 2))
 
 
+def _check_launch(options: argparse.Namespace) -> None:
+    from intrafusion.lab.errors import UsageError
+
+    if _launch()[1] == 1 or options.command is _run:
+        return
+    if options.command is _sweep:
+        raise UsageError("a sweep runs its own processes: start it without accelerate launch or torchrun")
+    raise UsageError("only a run uses several processes: start this without accelerate launch or torchrun")
+
+
+def _launch() -> tuple[int, int]:
+    """Which process this is of how many that were launched together; the usual case does not wait for torch."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    from intrafusion.processes import launch
+
+    return launch()
+
+
 def _report_error(error: Exception, debug: bool) -> int:
     from intrafusion import FusionError
     from intrafusion.lab.errors import LabError, UsageError
+    from intrafusion.processes import ProcessError
 
     if debug:
         traceback.print_exc()
-    known = isinstance(error, LabError | FusionError | OSError)
+    known = isinstance(error, LabError | FusionError | ProcessError | OSError)
     text = str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)"
-    print(f"intrafusion: error: {text}", file=sys.stderr)
+    process, count = _launch()
+    if known and process and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_SPEAKING)  # when the first of its processes ends, a launcher ends the others
+    else:
+        where = f"process {process} of {count}: " if process else ""
+        print(f"intrafusion: error: {where}{text}", file=sys.stderr)
     return USAGE if isinstance(error, UsageError) else FAILED
 
 
@@ -335,7 +371,7 @@ def _set_up_messages(quiet: bool) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("intrafusion")
     logger.handlers = [handler]
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.setLevel(logging.ERROR if _launch()[0] else logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

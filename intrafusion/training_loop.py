@@ -27,6 +27,7 @@ from intrafusion.noise_scale import (
     held_out_batches,
     noise_scale,
 )
+from intrafusion.processes import ALONE, Processes
 from intrafusion.training_settings import Training, lr_factor, make_optimizer
 from intrafusion.training_state import TrainingFile, copied, digest
 
@@ -79,7 +80,7 @@ class History:
 def fit_(
     model: nn.Module, batches: Batches, training: Training, *, objective: Objective | None = None,
     evaluation: Evaluation | None = None, held_out: Iterable[Any] | None = None, checkpoint: Path | None = None,
-    key: str = "", progress: bool = True, title: str = "train",
+    key: str = "", progress: bool = True, title: str = "train", processes: Processes = ALONE,
 ) -> History:  # fmt: skip
     """Train ``model`` in place and leave it in eval mode, at its best validation epoch if there is one.
 
@@ -96,6 +97,9 @@ def fit_(
             same training goes on: the same weights, settings, number of batches and ``key``. On a CPU the result is
             that of a training that was never interrupted, bit for bit. The caller removes it.
         key: whatever else the result depends on, such as a digest of the images.
+        processes: who trains together. All are given the same ``batches`` and work on a share of each, so that a step
+            is that of one process up to rounding; on CPUs each has the batch-norm statistics of its share. They start
+            from the main process's network and end with one and the same; ``checkpoint`` is written by the main one.
 
     Raises:
         DivergedError: the loss is no longer finite.
@@ -109,12 +113,14 @@ def fit_(
     device = parameters[0].device
     if training.amp == "fp16" and device.type != "cuda":
         raise ValueError("amp='fp16' needs a GPU; use 'bf16' or 'none' on a CPU")
+    processes.agree_(model)
     file = None if checkpoint is None else TrainingFile(checkpoint, _identity(model, batches, training, key))
     if training.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
-        run = _Run(model, batches, training, parameters, device, objective, evaluation, held_out)
-        _train_(run, file, progress, title)
+        run = _Run(model, batches, training, parameters, device, objective, evaluation, held_out, processes)
+        with processes.whole_batch_norm(model):
+            _train_(run, file, progress and processes.is_main, title)
         return run.finish()
     finally:
         if training.channels_last:
@@ -123,7 +129,7 @@ def fit_(
 
 def _train_(run: _Run, file: TrainingFile | None, progress: bool, title: str) -> None:
     training, batches = run.training, run.batches
-    if file is not None and (state := file.read()) is not None:
+    if file is not None and (state := run.processes.from_main(file.read)) is not None:
         run.load_state_dict(state)
         _log.info("%s: resumed after epoch %d of %d", title, run.epoch, training.epochs)
     total = training.epochs * len(batches)
@@ -138,7 +144,7 @@ def _train_(run: _Run, file: TrainingFile | None, progress: bool, title: str) ->
             run.measure_noise()
             run.evaluate()
             bar.set_postfix(epoch=run.epoch, loss=f"{run.losses[-1]:.4f}")
-            if file is not None:
+            if file is not None and run.processes.is_main:
                 file.write(run.state_dict, last=run.epoch == training.epochs)
 
 
@@ -148,10 +154,10 @@ class _Run:
     def __init__(
         self, model: nn.Module, batches: Batches, training: Training, parameters: list[nn.Parameter],
         device: torch.device, objective: Objective | None, evaluation: Evaluation | None,
-        held_out: Iterable[Any] | None,
+        held_out: Iterable[Any] | None, processes: Processes,
     ) -> None:  # fmt: skip
         self.model, self.batches, self.training, self.parameters = model, batches, training, parameters
-        self.device, self.evaluation = device, evaluation
+        self.device, self.evaluation, self.processes = device, evaluation, processes
         self.objective = objective or _cross_entropy(training.label_smoothing)
         self.optimizer = make_optimizer(parameters, training)
         self.scaler = torch.amp.GradScaler(device.type, enabled=training.amp == "fp16")
@@ -187,31 +193,39 @@ class _Run:
             scales.append(noise_scale(training, rates[-1], sum(len(labels) for _, labels in group)))
             for settings in self.optimizer.param_groups:
                 settings["lr"] = rates[-1]
-            losses.append(self._update(group))
+            with self.processes.own_random(step, self.device):
+                losses.append(self._update(group))
             if self.average is not None:
                 _average_(self.average, self.model)
             bar.update(len(group))
+        losses = self.processes.sum(torch.tensor(losses, dtype=torch.float64)).tolist()
         mean = sum(losses) / len(losses)
         if not math.isfinite(mean):
             raise DivergedError(self.epoch + 1, mean, training.lr)
+        self.processes.average_buffers_(self.model)
+        if self.average is not None:
+            self.processes.average_buffers_(self.average.module)
         self.losses.append(mean)
         self.epoch += 1
         self.noise.append(NoisyEpoch(self.epoch, sum(rates) / len(rates), sum(scales) / len(scales)))
 
     def _update(self, group: Sequence[tuple[Tensor, Tensor]]) -> float:
-        """One step of the optimizer on the mean loss of all images of some batches."""
+        """One step of the optimizer on the mean loss of all images of some batches; this process's part of it."""
         count = sum(len(labels) for _, labels in group)
         total = 0.0
         self.optimizer.zero_grad()
         for inputs, labels in group:
+            size = len(labels)
+            inputs, labels, weight = self.processes.share(inputs, labels)
             inputs, labels = inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             if self.training.channels_last and inputs.dim() == 4:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
             with self._autocast():
                 loss = self.objective(self.model, inputs, labels)
-            part = loss if len(group) == 1 else loss * (len(labels) / count)
+            part = loss * (weight * size / count)
             self.scaler.scale(part).backward()
             total += part.item()
+        self.processes.sum_gradients_(self.parameters)
         if self.training.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.training.clip_norm)

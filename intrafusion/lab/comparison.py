@@ -25,6 +25,7 @@ from intrafusion.lab.results import Result
 from intrafusion.lab.training_record import mean_noise_scale
 
 Table = tuple[list[str], list[list[str]]]
+NOTHING = "nothing is measured yet"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> str:
     Nothing is written, and a sentence returned, where no point has results.
     """
     if not comparison.points:
-        return "nothing is measured yet"
+        return NOTHING
     rows = [{**settings, **row} for settings, study in comparison.points for row in csv_rows(study)]
     columns = dict.fromkeys([*comparison.keys, *(name for row in rows for name in row)])
     write_atomic(folder / "results.csv", to_csv([{name: row.get(name) for name in columns} for row in rows]))

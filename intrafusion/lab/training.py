@@ -17,6 +17,7 @@ from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.sections import FinetuneSection, OptimisationSection, TrainSection
 from intrafusion.noise_scale import HELD_OUT_BATCHES, HELD_OUT_IMAGES
+from intrafusion.processes import ALONE, Processes
 from intrafusion.surgery.batchnorm import recenter_batchnorms_
 from intrafusion.training_loop import DivergedError, History, fit_
 from intrafusion.training_settings import Training
@@ -52,8 +53,9 @@ class TrainingImages:
 
 
 def train_(
-    model: nn.Module, data: Dataset, settings: TrainSection, *, checkpoint: Path | None = None, progress: bool = True
-) -> History:
+    model: nn.Module, data: Dataset, settings: TrainSection, *, checkpoint: Path | None = None, progress: bool = True,
+    processes: Processes = ALONE,
+) -> History:  # fmt: skip
     """Train ``model`` in place on the ``train`` split and leave it in eval mode; the history has no scores.
 
     The order of the images depends on ``settings.seed`` alone. Nothing is selected on any split; the noise of the
@@ -63,18 +65,21 @@ def train_(
         data: anything with the ``split``, ``batches``, ``draw`` and ``digest`` of a :class:`Dataset`.
         checkpoint: file that an interrupted training goes on from; see :func:`intrafusion.training_loop.fit_`. It is
             left there: remove it when the weights are safe.
+        processes: who trains together; see there too.
 
     Raises:
         LabError: the loss is no longer finite, or the settings do not fit the device.
     """
-    history = _fit_(model, data, settings, settings.seed, "train", checkpoint=checkpoint, progress=progress)
+    history = _fit_(
+        model, data, settings, settings.seed, "train", checkpoint=checkpoint, progress=progress, processes=processes
+    )
     _log.info("trained %d epochs, last mean loss %.4f", settings.epochs, history.losses[-1])
     return history
 
 
 def finetune_(
     model: nn.Module, data: Dataset, settings: FinetuneSection, *, seed: int, teacher: nn.Module | None = None,
-    checkpoint: Path | None = None, progress: bool = True,
+    checkpoint: Path | None = None, progress: bool = True, processes: Processes = ALONE,
 ) -> History:  # fmt: skip
     """Fine-tune a pruned ``model`` in place and leave it in eval mode, at its best epoch on the ``validation`` split.
 
@@ -90,9 +95,9 @@ def finetune_(
     """
 
     def scores(network: nn.Module, epoch: int) -> dict[str, float]:
-        found = {"validation": evaluate(network, data, "validation", progress=False).percent}
+        found = {"validation": evaluate(network, data, "validation", progress=False, processes=processes).percent}
         if epoch in settings.at:
-            found["test"] = evaluate(network, data, "test", progress=False).correct
+            found["test"] = evaluate(network, data, "test", progress=False, processes=processes).correct
         return found
 
     if settings.recenter:
@@ -104,6 +109,7 @@ def finetune_(
     return _fit_(
         model, data, settings, seed, "finetune", objective=objective, evaluation=scores,
         checkpoint=checkpoint, key=f"{key}{settings.at}{data.digest('validation')}", progress=progress,
+        processes=processes,
     )  # fmt: skip
 
 

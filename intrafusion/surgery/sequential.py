@@ -53,7 +53,8 @@ class Sequential:
         }
         self._rows: dict[str, RowMap] = {}
         self._next = 0
-        self._bar = tqdm(total=len(self.order), desc="refit", unit="layer", delay=2, leave=False, disable=not progress)
+        disable = None if progress else True
+        self._bar = tqdm(total=len(self.order), desc="refit", unit="layer", delay=2, leave=False, disable=disable)
 
     def position(self, table: GroupTable) -> int:
         """When a group's turn comes: where the forward pass first meets one of its producers."""
