@@ -185,8 +185,11 @@ def _run(options: argparse.Namespace) -> int:
     path = find_recipe(options.recipe)
     from intrafusion.lab.recipe import load_recipe
     from intrafusion.lab.run import run
+    from intrafusion.lab.split import run_split
 
     recipe = load_recipe(path, _assignments(options))
+    if recipe.split:
+        return _finish(run_split(recipe, fresh=options.fresh, progress=not options.quiet), options)
     if recipe.sweep:
         _log.info("the grid of the section 'sweep' is for: intrafusion sweep %s", options.recipe)
     return _finish(run(recipe, fresh=options.fresh, progress=not options.quiet), options)

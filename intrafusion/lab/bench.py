@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from importlib import metadata
@@ -26,7 +25,6 @@ from intrafusion.lab.measure import (
     LATENCY_BATCHES,
     count_macs,
     count_parameters,
-    evaluate,
     latency_share,
     measure_latency,
     peak_memory,
@@ -52,14 +50,14 @@ from intrafusion.lab.results import Cell, Curve, GroupLine, Result, key_of_ident
 from intrafusion.lab.sections import PruneSection
 from intrafusion.lab.sources import open_data
 from intrafusion.lab.target import UnreachableTarget, find_ratio
-from intrafusion.lab.training import finetune_, train_
+from intrafusion.lab.training import finetune_, train_once_
 
 _log = logging.getLogger(__name__)
 _CODE = (
     "ot", "surgery", "pruner.py", "checks.py", "fusion.py", "importance.py", "lab/pruning.py", "lab/measure.py",
     "lab/models.py",
 )  # fmt: skip
-_TRAINING_CODE = (
+TRAINING_CODE = (
     "training_loop.py", "training_settings.py", "training_state.py", "finetuning.py", "lab/training.py",
     "lab/augmentation.py",
 )  # fmt: skip
@@ -170,7 +168,7 @@ class Bench:
         if cell.stage == "finetuned" and self.recipe.finetune is not None:
             settings = to_mapping(self.recipe.finetune)
             del settings["seeds"]  # they say which cells there are
-            common |= {"finetune": settings, "training code": _code_digest(_TRAINING_CODE)}
+            common |= {"finetune": settings, "training code": code_digest(TRAINING_CODE)}
             common |= {name: self.data.digest(name) for name in ("train", "validation")}
         return common
 
@@ -183,7 +181,7 @@ class Bench:
             "model": self.recipe.model.name,
             "weights": self.dense_digest,
             "test": self._test_digest,
-            "code": _code_digest(),
+            "code": code_digest(),
         }
 
     def measure(self, cell: Cell, *, timed: bool = True) -> Result:
@@ -314,23 +312,9 @@ class Bench:
         path = self.folder / TRAINED
         recipe = {"model": self.recipe.model.name, "train": asdict(settings), "data": self.data.digest("train")}
         key = key_of_identity(recipe | {"classes": self.recipe.model.num_classes, "torch": torch.__version__})
-        if weights.read_metadata(path).get("key") == key:
-            weights.load_weights_(model, path)
-            return
         self.data.split("validation")  # an empty one shows before the training
         checkpoint = self.folder / "checkpoints" / "dense.pt"
-        train_(model, self.data, settings, checkpoint=checkpoint, progress=self.progress)
-        held_out = evaluate(model, self.data, "validation", progress=self.progress)
-        _log.info("validation accuracy of the dense network: %s", held_out)
-        weights.save_weights(model, path, {"key": key, "validation": str(held_out)})
-        forget_checkpoint(checkpoint)
-
-
-def forget_checkpoint(path: Path) -> None:
-    """Remove a file that training is resumed from, and its folder if nothing else is in it."""
-    path.unlink(missing_ok=True)
-    with suppress(OSError):
-        path.parent.rmdir()
+        train_once_(model, self.data, settings, path, key=key, checkpoint=checkpoint, progress=self.progress)
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -340,7 +324,7 @@ def _device(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if available and recipe.device != "cpu" else "cpu")
 
 
-def _code_digest(names: Sequence[str] = _CODE) -> str:
+def code_digest(names: Sequence[str] = _CODE) -> str:
     """Changes with every edit of the code a result depends on, so that a stale result is never taken for a new one."""
     package = Path(__file__).resolve().parent.parent
     total = hashlib.sha256(metadata.version("torch-pruning").encode())

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from intrafusion.lab.bench import Bench, forget_checkpoint
+from intrafusion.lab.bench import Bench
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.folder import RESULTS, environment, prepare, write_cells
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import Recipe
 from intrafusion.lab.report import Study, write_report
 from intrafusion.lab.results import Cell, Result, ResultStore, key_of_identity
+from intrafusion.lab.training import forget_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def run(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Finish
         LabError: files are missing or broken, training diverges, an output folder cannot be used.
         intrafusion.FusionError: a group cannot be pruned.
     """
-    with _threads(recipe.threads):
+    with torch_threads(recipe.threads):
         return _run(recipe, fresh, progress)
 
 
@@ -129,7 +130,8 @@ def _run(recipe: Recipe, fresh: bool, progress: bool) -> Finished:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
+    """So many processor threads inside the block; ``None`` leaves their number alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.finetuning import distillation
+from intrafusion.lab import weights
 from intrafusion.lab.augmentation import augmentation
 from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.sections import FinetuneSection, OptimisationSection, TrainSection
+from intrafusion.lab.stopwatch import Stopwatch, times_beside
 from intrafusion.surgery.batchnorm import recenter_batchnorms_
 from intrafusion.training_loop import DivergedError, History, fit_
 from intrafusion.training_settings import Training
@@ -68,6 +71,40 @@ def train_(
     history = _fit_(model, data, settings, settings.seed, "train", checkpoint=checkpoint, progress=progress)
     _log.info("trained %d epochs, last mean loss %.4f", settings.epochs, history.losses[-1])
     return history.losses[-1]
+
+
+def train_once_(
+    model: nn.Module, data: Dataset, settings: TrainSection, path: Path, *, key: str, checkpoint: Path,
+    progress: bool = True,
+) -> None:  # fmt: skip
+    """Give ``model`` the weights kept at ``path``, or train it and keep them there if they are not those of ``key``.
+
+    The file's metadata says the accuracy on the ``validation`` split, and in ``seconds`` how long the training took.
+
+    Args:
+        key: stands for everything the weights depend on. The rest as in :func:`train_`; ``checkpoint`` is removed.
+
+    Raises:
+        LabError: as :func:`train_`, or the kept file is damaged.
+    """
+    if weights.read_metadata(path).get("key") == key:
+        weights.load_weights_(model, path)
+        return
+    watch = Stopwatch(checkpoint)
+    train_(model, data, settings, checkpoint=checkpoint, progress=progress)
+    seconds = watch.seconds()
+    held_out = evaluate(model, data, "validation", progress=progress)
+    _log.info("validation accuracy of the trained network: %s", held_out)
+    weights.save_weights(model, path, {"key": key, "validation": str(held_out), "seconds": f"{seconds:.3f}"})
+    forget_checkpoint(checkpoint)
+
+
+def forget_checkpoint(path: Path) -> None:
+    """Remove a file that training is resumed from, with its times, and its folder if nothing else is in it."""
+    path.unlink(missing_ok=True)
+    times_beside(path).unlink(missing_ok=True)
+    with suppress(OSError):
+        path.parent.rmdir()
 
 
 def finetune_(
