@@ -159,8 +159,9 @@ class SplitRun:
     @cached_property
     def items(self) -> list[Item]:
         """Everything to measure, in order: the networks before pruning first, seed by seed."""
-        split, found = self.split, []
-        averages = [name for name in AVERAGES if split.repair != "none" or "repaired" not in name]
+        split = self.split
+        found: list[Item] = []
+        averages: list[Method] = [name for name in AVERAGES if split.repair != "none" or "repaired" not in name]
         for seed in split.seeds:
             for init in split.init:
                 found += [Item("part", seed, init, part) for part in range(split.parts)]

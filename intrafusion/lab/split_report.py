@@ -41,8 +41,8 @@ def write_split_report(study: SplitStudy, folder: Path) -> str:
 
 _TIMES = (
     "Wall clock, mean over the seeds, with one worker for each part: what is done for every part at once counts with "
-    "its slowest. The speed-up is that of the whole path, from the first training step to the network of the row, against "
-    "the network that saw all images, pruned with fusion and fine-tuned as long."
+    "its slowest. The speed-up is that of the whole path, from the first training step to the network of the row, "
+    "against the network that saw all images, pruned with fusion and fine-tuned as long."
 )
 
 
@@ -123,11 +123,11 @@ def _recovered(study: SplitStudy) -> list[str]:
             continue
         gap = fmean(max(parts[seed]) - naive[seed].accuracy.percent for seed in seeds)
         won = fmean(best[seed].accuracy.percent - naive[seed].accuracy.percent for seed in seeds)
-        share = f", {won / gap:.0%} of it" if gap > 0 else ""
+        share = f", {won / gap:.0%} of it" if min(gap, won) > 0 else ""
         means = "alignment and repair" if _of(study, "aligned repaired", init) else "alignment"
         lines.append(
             f"Init {init}: the naive average is {gap:.2f} points below the better part on average; "
-            f"{means} recovered {won:+.2f} points{share}."
+            f"{means} change it by {won:+.2f} points{share}."
         )
     return lines
 
@@ -144,12 +144,12 @@ def _winners(study: SplitStudy) -> list[str]:
             max(fmean(r.accuracy.percent for r in by.values()) for by in found if by) for found in (parts, whole)
         )
         if theirs > ours:
-            lost.append(f"{init} init, {ratio:.4g} removed, {epochs} epochs ({theirs - ours:.2f} points)")
+            lost.append(theirs - ours)
     if not rows:
         return []
-    where = f": {'; '.join(lost)}" if lost else ""
+    by = f", by {min(lost):.2f} to {max(lost):.2f} points" if lost else ""
     return [f"Training on all images at once, then pruning, is better than both PaF and FaP in {len(lost)} of {rows} "
-            f"settings{where}."]  # fmt: skip
+            f"settings{by}."]  # fmt: skip
 
 
 def _settings(study: SplitStudy) -> list[tuple[str, float, int]]:
