@@ -51,6 +51,9 @@ def sweep(points: Sequence[Point], executor: Executor, *, fresh: bool = False, p
         RecipeError: a recipe does not fit its network or its images; nothing is computed then.
         LabError: a dense network cannot be trained, or workers are lost.
     """
+    for point in points:
+        if point.recipe.split is not None:
+            raise point.recipe.error("split", "not for a sweep; use `intrafusion run`, or --set split=null")
     folder = Path(points[0].recipe.output).expanduser()
     alone = len(points) == 1 and not points[0].settings
     names = [""] if alone else _names(points)
