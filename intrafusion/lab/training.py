@@ -94,7 +94,7 @@ def train_once_(
     train_(model, data, settings, checkpoint=checkpoint, progress=progress)
     seconds = watch.seconds()
     held_out = evaluate(model, data, "validation", progress=progress)
-    _log.info("validation accuracy of the trained network: %s", held_out)
+    _log.info("validation accuracy of the dense network: %s", held_out)
     weights.save_weights(model, path, {"key": key, "validation": str(held_out), "seconds": f"{seconds:.3f}"})
     forget_checkpoint(checkpoint)
 

@@ -78,7 +78,7 @@ def test_defaults() -> None:
         ("output: out\n", "output: out\nfusion: {merg: paper}\n", "r.yaml:9: fusion.merg: unknown key 'merg'; did you mean 'merge'? allowed: FIELDS"),
         ("output: out\n", "output: out\nfusion: [paper]\n", "r.yaml:9: fusion: expected a preset (PRESETS) or a section"),
         ("output: out\n", "output: out\nfusion: {rows: false, columns: false}\n", "r.yaml:9: fusion: Fusion.rows and Fusion.columns are both off"),
-        ("output: out\n", "output: out\nplaces: {}\n", "r.yaml:9: places: unknown key 'places'; allowed: model, data, train, prune, fusion, finetune, sweep, output, device, threads"),
+        ("output: out\n", "output: out\nplaces: {}\n", "r.yaml:9: places: unknown key 'places'; allowed: model, data, train, prune, fusion, finetune, split, sweep, output, device, threads"),
     ],
 )  # fmt: skip
 def test_one_mistake_one_exact_message(old: str, new: str, message: str) -> None:
