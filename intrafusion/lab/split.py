@@ -8,6 +8,7 @@ the disk before the next is computed, and nothing that is finished is computed a
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,11 @@ from tqdm import tqdm
 
 import intrafusion
 from intrafusion.lab.bench import TRAINING_CODE, code_digest
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data import SPLITS, Dataset
+from intrafusion.lab.errors import LabError
 from intrafusion.lab.executors import threads_of
-from intrafusion.lab.folder import RESULTS, environment, prepare
+from intrafusion.lab.files import write_atomic
+from intrafusion.lab.folder import ENVIRONMENT, RESULTS, prepare, read_json, read_recipe_of
 from intrafusion.lab.measure import Accuracy, count_macs, count_parameters, evaluate
 from intrafusion.lab.pruning import OutputChanged, prune
 from intrafusion.lab.recipe import Recipe, to_mapping
@@ -43,6 +46,8 @@ Method = Literal[
 ]  # fmt: skip
 AVERAGES: tuple[Method, ...] = ("naive", "naive repaired", "aligned", "aligned repaired")
 OF_WHOLE: tuple[Method, ...] = ("whole fused", "whole discard")
+SPLIT = "split.json"
+"""In the folder of a run: which lines of the results belong to it, in order, and how many images the parts have."""
 _PRUNED: dict[str, tuple[Method, ...]] = {"paf": ("paf",), "fap": ("fap",), "whole": OF_WHOLE}
 
 
@@ -76,7 +81,7 @@ class Measured:
     """What an item is worth.
 
     Attributes:
-        digest: of the network's state dict, for one network.
+        digest: of the network's state dict: equal for equal networks.
         seconds: wall clock of ``train``, ``prune``, ``fuse`` and ``finetune``, as far as they took part. What is done
             for every part at the same time counts once, with its slowest.
     """
@@ -147,7 +152,10 @@ class SplitRun:
         self.split = self.networks.split
         self.keys = {item: key_of_identity(self.identity(item)) for item in self.items}
         self.store = LineStore(self.folder / RESULTS, _measured, asdict)
-        self._made: dict[Method, tuple[Item, nn.Module, dict[str, float]]] = {}
+        self._made: dict[tuple[Method, str | None], tuple[Item, nn.Module, dict[str, float]]] = {}
+        sizes = [len(data.split("train")) for data in self.networks.parts(self.split.seeds[0])]
+        plan = {"keys": list(self.keys.values()), "parts": sizes[:-1], "together": sizes[-1]}
+        write_atomic(self.folder / SPLIT, json.dumps(plan, indent=1) + "\n")
         if fresh:
             self.store.forget()
             for stage in self.networks.stages:
@@ -184,11 +192,11 @@ class SplitRun:
 
     def identity(self, item: Item) -> dict[str, Any]:
         """Everything an item's result depends on, in plain values."""
-        split, bench = self.split, self.networks.bench
+        split = self.split
         found = {
             "item": asdict(item),
             "networks": [self.networks.key(stage) for stage in self._stages(item)],
-            "test": bench.data.digest("test"),
+            "test": self._digests["test"],
             "code": code_digest(),
         }
         if item.init is not None and item.method not in ("part", "ensemble"):
@@ -202,9 +210,9 @@ class SplitRun:
             for key in ("epochs", "at", "seeds"):  # the item says them
                 del settings[key]
             found |= {"finetune": settings, "training code": code_digest(TRAINING_CODE)}
-            found["validation"] = bench.data.digest("validation")
+            found["validation"] = self._digests["validation"]
         if item.epochs or "fuse" in found:
-            found["train"] = bench.data.digest("train")
+            found["train"] = self._digests["train"]
         return found
 
     def checkpoint(self, item: Item) -> Path:
@@ -232,14 +240,9 @@ class SplitRun:
         forget_checkpoint(self.checkpoint(item))
         return result
 
-    def study(self) -> SplitStudy:
-        """What is finished, for the report."""
-        networks, found = self.networks, (self.store.get(key) for key in self.keys.values())
-        parts = tuple(len(data.split("train")) for data in networks.parts(self.split.seeds[0]))
-        return SplitStudy(
-            self.recipe, tuple(result for result in found if result is not None), parts[:-1], parts[-1],
-            environment(self.recipe),
-        )  # fmt: skip
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {name: self.networks.bench.data.digest(name) for name in SPLITS}
 
     def _stages(self, item: Item) -> list[Stage]:
         if item.init is None:
@@ -250,9 +253,9 @@ class SplitRun:
     def _network(self, item: Item) -> tuple[nn.Module, dict[str, float]]:
         """A copy of an item's network, and the seconds of each step on the way to it."""
         start = replace(item, epochs=0)
-        known = self._made.get(item.method)
+        known = self._made.get((item.method, item.init))
         if known is None or known[0] != start:
-            known = self._made[item.method] = (start, *self._make(start))
+            known = self._made[item.method, item.init] = (start, *self._make(start))
         model, seconds = copy.deepcopy(known[1]), dict(known[2])
         if item.epochs:
             seconds["finetune"] = self._finetune_(model, item)
@@ -322,6 +325,25 @@ class SplitRun:
 _FUSE_CODE = ("averaging.py", "lab/split.py")
 
 
+def read_split(folder: Path) -> tuple[SplitStudy, int]:
+    """What a folder holds of a run with a section ``split``, finished or not, and how many items it is short of.
+
+    Neither the networks nor the images need to be on this machine.
+
+    Raises:
+        LabError: a file in it is broken.
+    """
+    plan, store = read_json(folder / SPLIT), LineStore(folder / RESULTS, _measured, asdict)
+    try:
+        found = [store.get(key) for key in plan["keys"]]
+        sizes = tuple(plan["parts"]), int(plan["together"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise LabError(f"{folder / SPLIT} is broken ({error!r}); run the recipe again to write it anew") from None
+    results = tuple(result for result in found if result is not None)
+    study = SplitStudy(read_recipe_of(folder), results, *sizes, read_json(folder / ENVIRONMENT))
+    return study, len(found) - len(results)
+
+
 def run_split(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Finished:
     """Do what a recipe with a section ``split`` says, resuming what is already in its output folder.
 
@@ -344,8 +366,8 @@ def run_split(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> 
         for item in bar:
             result = opened.measure(item)
             _log.info("%s: %s", item, result.accuracy)
-            write_split_report(opened.study(), opened.folder)
-        table = write_split_report(opened.study(), opened.folder)
+            write_split_report(read_split(opened.folder)[0], opened.folder)
+        table = write_split_report(read_split(opened.folder)[0], opened.folder)
     return Finished(opened.folder, opened.folder / "report.md", table, len(missing))
 
 

@@ -23,6 +23,8 @@ from intrafusion.lab.recipe import Point, Recipe, to_mapping
 from intrafusion.lab.report import Study, write_report
 from intrafusion.lab.results import Cell, Result, key_of_identity
 from intrafusion.lab.run import Finished, Run, label
+from intrafusion.lab.split import SPLIT, read_split
+from intrafusion.lab.split_report import write_split_report
 
 _log = logging.getLogger(__name__)
 _SWEEP = "sweep.json"
@@ -84,6 +86,9 @@ def report_again(folder: Path) -> Finished:
     Raises:
         LabError: it is not the folder of a run or a sweep, or nothing is finished in it yet.
     """
+    if (folder / SPLIT).is_file():
+        divided, missing = read_split(folder)
+        return Finished(folder, folder / "report.md", _with_missing(write_split_report(divided, folder), missing), 0)
     if not (folder / _SWEEP).is_file():
         study, missing = read_study(folder)
         return Finished(folder, folder / "report.md", _with_missing(write_report(study, folder), missing), 0)

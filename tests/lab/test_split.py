@@ -197,6 +197,10 @@ def test_from_recipe_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     report = (tmp_path / "o" / "report.md").read_text()
     assert "| same | FaP | 0.5 | 1 |" in report
     assert report.count("| mean |") == 1 + 2  # a column of the networks, and every setting of the schedules
+    (tmp_path / "o" / "report.md").unlink()
+    assert cli.main(["report", str(tmp_path / "o")]) == cli.OK
+    assert capsys.readouterr().out == printed
+    assert (tmp_path / "o" / "report.md").read_text() == report
     same = recipe(tmp_path / "o", "train.epochs=1", "split.seeds=0,1", "split.budgets=0,1")
     again = run_split(same, progress=False)
     assert again.computed == 0
