@@ -2,11 +2,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -235,23 +230,3 @@ def test_too_many_parts(tmp_path: Path) -> None:
 def test_a_sweep_does_not_split(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="split: not for a sweep"):
         sweep(read_points(TEXT, "r", [f"output={tmp_path}"]), Here(), progress=False)
-
-
-@pytest.mark.slow
-def test_a_killed_run_takes_its_workers_with_it_and_goes_on(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(TEXT.replace("epochs: 2", "epochs: 60"))
-    command = [sys.executable, "-m", "intrafusion.cli", "run", "r.yaml", "--output", "killed", "--quiet"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).resolve().parents[1])}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(tmp_path.glob("killed/checkpoints/*.pt")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = {path: path.stat().st_mtime for path in tmp_path.glob("killed/checkpoints/*.pt")}
-    assert before
-    time.sleep(2)
-    assert before == {path: path.stat().st_mtime for path in tmp_path.glob("killed/checkpoints/*.pt")}
-    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
-    run_split(recipe(tmp_path / "whole", "train.epochs=60"), progress=False)
-    assert finished(tmp_path / "killed") == finished(tmp_path / "whole")
