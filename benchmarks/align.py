@@ -2,14 +2,13 @@
 
     python -m benchmarks.align            # about a minute on one core
 
-The same functions take any data set and network of the lab: `halves`, `trained`, `table`.
+The same functions take any data set and network of the lab: `trained`, `accuracies`.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,20 +19,11 @@ from intrafusion.lab.data import Dataset
 from intrafusion.lab.landscape import interpolate, score
 from intrafusion.lab.models import build_model
 from intrafusion.lab.sections import TrainSection
-from intrafusion.lab.sources import digits, stratified
+from intrafusion.lab.sources import digits
+from intrafusion.lab.split import Ensemble
 from intrafusion.lab.training import train_
 
 METHODS = ("matching", "weights", "activations")
-
-
-def halves(data: Dataset, *, seed: int) -> list[Dataset]:
-    """The same data with each half of the training images, stratified."""
-    train = data.split("train")
-    parts = stratified(train.labels, 0.5, seed=seed)
-    return [
-        replace(data, _read={**{n: data.split(n) for n in ("validation", "test")}, "train": train.take(part)})
-        for part in parts
-    ]
 
 
 def trained(data: Dataset, model: str, settings: TrainSection, *, seed: int) -> nn.Module:
@@ -49,7 +39,7 @@ def accuracies(first: nn.Module, second: nn.Module, data: Dataset, *, images: in
     batches = [inputs for inputs, _ in data.draw("train", images, seed=0)]
     example = batches[0][:2]
     found = {"first": score(first, data).accuracy, "second": score(second, data).accuracy}
-    found["ensemble"] = score(_Ensemble(first, second), data).accuracy
+    found["ensemble"] = score(Ensemble([first, second]), data).accuracy
     for by in ("given", *METHODS):
         more = {"batches": batches} if by == "activations" else {}
         for kind, options in (
@@ -67,15 +57,6 @@ def accuracies(first: nn.Module, second: nn.Module, data: Dataset, *, images: in
     return {name: 100 * accuracy for name, accuracy in found.items()}
 
 
-class _Ensemble(nn.Module):
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.first(x).softmax(1) + self.second(x).softmax(1)) / 2
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
@@ -86,7 +67,7 @@ def main() -> None:
         runs = []
         for seed in range(chosen.seeds):
             settings = TrainSection(epochs=chosen.epochs, seed=seed)
-            parts = halves(digits(), seed=seed)
+            parts = digits().parts(2, seed=seed)
             pair = [trained(part, "digits_cnn", settings, seed=seed + apart * at) for at, part in enumerate(parts)]
             runs.append(accuracies(pair[0], pair[1], digits(), images=chosen.images))
             path = interpolate(pair[0], pair[1], partial(score, data=digits()), steps=5, progress=False)

@@ -219,9 +219,12 @@ def _run(options: argparse.Namespace) -> int:
     path = find_recipe(options.recipe)
     from intrafusion.lab.recipe import load_recipe
     from intrafusion.lab.run import run
+    from intrafusion.lab.split import run_split
     from intrafusion.processes import open_processes
 
     recipe = load_recipe(path, _assignments(options))
+    if recipe.split:
+        return _finish(run_split(recipe, fresh=options.fresh, progress=not options.quiet), options)
     if recipe.sweep:
         _log.info("the grid of the section 'sweep' is for: intrafusion sweep %s", options.recipe)
     with open_processes(cpu=recipe.device == "cpu") as processes:

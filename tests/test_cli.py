@@ -52,7 +52,7 @@ def test_a_bad_recipe_is_text_with_code_2(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err == (
         "intrafusion: error: 3 problems in the recipe:\n"
         "  r.yaml:3: prun: unknown key 'prun'; did you mean 'prune'? "
-        "allowed: model, data, train, prune, fusion, finetune, sweep, output, keep, device, threads\n"
+        "allowed: model, data, train, prune, fusion, finetune, split, sweep, output, keep, device, threads\n"
         "  --set train.lr=0: train.lr: expected number above 0, got 0\n"
         "  r.yaml:1: output: missing; expected text\n"
     )

@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from importlib import metadata
@@ -27,7 +26,6 @@ from intrafusion.lab.measure import (
     LATENCY_BATCHES,
     count_macs,
     count_parameters,
-    evaluate,
     latency_share,
     measure_latency,
     peak_memory,
@@ -53,7 +51,7 @@ from intrafusion.lab.results import Cell, Curve, GroupLine, Result, key_of_ident
 from intrafusion.lab.sections import PruneSection
 from intrafusion.lab.sources import open_data
 from intrafusion.lab.target import UnreachableTarget, find_ratio
-from intrafusion.lab.training import finetune_, train_
+from intrafusion.lab.training import finetune_, train_once_
 from intrafusion.lab.training_record import TrainingRecord, read_training, write_training
 from intrafusion.processes import ALONE, Processes
 
@@ -62,7 +60,7 @@ _CODE = (
     "ot", "surgery", "pruner.py", "checks.py", "fusion.py", "importance.py", "lab/pruning.py", "lab/measure.py",
     "lab/models.py",
 )  # fmt: skip
-_TRAINING_CODE = (
+TRAINING_CODE = (
     "processes.py", "training_loop.py", "training_settings.py", "training_state.py", "noise_scale.py", "finetuning.py",
     "lab/training.py", "lab/augmentation.py",
 )  # fmt: skip
@@ -184,7 +182,7 @@ class Bench:
         if cell.stage == "finetuned" and self.recipe.finetune is not None:
             settings = to_mapping(self.recipe.finetune)
             del settings["seeds"]  # they say which cells there are
-            common |= {"finetune": settings, "training code": _code_digest(_TRAINING_CODE)}
+            common |= {"finetune": settings, "training code": code_digest(TRAINING_CODE)}
             common |= {name: self.data.digest(name) for name in ("train", "validation")}
         return common
 
@@ -197,7 +195,7 @@ class Bench:
             "model": self.recipe.model.name,
             "weights": self.dense_digest,
             "test": self._test_digest,
-            "code": _code_digest(),
+            "code": code_digest(),
         }
 
     def measure(self, cell: Cell, *, timed: bool = True) -> Result:
@@ -345,26 +343,13 @@ class Bench:
         path = self.folder / TRAINED
         recipe = {"model": self.recipe.model.name, "train": asdict(settings), "data": self.data.digest("train")}
         key = key_of_identity(recipe | {"classes": self.recipe.model.num_classes, "torch": torch.__version__})
-        if self.processes.from_main(lambda: weights.read_metadata(path).get("key")) == key:
-            weights.load_weights_(model, path)
-            return
         self.data.split("validation")  # an empty one shows before the training
         checkpoint = self.folder / "checkpoints" / "dense.pt"
-        together: dict[str, Any] = {"progress": self.progress, "processes": self.processes}
-        history = train_(model, self.data, settings, checkpoint=checkpoint, **together)
-        held_out = evaluate(model, self.data, "validation", **together)
-        _log.info("validation accuracy of the dense network: %s", held_out)
-        record, facts = TrainingRecord(key, history.losses, history.noise), {"key": key, "validation": str(held_out)}
-        self.processes.from_main(lambda: write_training(self.folder, record))
-        self.processes.from_main(lambda: weights.save_weights(model, path, facts))
-        self.processes.from_main(lambda: forget_checkpoint(checkpoint))
-
-
-def forget_checkpoint(path: Path) -> None:
-    """Remove a file that training is resumed from, and its folder if nothing else is in it."""
-    path.unlink(missing_ok=True)
-    with suppress(OSError):
-        path.parent.rmdir()
+        train_once_(
+            model, self.data, settings, path, key=key, checkpoint=checkpoint, progress=self.progress,
+            processes=self.processes,
+            note=lambda history: write_training(self.folder, TrainingRecord(key, history.losses, history.noise)),
+        )  # fmt: skip
 
 
 def network_file(folder: Path, cell: Cell) -> Path:
@@ -381,7 +366,7 @@ def _device(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if available and recipe.device != "cpu" else "cpu")
 
 
-def _code_digest(names: Sequence[str] = _CODE) -> str:
+def code_digest(names: Sequence[str] = _CODE) -> str:
     """Changes with every edit of the code a result depends on, so that a stale result is never taken for a new one."""
     package = Path(__file__).resolve().parent.parent
     total = hashlib.sha256(metadata.version("torch-pruning").encode())

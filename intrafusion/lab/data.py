@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from intrafusion.lab.errors import LabError
+
 SPLITS = ("train", "validation", "test")
 _HASHED = 1000
 
@@ -144,6 +146,56 @@ class Dataset:
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
         for part in order[:count].split(250):
             yield self.normalise(split.read(part)), split.labels[part]
+
+    def parts(self, count: int, *, overlap: float = 0.0, seed: int) -> list[Dataset]:
+        """The same data with ``count`` parts of the training images, as :func:`stratified_parts` divides them.
+
+        Raises:
+            LabError: a class has fewer training images than there are parts.
+        """
+        labels = self.split("train").labels
+        return [self._trained_on(rows) for rows in stratified_parts(labels, count, overlap=overlap, seed=seed)]
+
+    def together(self, count: int, *, overlap: float = 0.0, seed: int) -> Dataset:
+        """The same data with the training images of all :meth:`parts`: one in several parts is there several times.
+
+        Going through it once presents as many images, and the same ones, as going once through each part.
+        """
+        labels = self.split("train").labels
+        return self._trained_on(torch.cat(stratified_parts(labels, count, overlap=overlap, seed=seed)).sort().values)
+
+    def _trained_on(self, rows: Tensor) -> Dataset:
+        splits = {name: self.split(name) for name in SPLITS}
+        return replace(self, _read=splits | {"train": splits["train"].take(rows)})
+
+
+def stratified_parts(labels: Tensor, count: int, *, overlap: float = 0.0, seed: int) -> list[Tensor]:
+    """Divide indices of ``labels`` (int64 ``[N]``) into ``count`` sorted parts that each have every class.
+
+    Without ``overlap`` the parts are disjoint and together all; with it each part also has that share, in [0, 1], of
+    every class of the images that are not its own. The parts depend on nothing but the arguments.
+
+    Raises:
+        LabError: a class has fewer images than there are parts.
+    """
+    sizes = labels.unique(return_counts=True)
+    for label, size in zip(*(values.tolist() for values in sizes), strict=True):
+        if size < count:
+            raise LabError(f"class {label} has {size} training images, too few for {count} parts")
+    own, rest = [], torch.arange(len(labels))
+    for left in range(count, 1, -1):
+        kept, taken = stratified(labels[rest], 1 / left, seed=seed)
+        own.append(rest[taken])
+        rest = rest[kept]
+    own = [rest, *reversed(own)]
+    if not overlap:
+        return own
+    shared = []
+    for number, part in enumerate(own):
+        others = torch.cat(own[:number] + own[number + 1 :]).sort().values
+        _, taken = stratified(labels[others], overlap, seed=seed + number + 1)
+        shared.append(torch.cat([part, others[taken]]).sort().values)
+    return shared
 
 
 def stratified(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -71,11 +71,16 @@ def make_executor(name: ExecutorName, recipes: Sequence[Recipe], workers: int | 
         LabError: ``ray`` is not installed.
     """
     threads = max(threads_of(recipe) for recipe in recipes)
-    on_gpu = torch.cuda.is_available() and any(recipe.device != "cpu" for recipe in recipes)
-    gpus = torch.cuda.device_count() if on_gpu else 0
+    gpus = gpus_of(recipes)
     if name == "ray":
-        return Ray(threads, gpus=1 if on_gpu else 0, workers=workers)
+        return Ray(threads, gpus=min(gpus, 1), workers=workers)
     return Local(workers or gpus or max(1, (os.cpu_count() or 1) // threads), gpus)
+
+
+def gpus_of(recipes: Sequence[Recipe]) -> int:
+    """How many GPUs there are for the recipes."""
+    wanted = torch.cuda.is_available() and any(recipe.device != "cpu" for recipe in recipes)
+    return torch.cuda.device_count() if wanted else 0
 
 
 def threads_of(recipe: Recipe) -> int:
@@ -103,17 +108,20 @@ _shared: dict[str, Any] = {}
 
 
 class Local:
-    """Processes of this machine, each with its own copy of the images; with several GPUs, each on one of them."""
+    """Processes of this machine, each with its own copy of the images; with several GPUs, each on one of them.
 
-    def __init__(self, workers: int, gpus: int = 0) -> None:
-        self.workers, self.gpus = workers, gpus
+    work: what they do with a task; a function of a module, so that other processes find it.
+    """
+
+    def __init__(self, workers: int, gpus: int = 0, work: Callable[[Any], Any] = work) -> None:
+        self.workers, self.gpus, self.work = workers, gpus, work
 
     @property
     def alone(self) -> bool:
         """With a single worker."""
         return self.workers == 1
 
-    def compute(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Outcome]]:
+    def compute(self, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """See :class:`Executor`.
 
         Raises:
@@ -125,7 +133,7 @@ class Local:
         workers = min(self.workers, len(tasks)) or 1
         pool = ProcessPoolExecutor(workers, context, _start_worker, (started, self.gpus, _messages_level()))
         try:
-            futures = {pool.submit(work, task): number for number, task in enumerate(tasks)}
+            futures = {pool.submit(self.work, task): number for number, task in enumerate(tasks)}
             for future in as_completed(futures):
                 yield futures[future], future.result()
             pool.shutdown()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from intrafusion.lab.errors import LabError, RecipeError
+from intrafusion.lab.errors import LabError, UsageError
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.measure import device_name
 from intrafusion.lab.recipe import Recipe, read_recipe, read_text, to_yaml
@@ -21,7 +21,8 @@ from intrafusion.lab.results import Cell, ResultStore
 from intrafusion.lab.training_record import read_training
 
 RESULTS, SWEEP = "results.jsonl", "sweep.json"
-_RECIPE, _CELLS, _ENVIRONMENT = "recipe.yaml", "cells.json", "environment.json"
+ENVIRONMENT = "environment.json"
+_RECIPE, _CELLS = "recipe.yaml", "cells.json"
 _PACKAGES = ("intrafusion", "torch", "torchvision", "torch-pruning", "POT", "numpy", "scipy", "scikit-learn")
 
 
@@ -43,7 +44,7 @@ def prepare(folder: Path, recipe: Recipe, processes: int = 1) -> None:
         raise recipe.error("output", f"'{folder}' holds a sweep: give the run a folder of its own with --output")
     try:
         write_atomic(folder / _RECIPE, to_yaml(replace(recipe, output=str(folder))))
-        write_atomic(folder / _ENVIRONMENT, json.dumps(environment(recipe, processes), indent=2) + "\n")
+        write_atomic(folder / ENVIRONMENT, json.dumps(environment(recipe, processes), indent=2) + "\n")
     except OSError as error:
         raise recipe.error("output", f"cannot write to '{folder}': {error.strerror or error}") from None
 
@@ -64,6 +65,18 @@ def write_cells(folder: Path, keys: Mapping[Cell, str], skipped: Sequence[str]) 
     write_atomic(folder / _CELLS, json.dumps({"cells": cells, "skipped": list(skipped)}, indent=1) + "\n")
 
 
+def read_recipe_of(folder: Path) -> Recipe:
+    """The recipe that a run wrote into its folder.
+
+    Raises:
+        LabError: it is missing or broken.
+    """
+    try:
+        return read_recipe(read_text(folder / _RECIPE), str(folder / _RECIPE), here=False)
+    except UsageError as error:
+        raise LabError(str(error)) from None
+
+
 def read_study(folder: Path) -> tuple[Study, int]:
     """The study that a folder holds, finished or not, and how many cells it is short of.
 
@@ -73,14 +86,11 @@ def read_study(folder: Path) -> tuple[Study, int]:
         NotMeasuredError: the dense network was not measured yet.
         LabError: the folder is not that of a run, or a file in it is broken.
     """
-    for name in (_RECIPE, _CELLS, _ENVIRONMENT):
+    for name in (_RECIPE, _CELLS, ENVIRONMENT):
         if not (folder / name).is_file():
             raise LabError(f"{folder} holds no {name}, so it is not the folder of a run, or of one that never began")
-    try:
-        recipe = read_recipe(read_text(folder / _RECIPE), str(folder / _RECIPE), here=False)
-    except RecipeError as error:
-        raise LabError(str(error)) from None
-    plan, versions = _read_json(folder / _CELLS), _read_json(folder / _ENVIRONMENT)
+    recipe = read_recipe_of(folder)
+    plan, versions = read_json(folder / _CELLS), read_json(folder / ENVIRONMENT)
     store = ResultStore(folder / RESULTS)
     try:
         found = [store.get(entry["key"]) for entry in plan["cells"]]
@@ -107,8 +117,13 @@ def environment(recipe: Recipe, processes: int = 1) -> dict[str, str]:
     return {**versions, "device": device_name(device), "threads": str(torch.get_num_threads()), **together}
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a run wrote into its folder.
+
+    Raises:
+        LabError: it cannot be read.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise LabError(f"{path} is broken ({error}); run the recipe again to write it anew") from None

@@ -25,6 +25,7 @@ from intrafusion.lab.sections import (
     FinetuneSection,
     ModelSection,
     PruneSection,
+    SplitSection,
     TrainSection,
     pretrained_name,
 )
@@ -52,6 +53,7 @@ class Recipe:
         schema=fusion_schema(),
     )
     finetune: FinetuneSection | None = option(None, "train both networks of every pair after pruning")
+    split: SplitSection | None = option(None, "train on parts of the images, then prune and fuse into one network")
     sweep: tuple[Mapping[str, Any], ...] | None = option(
         None,
         "for `intrafusion sweep`: keys with lists of values, as in {prune.importance: [l1, l2]}, or a list of such",
@@ -73,6 +75,8 @@ class Recipe:
         """The weights come from somewhere."""
         if self.model is not None and self.model.weights is None and self.train is None:
             yield "model.weights", "missing; give a safetensors file, or add a section 'train'"
+        if self.split is not None:
+            yield from _split_problems(self)
 
     def check_here(self) -> Iterator[tuple[str, str]]:
         """There is a network with the layers that are named, and the weights exist."""
@@ -131,6 +135,27 @@ def _layer_problems(model: ModelSection, prune: PruneSection | None) -> Iterator
             find_layers(network, pattern)
         except LabError as error:
             yield key, str(error)
+
+
+def _split_problems(recipe: Any) -> Iterator[tuple[str, str]]:
+    """A split trains every network itself, and prunes all groups of it to ratios that are given."""
+    split, model, prune, finetune = recipe.split, recipe.model, recipe.prune, recipe.finetune
+    if model is not None and model.weights is not None:
+        yield "model.weights", "in conflict with split, whose networks are trained; leave out one of them"
+    if prune is not None and prune.target is not None:
+        yield "prune.target", "in conflict with split, which takes prune.ratios"
+    if prune is not None and prune.groups == "each":
+        yield "prune.groups", "each, in conflict with split, which prunes all groups at once"
+    budgets = [epochs for epochs in split.budgets or () if epochs]
+    if not budgets:
+        return
+    if finetune is None:
+        yield "split.budgets", f"{budgets[0]} epochs of fine-tuning need a section 'finetune'"
+        return
+    if finetune.teacher:
+        yield "finetune.teacher", "in conflict with split, where no dense network is the teacher of all"
+    if finetune.warmup_epochs is not None and finetune.warmup_epochs >= min(budgets):
+        yield "finetune.warmup_epochs", f"must be below every budget ({min(budgets)})"
 
 
 def _pretrained_problems(model: ModelSection) -> Iterator[tuple[str, str]]:

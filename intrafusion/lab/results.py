@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import Accuracy, Latency
@@ -100,23 +101,32 @@ class Result:
         return None if self.top5 is None else Accuracy(self.top5, self.total)
 
 
-class ResultStore:
-    """``results.jsonl``: lines are only ever added, each is on the disk before the next cell starts.
+Kept = TypeVar("Kept")
 
-    A last line without its line break is what an interrupted write leaves: it is removed and its cell computed
-    again. Of several lines with one key the last counts.
+
+class LineStore(Generic[Kept]):
+    """A file of JSON lines: lines are only ever added, each is on the disk before the next thing is computed.
+
+    A last line without its line break is what an interrupted write leaves: it is removed and what it stood for
+    computed again. Of several lines with one key the last counts.
+
+    Args:
+        read: makes a result of a line's plain values. plain: the reverse.
 
     Raises:
         LabError: a line before the last cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, read: Callable[[dict[str, Any]], Kept], plain: Callable[[Kept], dict[str, Any]]
+    ) -> None:
         self.path = path
-        self._results: dict[str, Result] = {}
+        self._read, self._plain = read, plain
+        self._results: dict[str, Kept] = {}
         if path.exists():
             self._load()
 
-    def get(self, key: str) -> Result | None:
+    def get(self, key: str) -> Kept | None:
         """The result stored under a key, if there is one."""
         return self._results.get(key)
 
@@ -124,9 +134,9 @@ class ResultStore:
         """Treat every stored result as not there; the lines stay in the file."""
         self._results.clear()
 
-    def add(self, key: str, result: Result, identity: dict[str, Any]) -> None:
+    def add(self, key: str, result: Kept, identity: dict[str, Any]) -> None:
         """Append a line with everything the key was made from; returns once it is on the disk."""
-        line = {"key": key, **asdict(result), "cell": result.cell.plain(), "identity": identity}
+        line = {"key": key, **self._plain(result), "identity": identity}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -144,12 +154,19 @@ class ResultStore:
         for number, line in enumerate(content[:whole].splitlines(), start=1):
             try:
                 entry = json.loads(line)
-                self._results[entry["key"]] = _result(entry)
+                self._results[entry["key"]] = self._read(entry)
             except (ValueError, KeyError, TypeError) as error:
                 raise LabError(
                     f"{self.path}:{number} cannot be read ({type(error).__name__}: {error}); "
                     "remove that line to compute its cell again"
                 ) from None
+
+
+class ResultStore(LineStore[Result]):
+    """``results.jsonl`` of a run: one :class:`Result` a line."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, _result, lambda result: {**asdict(result), "cell": result.cell.plain()})
 
 
 def key_of_identity(identity: dict[str, Any]) -> str:

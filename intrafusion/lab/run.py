@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from intrafusion.lab.bench import Bench, forget_checkpoint
+from intrafusion.lab.bench import Bench
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.folder import RESULTS, environment, prepare, write_cells
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import Recipe
 from intrafusion.lab.report import Study, write_report
 from intrafusion.lab.results import Cell, Result, ResultStore, key_of_identity
+from intrafusion.lab.training import forget_checkpoint
 from intrafusion.lab.training_record import copy_training
 from intrafusion.processes import ALONE, Processes
 

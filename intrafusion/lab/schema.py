@@ -270,7 +270,10 @@ def type_text(kind: Any, rule: Rule | None = None) -> str:
     if origin is Literal:
         return _choices(arguments)
     if origin is tuple:
-        item = "texts" if arguments[0] is str else f"{_WORDS.get(arguments[0], 'value')}s"
+        if typing.get_origin(arguments[0]) is Literal:
+            item = type_text(arguments[0])
+        else:
+            item = "texts" if arguments[0] is str else f"{_WORDS.get(arguments[0], 'value')}s"
         text = f"list of {item}"
     elif origin is Mapping:
         text = f"mapping of names to {_WORDS[arguments[1]]}s"

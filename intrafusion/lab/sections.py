@@ -191,6 +191,44 @@ class FinetuneSection(OptimisationSection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SplitSection:
+    """Networks are trained on parts of the training images at the same time, and become one pruned network."""
+
+    parts: int = option(2, "how many parts, each with every class in proportion", ge=2)
+    overlap: float = option(0.0, "share of the other parts' images that each part has too", ge=0, le=1)
+    init: tuple[Literal["same", "different"], ...] = option(
+        ("same",), "whether the networks of the parts start from the same weights", min_length=1
+    )
+    schedules: tuple[Literal["paf", "fap", "whole"], ...] = option(
+        ("paf", "fap", "whole"),
+        "prune each part's network, then fuse; fuse, then prune; or train one network on all images as long as all "
+        "parts together, then prune",
+        min_length=1,
+    )
+    by: Literal["matching", "weights", "activations"] = option("matching", "how channels are aligned")
+    repair: Literal["images", "data-free", "none"] = option(
+        "images",
+        "how the fused network's batch-norm statistics are put right: re-estimated, in closed form, not at all",
+    )
+    images: int = option(1000, "unlabelled training images behind repair and activations", ge=1)
+    budgets: tuple[int, ...] = option(
+        (0,), "epochs of fine-tuning on all images, one run each; they replace finetune.epochs", ge=0, min_length=1
+    )
+    seeds: tuple[int, ...] = option(
+        (0,), "one run each: of the parts, the first weights and the order of the images", ge=0, min_length=1
+    )
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Nothing is given twice; the closed form has no images."""
+        for key in ("init", "schedules", "budgets", "seeds"):
+            values = getattr(self, key) or ()
+            if len(set(values)) < len(values):
+                yield key, "the same value is given twice"
+        if self.by == "activations" and self.repair == "data-free":
+            yield "repair", "data-free, in conflict with by: activations, which takes images"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetSection:
     """How much of the network is left; the ratio is searched for."""
 

@@ -23,6 +23,8 @@ from intrafusion.lab.recipe import Point, Recipe, to_mapping
 from intrafusion.lab.report import Study, write_report
 from intrafusion.lab.results import Cell, Result, key_of_identity
 from intrafusion.lab.run import Finished, Run, label
+from intrafusion.lab.split import SPLIT, read_split
+from intrafusion.lab.split_report import write_split_report
 
 _log = logging.getLogger(__name__)
 _LONGEST_NAME = 100
@@ -51,6 +53,9 @@ def sweep(points: Sequence[Point], executor: Executor, *, fresh: bool = False, p
             computed then.
         LabError: a dense network cannot be trained, or workers are lost.
     """
+    for point in points:
+        if point.recipe.split is not None:
+            raise point.recipe.error("split", "not for a sweep; use `intrafusion run`, or --set split=null")
     folder = Path(points[0].recipe.output).expanduser()
     alone = len(points) == 1 and not points[0].settings
     if not alone:
@@ -83,6 +88,9 @@ def report_again(folder: Path) -> Finished:
     Raises:
         LabError: it is not the folder of a run or a sweep, or nothing is finished in it yet.
     """
+    if (folder / SPLIT).is_file():
+        divided, missing = read_split(folder)
+        return Finished(folder, folder / "report.md", _with_missing(write_split_report(divided, folder), missing), 0)
     if not (folder / SWEEP).is_file():
         study, missing = read_study(folder)
         return Finished(folder, folder / "report.md", _with_missing(write_report(study, folder), missing), 0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.finetuning import distillation
+from intrafusion.lab import weights
 from intrafusion.lab.augmentation import augmentation
 from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.sections import FinetuneSection, OptimisationSection, TrainSection
+from intrafusion.lab.stopwatch import Stopwatch, times_beside
 from intrafusion.noise_scale import HELD_OUT_BATCHES, HELD_OUT_IMAGES
 from intrafusion.processes import ALONE, Processes
 from intrafusion.surgery.batchnorm import recenter_batchnorms_
@@ -75,6 +78,49 @@ def train_(
     )
     _log.info("trained %d epochs, last mean loss %.4f", settings.epochs, history.losses[-1])
     return history
+
+
+def train_once_(
+    model: nn.Module, data: Dataset, settings: TrainSection, path: Path, *, key: str, checkpoint: Path,
+    progress: bool = True, processes: Processes = ALONE, note: Callable[[History], None] | None = None,
+) -> None:  # fmt: skip
+    """Give ``model`` the weights kept at ``path``, or train it and keep them there if they are not those of ``key``.
+
+    The file's metadata says the accuracy on the ``validation`` split, and in ``seconds`` how long the training took.
+
+    Args:
+        key: stands for everything the weights depend on.
+        note: called with the history of a training, before the weights are kept. The rest as in :func:`train_`;
+            ``checkpoint`` is removed.
+
+    Raises:
+        LabError: as :func:`train_`, or the kept file is damaged.
+    """
+    if processes.from_main(lambda: weights.read_metadata(path).get("key")) == key:
+        weights.load_weights_(model, path)
+        return
+    watch = Stopwatch(checkpoint)
+    history = train_(model, data, settings, checkpoint=checkpoint, progress=progress, processes=processes)
+    seconds = watch.seconds()
+    held_out = evaluate(model, data, "validation", progress=progress, processes=processes)
+    _log.info("validation accuracy of the dense network: %s", held_out)
+    facts = {"key": key, "validation": str(held_out), "seconds": f"{seconds:.3f}"}
+
+    def keep() -> None:
+        if note is not None:
+            note(history)
+        weights.save_weights(model, path, facts)
+        forget_checkpoint(checkpoint)
+
+    processes.from_main(keep)
+
+
+def forget_checkpoint(path: Path) -> None:
+    """Remove a file that training is resumed from, with its times, and its folder if nothing else is in it."""
+    path.unlink(missing_ok=True)
+    times_beside(path).unlink(missing_ok=True)
+    with suppress(OSError):
+        path.parent.rmdir()
 
 
 def finetune_(

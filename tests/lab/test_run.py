@@ -191,7 +191,7 @@ def test_changed_code_is_not_given_old_results(
 ) -> None:
     run(recipe, progress=False)
     measured.clear()
-    monkeypatch.setattr(bench, "_code_digest", lambda: "other")
+    monkeypatch.setattr(bench, "code_digest", lambda: "other")
     run(recipe, progress=False)
     assert len(measured) == 5
 
