@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from intrafusion.lab import bench
+from intrafusion.lab import training
 from intrafusion.lab.inspection import Inspection, inspect
 from intrafusion.lab.recipe import read_recipe
 
@@ -19,7 +19,7 @@ threads: 1
 
 @pytest.fixture(autouse=True)
 def nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "train_", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(training, "train_", lambda *_, **__: pytest.fail("trained"))
 
 
 def look(*assignments: str) -> Inspection:

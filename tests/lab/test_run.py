@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from intrafusion import load
-from intrafusion.lab import bench
+from intrafusion.lab import bench, training
 from intrafusion.lab import run as run_module
 from intrafusion.lab.bench import Bench
 from intrafusion.lab.data import Dataset
@@ -146,7 +146,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     lines = store.read_bytes().splitlines(keepends=True)
     store.write_bytes(b"".join(lines[:2]) + lines[2][:40])
     measured.clear()
-    monkeypatch.setattr(bench, "train_", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "train_", lambda *_, **__: pytest.fail("trained again"))
     assert run(recipe, progress=False).table == whole
     assert measured == ["fused 0.25 all", "discard 0.5 all", "fused 0.5 all"]
 
@@ -325,7 +325,7 @@ def two_outputs(num_classes: int) -> torch.nn.Module:
 
 
 def test_mistakes_show_before_training(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "train_", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(training, "train_", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(RecipeError, match="matches no layer"):
         run(replace(recipe, prune=replace(recipe.prune, ignored=("fc",))), progress=False)
 
