@@ -1,7 +1,9 @@
 """Structured pruning that keeps its accuracy without fine-tuning: channels are fused, not discarded."""
 
+from intrafusion.during_training import FusionSchedule
 from intrafusion.fusion import PRESETS, Fusion
 from intrafusion.importance import CHIPImportance, ReconstructionImportance
+from intrafusion.optimizer_state import transfer_optimizer_state
 from intrafusion.pruner import (
     FusedGroup,
     FusionError,
@@ -10,6 +12,7 @@ from intrafusion.pruner import (
     IntraFusionGrowingRegPruner,
     IntraFusionPruner,
 )
+from intrafusion.ratios import cosine, cubic, linear, one_shot
 from intrafusion.report import GroupReport, Report
 
 __version__ = "0.1.0"
@@ -20,6 +23,7 @@ __all__ = [
     "FusedGroup",
     "Fusion",
     "FusionError",
+    "FusionSchedule",
     "GroupReport",
     "IntraFusionBNScalePruner",
     "IntraFusionGroupNormPruner",
@@ -27,4 +31,9 @@ __all__ = [
     "IntraFusionPruner",
     "ReconstructionImportance",
     "Report",
+    "cosine",
+    "cubic",
+    "linear",
+    "one_shot",
+    "transfer_optimizer_state",
 ]

@@ -18,7 +18,12 @@ MAY_IMPORT = {
     "checks": {"surgery"},
     "importance": {"ot", "surgery", "checks"},
     "pruner": {"ot", "surgery", "fusion", "report", "checks"},
-    "__init__": {"fusion", "report", "importance", "pruner"},
+    "ratios": set(),
+    "distributed": set(),
+    "optimizer_state": {"surgery"},
+    "twin": {"surgery", "pruner"},
+    "during_training": {"surgery", "report", "distributed", "optimizer_state", "twin"},
+    "__init__": {"fusion", "report", "importance", "pruner", "ratios", "optimizer_state", "during_training"},
     "lab": {"ot", "surgery", "fusion", "report", "checks", "importance", "pruner", "lab", "intrafusion"},
     "cli": {"lab", "intrafusion"},
 }

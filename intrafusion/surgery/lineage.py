@@ -1,0 +1,251 @@
+"""What became of every parameter: fusion, refits and cuts replace them, and an optimizer still holds the old ones.
+
+A `Lineage` remembers, for each old parameter, its successor and the map that carries a gradient from one to the other.
+It holds old parameters weakly: as soon as nobody else (an optimizer) does, the record is gone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from torch_pruning import _helpers, ops
+
+from intrafusion.ot import Pair
+from intrafusion.surgery.batchnorm import read
+from intrafusion.surgery.cotangent import Cotangent, Cut, Mixing, mixings
+from intrafusion.surgery.groups import GroupTable, batchnorm_of
+
+Place = tuple[nn.Module, str]
+"""Where a parameter lives: the module that holds it, and its name there."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """A parameter's successor (None: its module has none any more) and the map, or why no map is known."""
+
+    successor: nn.Parameter | None
+    map: Cotangent | None
+    problem: str = ""
+
+
+class Lineage:
+    """The history of a network's parameters. graph: torch-pruning's, of that network."""
+
+    def __init__(self, graph: tp.DependencyGraph) -> None:
+        self._graph = graph
+        self._links: Any = WeakTensorKeyDictionary()
+        self._born: Any = WeakTensorKeyDictionary()
+
+    @contextmanager
+    def recording(self) -> Iterator[Change]:
+        """Record what happens to the parameters inside; gradients are carried at the end, nothing if it fails."""
+        change = Change(self._graph)
+        yield change
+        for place, old, new in change.replaced():
+            if old is None:
+                self._born[new] = None
+                continue
+            link = change.link(place, old, new)
+            if new is not None:
+                if old in self._born:
+                    self._born[new] = None
+                new.grad = None if old.grad is None or link.map is None else link.map(old.grad)
+            self._links.setdefault(old, []).append(link)
+
+    def is_born(self, parameter: nn.Parameter) -> bool:
+        """True if no parameter came before this one: a bias that a refit needed."""
+        return parameter in self._born
+
+    def successors(self, parameter: nn.Parameter, present: set[int]) -> list[tuple[nn.Parameter, list[Link]]] | None:
+        """What is now in the network instead of `parameter`, with the links that lead there; itself if it still is.
+
+        present: the ids of the network's parameters. Several for a tied weight that was untied, none if it was removed.
+        None: nothing is known about it.
+        """
+        found = [(parameter, [])] if id(parameter) in present else []
+        known = bool(found)
+        for link in self._links.get(parameter, ()):
+            if link.successor is None:
+                known = True
+                continue
+            if link.successor is parameter:
+                continue
+            behind = self.successors(link.successor, present)
+            known = known or behind is not None
+            for last, chain in behind or ():
+                if all(last is not other for other, _ in found):
+                    found.append((last, [link, *chain]))
+        return found if known else None
+
+
+class Change:
+    """One all-or-nothing change of a network, and what it does to gradients."""
+
+    def __init__(self, graph: tp.DependencyGraph) -> None:
+        self._graph = graph
+        self._before: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {
+            m: (dict(m._parameters), dict(m._buffers)) for m in graph.model.modules()
+        }
+        self._mixings: dict[Place, list[Mixing]] = defaultdict(list)
+        self._cuts: dict[Place, list[Cut]] = defaultdict(list)
+        self._problems: dict[Place, str] = {}
+
+    def mixed(self, table: GroupTable, pair: Pair | None) -> None:
+        """A pair was applied to a group (None: it is only cut)."""
+        if pair is None:
+            return
+        for slot, name, mixing in mixings(table, pair):
+            place = (slot.owner, name) if name else self._place(slot.owner)
+            if place[0]._parameters.get(place[1]) is not None:
+                self._mixings[place].append(mixing)
+
+    @contextmanager
+    def cutting(self, group: Any) -> Iterator[None]:
+        """Inside, torch-pruning cuts `group`; what it keeps of each tensor is read off copies that hold numbers.
+
+        The copies go through the very functions that cut the layers, whatever their kind.
+        """
+        before = {(m, n): p for m in self._before for n, p in m._parameters.items() if p is not None}
+        items = [(dep, _helpers.to_plain_idxs(idxs) if _hybrid(idxs) else list(idxs)) for dep, idxs in group.items]
+        free = {id(p): self._place(p) for p in self._graph._param_to_name if isinstance(p, nn.Parameter)}
+        targets = [dep.target.module for dep, _ in items]  # a cut of a free parameter replaces the target
+        shells = {t: _Shell(t) for t in dict.fromkeys(t for t in targets if isinstance(t, nn.Module))}
+        yield
+        axes: dict[int, list[Place]] = defaultdict(list)
+        for place, old in before.items():
+            new = place[0]._parameters.get(place[1])
+            if new is None or new is old or new.shape == old.shape:
+                continue
+            if new.dim() != old.dim():
+                self._problems[place] = "it was cut to another number of dimensions"
+                continue
+            for axis in range(old.dim()):
+                if old.shape[axis] != new.shape[axis]:
+                    axes[axis].append(place)
+        for axis, changed in axes.items():
+            numbers = self._numbers(axis, items, targets, shells, free)
+            for place in changed:
+                kept = numbers.get(place)
+                expected = place[0]._parameters[place[1]]
+                if kept is None or expected is None or len(kept) != expected.shape[axis]:
+                    self._problems[place] = f"how its {type(place[0]).__name__} is cut could not be followed"
+                    continue
+                self._cuts[place].append(Cut(axis, kept))
+
+    def replaced(self) -> Iterator[tuple[Place, nn.Parameter | None, nn.Parameter]]:
+        """(place, parameter before, parameter now) wherever it is another object now."""
+        for module, (parameters, _) in self._before.items():
+            for name in dict.fromkeys([*parameters, *module._parameters]):
+                old, new = parameters.get(name), module._parameters.get(name)
+                if old is not new:
+                    yield (module, name), old, new  # type: ignore[misc]
+
+    def link(self, place: Place, old: nn.Parameter, new: nn.Parameter | None) -> Link:
+        if new is None:
+            return Link(None, None)
+        if place in self._problems:
+            return Link(new, None, self._problems[place])
+        mixed, cuts = self._mixings.get(place, []), self._cuts.get(place, [])
+        axis, before, after = self._scales(place)
+        plain = Cotangent(mixed, cuts)
+        if before is not None and after is not None:
+            at = [cut for cut in cuts if cut.axis == axis]
+            there = before.index_select(0, at[0].kept.to(before.device)) if at else before
+            if mixed or not torch.equal(there, after):
+                return Link(new, Cotangent(mixed, cuts, axis, before, after))
+        return Link(new, plain)
+
+    def _scales(self, place: Place) -> tuple[int, Tensor | None, Tensor | None]:
+        """(axis, scale before, scale now) of the coordinates that a parameter is carried in."""
+        module, name = place
+        if isinstance(module, ops.TORCH_BATCHNORM):
+            if name != "weight" or module.running_mean is None:
+                return 0, None, None
+            return 0, self._scale_before(module).sign(), read(module).scale.sign()
+        bn = batchnorm_of(self._graph, module) if name in ("weight", "bias") else None
+        if bn is None:
+            return 0, None, None
+        axis = 1 if name == "weight" and getattr(module, "transposed", False) else 0
+        return axis, self._scale_before(bn), read(bn).scale
+
+    def _scale_before(self, bn: Any) -> Tensor:
+        """Scale of a batch-norm as it was; neither a fusion nor a cut writes into a tensor."""
+        parameters, buffers = self._before[bn]
+        var = buffers["running_var"].double()
+        gamma = parameters["weight"].detach().double() if bn.affine else torch.ones_like(var)
+        return gamma / (var + bn.eps).sqrt()
+
+    def _place(self, parameter: nn.Parameter) -> Place:
+        path, _, name = self._graph._param_to_name[parameter].rpartition(".")
+        return self._graph.model.get_submodule(path), name
+
+    def _numbers(self, axis: int, items: list, targets: list, shells: dict, free: dict) -> dict[Place, Tensor]:
+        """For every tensor that the group cuts, the numbers along `axis` of the entries that stay."""
+        copies: dict[Any, Any] = {target: shell.numbered(axis) for target, shell in shells.items()}
+        found: dict[Place, Tensor] = {}
+        for (dep, idxs), target in zip(items, targets, strict=True):
+            dep.handler.__self__.pruning_dim = dep.target.pruning_dim
+            try:
+                if isinstance(target, nn.Module):
+                    dep.handler(copies[target], idxs)
+                elif axis < target.dim():
+                    found[free[id(target)]] = _read(dep.handler(_numbered(target, axis), idxs), axis)
+            except Exception:  # a customised pruner may ask anything of its layer; its parameters then have no map
+                copies[target] = None
+        for shell, copy in ((shells[t], copies[t]) for t in shells):
+            if copy is not None:
+                found.update(shell.read(copy, axis))
+        return found
+
+
+class _Shell:
+    """A layer as it was before a cut, without its weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.state = {k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers", "_modules")}
+        self.parameters, self.buffers = dict(module._parameters), dict(module._buffers)
+        self.children = {name: _Shell(child) for name, child in module._modules.items() if child is not None}
+
+    def numbered(self, axis: int) -> Any:
+        copy = object.__new__(type(self.module))
+        copy.__dict__.update(self.state)
+        numbers = {n: None if p is None else _numbered(p, axis) for n, p in self.parameters.items()}
+        modules = {name: child.numbered(axis) for name, child in self.children.items()}
+        copy.__dict__.update(_parameters=numbers, _buffers=dict(self.buffers), _modules=modules)
+        return copy
+
+    def read(self, copy: Any, axis: int) -> Iterator[tuple[Place, Tensor]]:
+        for name, parameter in copy._parameters.items():
+            if parameter is not None and axis < parameter.dim():
+                yield (self.module, name), _read(parameter, axis)
+        for name, child in self.children.items():
+            yield from child.read(copy._modules[name], axis)
+
+
+def _numbered(parameter: Tensor, axis: int) -> nn.Parameter:
+    """As large as the parameter, but holding each entry's number along `axis` (float32 is exact up to 2^24)."""
+    if axis >= parameter.dim():
+        return nn.Parameter(torch.zeros((), device=parameter.device).expand(parameter.shape), requires_grad=False)
+    numbers = torch.arange(parameter.shape[axis], dtype=torch.float32, device=parameter.device)
+    shape = [1] * parameter.dim()
+    shape[axis] = -1
+    return nn.Parameter(numbers.reshape(shape).expand(parameter.shape), requires_grad=False)
+
+
+def _read(numbered: Tensor, axis: int) -> Tensor:
+    return (
+        numbered.detach().movedim(axis, 0).flatten(1)[:, 0].long() if numbered.dim() > 1 else numbered.detach().long()
+    )
+
+
+def _hybrid(idxs: Any) -> bool:
+    return len(idxs) > 0 and isinstance(idxs[0], _helpers._HybridIndex)
