@@ -12,7 +12,7 @@ from intrafusion.pruner import (
     IntraFusionGrowingRegPruner,
     IntraFusionPruner,
 )
-from intrafusion.ratios import cosine, cubic, linear, one_shot
+from intrafusion.ratios import cosine_scheduler, cubic_scheduler, linear_scheduler, one_shot_scheduler
 from intrafusion.report import GroupReport, Report
 
 __version__ = "0.1.0"
@@ -31,9 +31,9 @@ __all__ = [
     "IntraFusionPruner",
     "ReconstructionImportance",
     "Report",
-    "cosine",
-    "cubic",
-    "linear",
-    "one_shot",
+    "cosine_scheduler",
+    "cubic_scheduler",
+    "linear_scheduler",
+    "one_shot_scheduler",
     "transfer_optimizer_state",
 ]

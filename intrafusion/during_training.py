@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,9 +42,9 @@ class FusionSchedule:
     ...     optimizer.zero_grad()
     ...     schedule.step()
 
-    Train and eval mode and `requires_grad` stay as they are. With several processes, every one makes the same calls: the
-    network is first made equal on all (as on rank 0), and the result is compared. A wrapper that refers to parameters
-    (DistributedDataParallel) must be made anew after a step that pruned.
+    Train and eval mode and `requires_grad` stay as they are. With several processes, every one makes the same calls:
+    the network is first made equal on all (as on rank 0), and the result is compared. A wrapper that refers to
+    parameters (DistributedDataParallel) must be made anew after a step that pruned.
 
     Raises ValueError for a schedule that does not fit the pruner, a wrapped network, or an average of another network.
     """
@@ -59,7 +60,7 @@ class FusionSchedule:
         kinds: Mapping[str, str] | None = None,
     ) -> None:
         self.at = [int(step) for step in at]
-        if not self.at or self.at[0] < 1 or any(a >= b for a, b in zip(self.at, self.at[1:], strict=False)):
+        if not self.at or self.at[0] < 1 or any(a >= b for a, b in pairwise(self.at)):
             raise ValueError(f"at={list(at)}: give the steps to prune at, increasing, counted from 1")
         left = pruner.iterative_steps - pruner.current_step
         if len(self.at) > left:

@@ -105,9 +105,9 @@ class _Transfer:
         optimizer.state.clear()
         optimizer.state.update({**self.states, **others})
 
-    def _successors(self, old: nn.Parameter, where: str) -> list[tuple[nn.Parameter, list[Link]]]:
+    def _successors(self, old: nn.Parameter, where: str) -> list[tuple[nn.Parameter, tuple[Link, ...]]]:
         if id(old) in self.keep:
-            return [(old, [])]
+            return [(old, ())]
         found = self.lineage.successors(old, set(self.names))
         if found is None:
             raise ValueError(
@@ -117,7 +117,7 @@ class _Transfer:
             )
         return found
 
-    def _state(self, state: Any, old: nn.Parameter, new: nn.Parameter, chain: list[Link]) -> Any:
+    def _state(self, state: Any, old: nn.Parameter, new: nn.Parameter, chain: tuple[Link, ...]) -> Any:
         if not chain:
             return state
         name, carried = self.names[id(new)], {}
@@ -156,7 +156,7 @@ class _Transfer:
                     names.append(self.names[id(parameter)])
 
 
-def _carry(key: str, kind: str, state: Mapping[str, Any], chain: list[Link]) -> Tensor:
+def _carry(key: str, kind: str, state: Mapping[str, Any], chain: tuple[Link, ...]) -> Tensor:
     """One entry of a parameter's state through all the changes since."""
     value, maps = state[key], [link.map for link in chain if link.map is not None]
     if all(one.is_selection for one in maps):

@@ -3,7 +3,9 @@
 Each function is an `iterative_pruning_ratio_scheduler` of torch-pruning: called with the final ratio and the number of
 steps, it returns the ratio after 0, 1, …, `steps` steps: [steps + 1], from 0 to the final ratio, never falling.
 
->>> IntraFusionPruner(model, example, metric, iterative_steps=5, iterative_pruning_ratio_scheduler=intrafusion.cubic)
+>>> pruner = IntraFusionPruner(
+...     model, example, metric, iterative_steps=5, iterative_pruning_ratio_scheduler=intrafusion.cubic_scheduler
+... )
 """
 
 from __future__ import annotations
@@ -21,21 +23,21 @@ def _grow(ratio: float, steps: int, share: Callable[[float], float]) -> list[flo
     return [0.0, *(ratio * share(i / steps) for i in range(1, steps)), ratio]
 
 
-def one_shot(ratio: float, steps: int) -> list[float]:
+def one_shot_scheduler(ratio: float, steps: int) -> list[float]:
     """Everything at the first step: [0, ratio, ratio, …]."""
     return _grow(ratio, steps, lambda done: 1.0)
 
 
-def linear(ratio: float, steps: int) -> list[float]:
+def linear_scheduler(ratio: float, steps: int) -> list[float]:
     """The same number of channels at every step (torch-pruning's default)."""
     return _grow(ratio, steps, lambda done: done)
 
 
-def cubic(ratio: float, steps: int) -> list[float]:
+def cubic_scheduler(ratio: float, steps: int) -> list[float]:
     """Fast while there is much to spare, slow at the end: ratio · (1 - (1 - t)³) (Zhu & Gupta 2017, equation 1)."""
     return _grow(ratio, steps, lambda done: 1 - (1 - done) ** 3)
 
 
-def cosine(ratio: float, steps: int) -> list[float]:
+def cosine_scheduler(ratio: float, steps: int) -> list[float]:
     """Slow, fast, slow: ratio · (1 - cos(π t)) / 2."""
     return _grow(ratio, steps, lambda done: (1 - math.cos(math.pi * done)) / 2)

@@ -1,7 +1,7 @@
 """The linear map that carries whatever is shaped like a parameter's gradient to the parameter that replaces it.
 
-A fused network reads its channels as y' = R y and the layers behind them as V' = V S. If L' is its loss, the chain
-rule gives, where the merged channels are duplicates (S R = the identity on what the network can produce),
+A fused network has the channels y' = R y and the readers V' = V S. If L' is its loss, the chain rule gives, where the
+merged channels are duplicates (S R = the identity on what the network can produce),
 
     dL'/dy'_k = sum_j S_jk dL/dy_j        producers: rows of the gradient are mixed by S^T
     dL'/dV'_k = sum_j R_kj dL/dV_j        readers: columns are mixed by R
@@ -10,7 +10,7 @@ so a gradient, and a momentum (a smoothed gradient), is mixed by coefficients c:
 
     E[g'^2] = sum_ij c_i c_j E[g_i g_j]  <=  (sum_j |c_j| sqrt(E[g_j^2]))^2          (Cauchy-Schwarz)
 
-The bound is what is carried: it is attained by fully correlated gradients of one sign, which duplicates have, and it is
+The bound is what is carried: it is attained by fully correlated gradients of one sign, which duplicates have, and is
 never too small, so that no adaptive optimizer takes a larger step than it would with the true moment. (Independent
 gradients would have sum_j c_j^2 E[g_j^2], up to the number of members less.)
 
@@ -34,7 +34,7 @@ from intrafusion.surgery.layout import from_channels, mix_, to_channels
 
 @dataclass(frozen=True)
 class Mixing:
-    """Coefficients of one tensor's channels: weights [c, n] for the root channels `places` [c]; the rest as in `Slot`."""
+    """Coefficients of one tensor's channels: weights [c, n] for root channels `places` [c]; the rest as in `Slot`."""
 
     weights: Tensor
     places: Tensor

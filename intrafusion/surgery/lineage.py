@@ -1,13 +1,14 @@
 """What became of every parameter: fusion, refits and cuts replace them, and an optimizer still holds the old ones.
 
-A `Lineage` remembers, for each old parameter, its successor and the map that carries a gradient from one to the other.
-It holds old parameters weakly: as soon as nobody else (an optimizer) does, the record is gone.
+A `Lineage` remembers, for each old parameter, what it has become and the maps that carry a gradient there. It holds no
+parameter itself: where nobody else does, the record is gone.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +30,18 @@ Place = tuple[nn.Module, str]
 
 @dataclass(frozen=True)
 class Link:
-    """A parameter's successor (None: its module has none any more) and the map, or why no map is known."""
+    """How one change carries a parameter's gradient to the next parameter, or why no map is known."""
 
-    successor: nn.Parameter | None
     map: Cotangent | None
     problem: str = ""
+
+
+@dataclass(frozen=True)
+class _Descent:
+    """A later parameter (None: there is none any more), held weakly, and all the links that lead there."""
+
+    successor: Callable[[], nn.Parameter | None] | None
+    links: tuple[Link, ...]
 
 
 class Lineage:
@@ -41,7 +49,8 @@ class Lineage:
 
     def __init__(self, graph: tp.DependencyGraph) -> None:
         self._graph = graph
-        self._links: Any = WeakTensorKeyDictionary()
+        self._descents: Any = WeakTensorKeyDictionary()
+        self._origins: Any = WeakTensorKeyDictionary()
         self._born: Any = WeakTensorKeyDictionary()
 
     @contextmanager
@@ -58,32 +67,42 @@ class Lineage:
                 if old in self._born:
                     self._born[new] = None
                 new.grad = None if old.grad is None or link.map is None else link.map(old.grad)
-            self._links.setdefault(old, []).append(link)
+            self._add(old, new, link)
 
     def is_born(self, parameter: nn.Parameter) -> bool:
         """True if no parameter came before this one: a bias that a refit needed."""
         return parameter in self._born
 
-    def successors(self, parameter: nn.Parameter, present: set[int]) -> list[tuple[nn.Parameter, list[Link]]] | None:
+    def successors(
+        self, parameter: nn.Parameter, present: set[int]
+    ) -> list[tuple[nn.Parameter, tuple[Link, ...]]] | None:
         """What is now in the network instead of `parameter`, with the links that lead there; itself if it still is.
 
         present: the ids of the network's parameters. Several for a tied weight that was untied, none if it was removed.
         None: nothing is known about it.
         """
-        found = [(parameter, [])] if id(parameter) in present else []
-        known = bool(found)
-        for link in self._links.get(parameter, ()):
-            if link.successor is None:
-                known = True
-                continue
-            if link.successor is parameter:
-                continue
-            behind = self.successors(link.successor, present)
-            known = known or behind is not None
-            for last, chain in behind or ():
-                if all(last is not other for other, _ in found):
-                    found.append((last, [link, *chain]))
-        return found if known else None
+        found: dict[int, tuple[nn.Parameter, tuple[Link, ...]]] = {}
+        if id(parameter) in present:
+            found[id(parameter)] = (parameter, ())
+        removed = False
+        for descent in self._descents.get(parameter, ()):
+            last = descent.successor() if descent.successor else None
+            removed = removed or descent.successor is None
+            if last is not None and id(last) in present:
+                found.setdefault(id(last), (last, descent.links))
+        return list(found.values()) if found or removed else None
+
+    def _add(self, old: nn.Parameter, new: nn.Parameter | None, link: Link) -> None:
+        """Extend every record that leads to `old`: no parameter in between is needed any more."""
+        successor = None if new is None else weakref.ref(new)
+        earlier = [one for one in (origin() for origin in self._origins.get(old, ())) if one is not None]
+        for origin in earlier:
+            records = [d for d in self._descents[origin] if d.successor is None or d.successor() is not None]
+            links = [d.links for d in records if d.successor is not None and d.successor() is old]
+            self._descents[origin] = [*records, *(_Descent(successor, (*before, link)) for before in links)]
+        self._descents[old] = [*self._descents.get(old, ()), _Descent(successor, (link,))]
+        if new is not None:
+            self._origins[new] = [*(weakref.ref(one) for one in earlier), weakref.ref(old)]
 
 
 class Change:
@@ -150,18 +169,17 @@ class Change:
 
     def link(self, place: Place, old: nn.Parameter, new: nn.Parameter | None) -> Link:
         if new is None:
-            return Link(None, None)
+            return Link(None)
         if place in self._problems:
-            return Link(new, None, self._problems[place])
+            return Link(None, self._problems[place])
         mixed, cuts = self._mixings.get(place, []), self._cuts.get(place, [])
         axis, before, after = self._scales(place)
-        plain = Cotangent(mixed, cuts)
         if before is not None and after is not None:
             at = [cut for cut in cuts if cut.axis == axis]
             there = before.index_select(0, at[0].kept.to(before.device)) if at else before
             if mixed or not torch.equal(there, after):
-                return Link(new, Cotangent(mixed, cuts, axis, before, after))
-        return Link(new, plain)
+                return Link(Cotangent(mixed, cuts, axis, before, after))
+        return Link(Cotangent(mixed, cuts))
 
     def _scales(self, place: Place) -> tuple[int, Tensor | None, Tensor | None]:
         """(axis, scale before, scale now) of the coordinates that a parameter is carried in."""
