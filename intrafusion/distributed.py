@@ -9,22 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_WRAPPERS = {
-    "DistributedDataParallel": "the network inside (`.module`), and wrap it again after every step that pruned",
-    "DataParallel": "the network inside (`.module`), and wrap it again after every step that pruned",
-    "OptimizedModule": "the network inside (`._orig_mod`), and compile it again after every step that pruned",
-    "FullyShardedDataParallel": "an unsharded network: sharded parameters cannot be pruned",
-}
 
-
-def check_bare(model: nn.Module) -> None:
-    """Raises ValueError, saying what to give instead, for a wrapped or sharded network."""
-    for module in model.modules():
-        advice = _WRAPPERS.get(type(module).__name__)
-        if advice is not None:
-            raise ValueError(f"the pruner's network is wrapped in {type(module).__name__}: give the pruner {advice}")
+def check_unsharded(model: nn.Module) -> None:
+    """Raises ValueError for a network whose parameters are spread over devices (FSDP, tensor parallelism)."""
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "placements"):
+        if hasattr(parameter, "placements") or type(parameter).__name__ == "FlatParameter":
             raise ValueError(f"parameter {name!r} is sharded over several devices: sharded networks cannot be pruned")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.distributed import broadcast_, check_bare, together
+from intrafusion.distributed import broadcast_, check_unsharded, together
 from intrafusion.optimizer_state import transfer_optimizer_state
 from intrafusion.report import Report
 from intrafusion.surgery.snapshot import Snapshot
@@ -46,7 +46,7 @@ class FusionSchedule:
     the network is first made equal on all (as on rank 0), and the result is compared. A wrapper that refers to
     parameters (DistributedDataParallel) must be made anew after a step that pruned.
 
-    Raises ValueError for a schedule that does not fit the pruner, a wrapped network, or an average of another network.
+    Raises ValueError for a schedule that does not fit the pruner, a sharded network, or an average of another network.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class FusionSchedule:
                 f"at= has {len(self.at)} steps, but the pruner has {left} left: make it with "
                 f"iterative_steps={len(self.at)}"
             )
-        check_bare(pruner.model)
+        check_unsharded(pruner.model)
         self.pruner, self.optimizer, self.ema = pruner, optimizer, ema
         self.calls, self.done = 0, 0
         self._keep, self._kinds = list(keep), dict(kinds or {})
@@ -226,4 +226,4 @@ def _add_bias(network: nn.Module, name: str) -> None:
     path, _, last = name.rpartition(".")
     layer: Any = network.get_submodule(path)
     size = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    setattr(layer, last, nn.Parameter(layer.weight.new_zeros(size)))
+    setattr(layer, last, nn.Parameter(layer.weight.new_zeros(size), requires_grad=layer.weight.requires_grad))

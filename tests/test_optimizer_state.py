@@ -193,7 +193,7 @@ def test_gradients_follow_a_refit_too():
     model.zero_grad()
     F.mse_loss(model(batch), target).backward()
     assert (model.bn3.weight > 0).all()
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         carried = optimizer.state[parameter]["momentum_buffer"]
         torch.testing.assert_close(carried, parameter.grad, rtol=0.05, atol=0.02 * float(parameter.grad.abs().max()))
 

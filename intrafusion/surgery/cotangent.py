@@ -6,7 +6,8 @@ merged channels are duplicates (S R = the identity on what the network can produ
     dL'/dy'_k = sum_j S_jk dL/dy_j        producers: rows of the gradient are mixed by S^T
     dL'/dV'_k = sum_j R_kj dL/dV_j        readers: columns are mixed by R
 
-so a gradient, and a momentum (a smoothed gradient), is mixed by coefficients c: g' = sum_j c_j g_j. Its second moment is
+so a gradient, and a momentum (a smoothed gradient), is mixed by coefficients c: g' = sum_j c_j g_j. Its second moment
+is
 
     E[g'^2] = sum_ij c_i c_j E[g_i g_j]  <=  (sum_j |c_j| sqrt(E[g_j^2]))^2          (Cauchy-Schwarz)
 
