@@ -22,7 +22,7 @@ def main() -> None:
     torch.manual_seed(0)
     train, test = loaders()
     model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS * len(train))
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.95), use_buffers=True)
 
@@ -34,9 +34,11 @@ def main() -> None:
         iterative_steps=3,
         iterative_pruning_ratio_scheduler=intrafusion.cubic_scheduler,
         ignored_layers=[model[-1]],
+        fusion="calibrated",
+        calibration=[images for images, _ in train],
     )
-    epochs = [4, 6, 8]  # prune after these epochs
-    schedule = intrafusion.FusionSchedule(pruner, optimizer, at=[epoch * len(train) for epoch in epochs], ema=ema)
+    at = [epoch * len(train) for epoch in (4, 6, 8)]
+    schedule = intrafusion.FusionSchedule(pruner, optimizer, at=at, ema=ema)
 
     print(f"{'epoch':>5} {'parameters':>10} {'accuracy':>8} {'averaged':>8}")
     for epoch in range(1, EPOCHS + 1):

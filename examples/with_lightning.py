@@ -25,7 +25,7 @@ class Digits(lightning.LightningModule):
         return cross_entropy(self.network(images), labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+        return torch.optim.AdamW(self.parameters(), lr=2e-3)
 
 
 class Fuse(lightning.Callback):
@@ -45,6 +45,8 @@ class Fuse(lightning.Callback):
             pruning_ratio=0.5,
             iterative_steps=len(self.at),
             ignored_layers=[model[-1]],
+            fusion="calibrated",
+            calibration=[images for images, _ in trainer.train_dataloader],
         )
         self.schedule = intrafusion.FusionSchedule(pruner, trainer.optimizers[0], at=self.at)
 
@@ -60,7 +62,7 @@ def main() -> None:
     module = Digits()
     print(f"{size(module)} parameters")
     trainer = lightning.Trainer(
-        max_epochs=10,
+        max_epochs=12,
         accelerator="cpu",
         callbacks=[Fuse(at=[4, 6, 8])],
         logger=False,
