@@ -20,9 +20,10 @@ from torch.nn import functional as F
 
 from benchmarks.rivals.base import ignored_layers
 from intrafusion import IntraFusionPruner
-from intrafusion.lab.data import Dataset, digits
+from intrafusion.lab.data import Dataset
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.sections import TrainSection
+from intrafusion.lab.sources import digits
 from intrafusion.lab.training import train_
 
 RATIOS = (0.3, 0.5, 0.7)

@@ -1,39 +1,131 @@
 """Structured pruning that keeps its accuracy without fine-tuning: channels are fused, not discarded."""
 
-from intrafusion.during_training import FusionSchedule
-from intrafusion.fusion import PRESETS, Fusion
-from intrafusion.importance import CHIPImportance, ReconstructionImportance
-from intrafusion.optimizer_state import transfer_optimizer_state
-from intrafusion.pruner import (
-    FusedGroup,
-    FusionError,
-    IntraFusionBNScalePruner,
-    IntraFusionGroupNormPruner,
-    IntraFusionGrowingRegPruner,
-    IntraFusionPruner,
-)
-from intrafusion.ratios import cosine_scheduler, cubic_scheduler, linear_scheduler, one_shot_scheduler
-from intrafusion.report import GroupReport, Report
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+if _TYPE_CHECKING:
+    from intrafusion.averaging import fuse
+    from intrafusion.checkpoint import CheckpointError, load, save
+    from intrafusion.during_training import FusionSchedule
+    from intrafusion.finetuning import finetune
+    from intrafusion.fusion import PRESETS, Fusion
+    from intrafusion.importance import CHIPImportance, ReconstructionImportance
+    from intrafusion.onnx_export import ExportError, export
+    from intrafusion.optimizer_state import transfer_optimizer_state
+    from intrafusion.pruner import (
+        FusedGroup,
+        FusionError,
+        IntraFusionBNScalePruner,
+        IntraFusionGroupNormPruner,
+        IntraFusionGrowingRegPruner,
+        IntraFusionPruner,
+    )
+    from intrafusion.ratios import cosine_scheduler, cubic_scheduler, linear_scheduler, one_shot_scheduler
+    from intrafusion.report import GroupReport, Report
+    from intrafusion.surgery.align import Alignment, align
+    from intrafusion.surgery.batchnorm import recenter_batchnorms_
+    from intrafusion.training_loop import DivergedError, History
+    from intrafusion.training_settings import Training
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Alignment",
     "CHIPImportance",
+    "CheckpointError",
+    "DivergedError",
+    "ExportError",
     "FusedGroup",
     "Fusion",
     "FusionError",
     "FusionSchedule",
     "GroupReport",
+    "History",
     "IntraFusionBNScalePruner",
     "IntraFusionGroupNormPruner",
     "IntraFusionGrowingRegPruner",
     "IntraFusionPruner",
     "ReconstructionImportance",
     "Report",
+    "Training",
+    "align",
     "cosine_scheduler",
     "cubic_scheduler",
+    "export",
+    "finetune",
+    "fuse",
     "linear_scheduler",
+    "load",
     "one_shot_scheduler",
+    "recenter_batchnorms_",
+    "save",
     "transfer_optimizer_state",
 ]
+
+# Loaded on first use: whoever only loads a pruned network needs neither the pruner nor torch-pruning.
+_HOME = {
+    "averaging": ("fuse",),
+    "checkpoint": (
+        "CheckpointError",
+        "load",
+        "save",
+    ),
+    "during_training": ("FusionSchedule",),
+    "finetuning": ("finetune",),
+    "fusion": (
+        "PRESETS",
+        "Fusion",
+    ),
+    "importance": (
+        "CHIPImportance",
+        "ReconstructionImportance",
+    ),
+    "onnx_export": (
+        "ExportError",
+        "export",
+    ),
+    "optimizer_state": ("transfer_optimizer_state",),
+    "pruner": (
+        "FusedGroup",
+        "FusionError",
+        "IntraFusionBNScalePruner",
+        "IntraFusionGroupNormPruner",
+        "IntraFusionGrowingRegPruner",
+        "IntraFusionPruner",
+    ),
+    "ratios": (
+        "cosine_scheduler",
+        "cubic_scheduler",
+        "linear_scheduler",
+        "one_shot_scheduler",
+    ),
+    "report": (
+        "GroupReport",
+        "Report",
+    ),
+    "surgery.align": (
+        "Alignment",
+        "align",
+    ),
+    "surgery.batchnorm": ("recenter_batchnorms_",),
+    "training_loop": (
+        "DivergedError",
+        "History",
+    ),
+    "training_settings": ("Training",),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOME.items():
+        if name in names:
+            value = globals()[name] = getattr(_import_module(f"intrafusion.{module}"), name)
+            return value
+        if name == module:
+            return _import_module(f"intrafusion.{module}")
+    raise AttributeError(f"module 'intrafusion' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import difflib
 import json
 import logging
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+_log = logging.getLogger(__name__)
 Command = Callable[[argparse.Namespace], int]
 
 _EXAMPLES = """\
@@ -39,6 +41,26 @@ examples:
 
 Nothing is trained and nothing is written: where the recipe has no weights file, the weights are random, which changes
 no width unless prune.global is on. Layers are not refitted.
+"""
+_SWEEP_EXAMPLES = """\
+examples:
+  intrafusion sweep digits --grid fusion=paper,data-free --grid prune.importance=l1,l2,random
+      six runs, their cells computed side by side in processes of this machine
+  intrafusion sweep cifar10_vgg11_bn_groups --set data.root=/data/cifar10
+      the grid of the recipe's own section `sweep`: the paper's table, on our weights
+  intrafusion sweep digits --grid prune.ratios=[0.5],[0.7] --executor ray
+      on a Ray cluster (RAY_ADDRESS), which must see the same files; one is started here if there is none
+
+Every point of the grid has a folder of its own inside the output folder. A sweep that is interrupted, or in which
+something failed, continues where it stopped when the same command is given again. Each cell is computed on `threads`
+threads of the recipe, 1 if it names none, so that the numbers do not depend on the workers.
+"""
+_REPORT_EXAMPLES = """\
+examples:
+  intrafusion report runs/demo
+  intrafusion report runs/sweep      while the sweep is still going on, or copied from another machine
+
+Nothing is computed: neither the network nor the images are needed.
 """
 _SCHEMA_EXAMPLES = """\
 example:
@@ -127,17 +149,33 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--output", metavar="DIR", help="folder of the run, instead of the recipe's")
     run.add_argument("--fresh", action="store_true", help="compute everything again, even what is finished")
     run.add_argument("--quiet", action="store_true", help="no progress, only the table")
+    sweep = command(
+        "sweep", _sweep, "Run a recipe for every combination of a grid, side by side.", _SWEEP_EXAMPLES + shipped
+    )
+    sweep.add_argument("--output", metavar="DIR", help="folder of the sweep, instead of the recipe's")
+    sweep.add_argument(
+        "--grid", metavar="KEY=VALUE,VALUE", action="append", default=[],
+        help="values of a key, instead of the recipe's section `sweep`; may be given many times",
+    )  # fmt: skip
+    sweep.add_argument("--executor", choices=("local", "ray"), default="local", help="where cells are computed")
+    sweep.add_argument(
+        "--workers", type=_count, metavar="N", help="how many at a time; default: one for each GPU or core"
+    )
+    sweep.add_argument("--fresh", action="store_true", help="compute everything again, even what is finished")
+    sweep.add_argument("--quiet", action="store_true", help="no progress, only the table")
+    report = command("report", _report, "Write the report of a run or a sweep again from its folder.", _REPORT_EXAMPLES)
+    report.add_argument("folder", metavar="DIR", type=Path, help="folder of a run or a sweep")
     inspect = command(
         "inspect", _inspect, "Show what a recipe cuts and what it fuses, group by group.", _INSPECT_EXAMPLES + shipped
     )
-    for added in (run, inspect):
+    for added in (run, sweep, inspect):
         added.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or the name of a shipped recipe")
         added.add_argument(
             "--set", metavar="KEY=VALUE", action="append", default=[], dest="assignments",
             help="change a key of the recipe, as in prune.seed=1; may be given many times",
         )  # fmt: skip
     recipes = command("recipes", _recipes, "List the shipped recipes.")
-    for added in (inspect, recipes):
+    for added in (run, sweep, report, inspect, recipes):
         added.add_argument("--json", action="store_true", help="print JSON instead of text")
     command("schema", _schema, "Print the JSON schema of a recipe, for editors.", _SCHEMA_EXAMPLES)
     return parser
@@ -148,12 +186,46 @@ def _run(options: argparse.Namespace) -> int:
     from intrafusion.lab.recipe import load_recipe
     from intrafusion.lab.run import run
 
-    assignments = list(options.assignments)
-    if options.output is not None:
-        assignments.append(f"output={options.output}")
-    finished = run(load_recipe(path, assignments), fresh=options.fresh, progress=not options.quiet)
-    print(finished.table)
-    print(f"\nreport: {finished.report}")
+    recipe = load_recipe(path, _assignments(options))
+    if recipe.sweep:
+        _log.info("the grid of the section 'sweep' is for: intrafusion sweep %s", options.recipe)
+    return _finish(run(recipe, fresh=options.fresh, progress=not options.quiet), options)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    path = find_recipe(options.recipe)
+    from intrafusion.lab.executors import make_executor
+    from intrafusion.lab.grid import parse_grid
+    from intrafusion.lab.recipe import read_points, read_text
+    from intrafusion.lab.sweep import sweep
+
+    points = read_points(read_text(path), str(path), _assignments(options), parse_grid(options.grid))
+    executor = make_executor(options.executor, [point.recipe for point in points], options.workers)
+    swept = sweep(points, executor, fresh=options.fresh, progress=not options.quiet)
+    for failure in swept.failed:
+        print(f"failed: {failure}", file=sys.stderr)
+    return _finish(swept, options) or (FAILED if swept.failed else OK)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from intrafusion.lab.sweep import report_again
+
+    return _finish(report_again(options.folder), options)
+
+
+def _assignments(options: argparse.Namespace) -> list[str]:
+    output = [] if options.output is None else [f"output={options.output}"]
+    return [*options.assignments, *output]
+
+
+def _finish(finished: Any, options: argparse.Namespace) -> int:
+    if options.json:
+        with (finished.folder / "results.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        facts = {"folder": str(finished.folder), "report": str(finished.report), "computed": finished.computed}
+        print(json.dumps({**facts, "failed": getattr(finished, "failed", ()), "rows": rows}, indent=2))
+    else:
+        print(f"{finished.table}\n\nreport: {finished.report}")
     return OK
 
 
@@ -186,6 +258,13 @@ def _schema(_: argparse.Namespace) -> int:
 
     print(json.dumps(recipe_schema(), indent=2))
     return OK
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
 
 
 def _report_error(error: Exception, debug: bool) -> int:

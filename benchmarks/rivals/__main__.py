@@ -27,10 +27,12 @@ from benchmarks import paper_parity
 from benchmarks.rivals import cells, figure, rows, table
 from benchmarks.rivals.cells import Network
 from benchmarks.rivals.methods import METHODS
-from intrafusion.lab.data import Dataset, image_folder
+from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.models import build_model
+from intrafusion.lab.pretrained import find_pretrained
+from intrafusion.lab.sources import image_folder
 from intrafusion.lab.weights import digest, load_weights_
 
 DEFAULT_IMPORTANCES = tuple(name for name in cells.IMPORTANCES if name != cells.LIKE_L2)
@@ -74,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--results", type=Path, default=Path("runs/rivals"), help="folder (default %(default)s)")
     own = parser.add_argument_group("your own network (L1 and the ratios 0.3, 0.5, 0.7, unless you name others)")
     own.add_argument("--model", help="torchvision:NAME, timm:NAME or package.module:factory")
-    own.add_argument("--weights", help="a safetensors file, or 'pretrained' (torchvision's, if they are in its cache)")
+    own.add_argument("--weights", help="a safetensors file, or 'pretrained' (the library's, if they are in its cache)")
     own.add_argument("--folder", type=Path, help="folder with train/<class>/ and val/<class>/ or test/<class>/")
     own.add_argument("--size", type=_positive, help="side of the images in pixels; the files' own if not given")
     own.add_argument("--test-images", type=_positive, help="evaluate on so many of the images only")
@@ -142,7 +144,8 @@ def _own_network(arguments: argparse.Namespace) -> Network:
         torch.manual_seed(0)
         model = build_model(arguments.model, classes).eval()
     if arguments.weights == "pretrained":
-        model = _pretrained(arguments.model)
+        found = find_pretrained(arguments.model)
+        model = found.load(found.classes)
     elif arguments.weights:
         try:
             load_weights_(model, Path(arguments.weights))
@@ -153,22 +156,6 @@ def _own_network(arguments: argparse.Namespace) -> Network:
     _check_fits(model, data, arguments)
     mark = digest(model)[:4] + data.digest("test")[:4]
     return Network(f"{arguments.model} ({mark})", model, None, data)
-
-
-def _pretrained(name: str) -> torch.nn.Module:
-    """torchvision's default weights from torch's cache; nothing is downloaded."""
-    from torchvision import models
-
-    source, _, rest = name.partition(":")
-    if source != "torchvision":
-        raise LabError(f"--weights pretrained is for torchvision's networks; save the weights of {name} with "
-                       "safetensors.torch.save_file(model.state_dict(), FILE) and give --weights FILE")  # fmt: skip
-    weights = models.get_model_weights(rest).DEFAULT  # type: ignore[attr-defined]
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    if not file.is_file():
-        once = f"import torchvision; torchvision.models.get_model('{rest}', weights='DEFAULT')"
-        raise LabError(f'{file} is not there and nothing is downloaded here; get it once: python -c "{once}"')
-    return models.get_model(rest, weights=weights).eval()
 
 
 def _check_fits(model: torch.nn.Module, data: Dataset, arguments: argparse.Namespace) -> None:

@@ -65,6 +65,8 @@ def _extract(archive: Path, folder: Path, progress: bool) -> None:
                        disable=None if progress else True)  # fmt: skip
             for member in bar:
                 tar.extract(member, folder, filter="data")
+            while tar.fileobj is not None and tar.fileobj.read(1 << 20):
+                pass  # a compressed file's checksum stands behind its last block
     except tarfile.FilterError as error:
         raise LabError(f"{archive} is not safe to unpack: {error}") from None
     except (tarfile.TarError, EOFError, zlib.error, LZMAError) as error:

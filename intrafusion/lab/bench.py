@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
-from dataclasses import asdict
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,21 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.checkpoint import save
 from intrafusion.fusion import Fusion
 from intrafusion.lab import weights
-from intrafusion.lab.data import Dataset, digits, image_folder
+from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError
+from intrafusion.lab.files import write_atomic
 from intrafusion.lab.measure import (
     LATENCY_BATCHES,
     count_macs,
     count_parameters,
     evaluate,
+    latency_share,
     measure_latency,
     peak_memory,
     places,
     size_on_disk,
 )
 from intrafusion.lab.models import build_model, example_input
+from intrafusion.lab.pretrained import find_pretrained
 from intrafusion.lab.pruning import (
     ALL,
     OutputChanged,
@@ -42,52 +49,64 @@ from intrafusion.lab.pruning import (
     without_images,
 )
 from intrafusion.lab.recipe import Recipe, to_mapping
-from intrafusion.lab.results import Cell, GroupLine, Result, key_of_identity
+from intrafusion.lab.results import Cell, Curve, GroupLine, Result, key_of_identity
 from intrafusion.lab.sections import PruneSection
+from intrafusion.lab.sources import open_data
 from intrafusion.lab.target import UnreachableTarget, find_ratio
-from intrafusion.lab.training import train_
+from intrafusion.lab.training import finetune_, train_
 
 _log = logging.getLogger(__name__)
 _CODE = (
     "ot", "surgery", "pruner.py", "checks.py", "fusion.py", "importance.py", "lab/pruning.py", "lab/measure.py",
     "lab/models.py",
 )  # fmt: skip
+_TRAINING_CODE = (
+    "training_loop.py", "training_settings.py", "training_state.py", "finetuning.py", "lab/training.py",
+    "lab/augmentation.py",
+)  # fmt: skip
+
+TRAINED = "dense.safetensors"
+"""Where a network that the recipe trains is kept, inside the bench's folder."""
 
 
 class Bench:
     """Holds what the cells of a run share; each part is made when it is first needed.
 
-    ``trained`` off leaves a network without a weights file as it is first drawn.
+    ``folder`` is where a trained network is kept. ``trained`` off leaves a network without a weights file as it is
+    first drawn. Benches given the same ``shared`` read equal data sets and networks once between them.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, progress: bool, trained: bool = True) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, progress: bool, trained: bool = True, shared: dict[str, Any] | None = None
+    ) -> None:
         self.recipe, self.folder, self.progress, self.trained = recipe, folder, progress, trained
+        self.shared = {} if shared is None else shared
         self.device = _device(recipe)
 
     @cached_property
     def data(self) -> Dataset:
-        settings = self.recipe.data
-        common: dict[str, Any] = {
-            name: getattr(settings, name) for name in ("validation", "seed", "test_images", "mean", "std")
-        }
-        if settings.name == "digits":
-            data = digits(**common)
-        else:
-            root = Path(settings.root or "")
-            common |= {name: getattr(settings, name) for name in ("on_corrupt", "size", "train_images")}
-            data = image_folder(root, progress=self.progress, **common)
+        """The images of the recipe."""
+        settings, classes = self.recipe.data, self.recipe.model.num_classes
+        data = self._once("data", lambda: open_data(settings, classes, progress=self.progress), settings, classes)
         if len(data.classes) != self.recipe.model.num_classes:
             message = f"{self.recipe.model.num_classes}, but the images have {len(data.classes)} classes"
             raise self.recipe.error("model.num_classes", message)
         return data
+
+    def _once(self, kind: str, make: Callable[[], Any], *sections: Any) -> Any:
+        """What ``make`` gives, or gave for another bench whose sections are equal."""
+        key = f"{kind} {sections}"
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     @cached_property
     def example(self) -> Tensor:
         return example_input(self.data.shape, self.device)
 
     @cached_property
-    def dense(self) -> nn.Module:
-        """The dense network in eval mode: loaded, or trained, or the trained one of an earlier run."""
+    def _blank(self) -> nn.Module:
+        """The network as it is first drawn, which accepts the images and has the layers that the recipe names."""
         model = self._untrained().to(self.device).eval()
         self._check_accepts_images(model)
         try:
@@ -98,9 +117,22 @@ class Bench:
             own_ratios(model, self.example, self.recipe.prune)
         except OverrideError as error:
             raise self.recipe.error(f"prune.overrides.{error.pattern}", str(error)) from None
-        path = self.recipe.weights_path()
+        return model
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        """The dense network in eval mode: loaded, or trained, or the trained one of an earlier run."""
+        blank, recipe = self._blank, self.recipe
+        sections = recipe.model, recipe.data, recipe.train
+        return self._once("dense", lambda: self._weighted(blank), self.folder, *sections, self.device)
+
+    def _weighted(self, model: nn.Module) -> nn.Module:
+        path, settings = self.recipe.weights_path(), self.recipe.model
         if path is not None:
             weights.load_weights_(model, path)
+        elif settings.pretrained is not None:
+            found = find_pretrained(settings.name, settings.pretrained)
+            model = found.load(settings.num_classes, download=settings.download).to(self.device)
         elif self.trained:
             self._train_(model)
         return model.eval()
@@ -111,27 +143,23 @@ class Bench:
 
     def prepare(self) -> None:
         """Read the images and load or train the network, so that the cells are timed without it."""
-        _ = self.dense_digest, self._test_digest
+        _ = self._blank, self._test_digest, self.dense_digest  # mistakes show before any training
 
     def cells(self) -> list[Cell]:
-        """Everything to measure: the dense network, then each group's ratios, discarded and fused."""
+        """Everything to measure: the dense network, then each group's ratios, discarded and fused; then fine-tuned."""
         settings = self.recipe.prune
         groups = [ALL] if settings.groups == "all" else group_roots(self.dense, self.example, settings)
         cells = [Cell("dense", 0.0, ALL)]
         for group in groups:
             for ratio in self._ratios:
                 cells += [Cell("discard", ratio, group), Cell("fused", ratio, group)]
-        return cells
+        seeds = self.recipe.finetune.seeds if self.recipe.finetune else ()
+        tuned = [replace(cell, stage="finetuned", seed=seed) for seed in seeds for cell in cells[1:]]
+        return cells + tuned
 
     def identity(self, cell: Cell) -> dict[str, Any]:
         """Everything the result of a cell depends on, in plain values."""
-        common = {
-            "cell": asdict(cell),
-            "model": self.recipe.model.name,
-            "weights": self.dense_digest,
-            "test": self._test_digest,
-            "code": _code_digest(),
-        }
+        common = {"cell": cell.plain(), **self._common()}
         if cell.method == "dense":
             return common
         prune_settings = to_mapping(self.recipe.prune)
@@ -139,10 +167,28 @@ class Bench:
             del prune_settings[key]
         if uses_images(self.recipe.prune, self.recipe.fusion):
             common["train"] = self.data.digest("train")
-        return {**common, "prune": prune_settings, "fusion": asdict(self.recipe.fusion)}
+        common |= {"prune": prune_settings, "fusion": asdict(self.recipe.fusion)}
+        if cell.stage == "finetuned" and self.recipe.finetune is not None:
+            settings = to_mapping(self.recipe.finetune)
+            del settings["seeds"]  # they say which cells there are
+            common |= {"finetune": settings, "training code": _code_digest(_TRAINING_CODE)}
+            common |= {name: self.data.digest(name) for name in ("train", "validation")}
+        return common
 
-    def measure(self, cell: Cell) -> Result:
-        """Compute one cell."""
+    def checkpoint(self, cell: Cell) -> Path:
+        """The file that the fine-tuning of a cell goes on from, if it was interrupted."""
+        return self.folder / "checkpoints" / f"{key_of_identity(self.identity(cell))}.pt"
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "model": self.recipe.model.name,
+            "weights": self.dense_digest,
+            "test": self._test_digest,
+            "code": _code_digest(),
+        }
+
+    def measure(self, cell: Cell, *, timed: bool = True) -> Result:
+        """Compute one cell; ``timed`` off leaves out the latency, which means nothing while others compute too."""
         start = time.perf_counter()
         model, groups, kept = self.dense, (), ""
         if cell.method != "dense":
@@ -153,10 +199,13 @@ class Bench:
                 for g in pruned.groups
                 for plan in [g.plan if cell.method == "fused" else ()]
             )
+        curve = self._finetune_(model, cell) if cell.stage == "finetuned" else None
+        if cell.method in self.recipe.kept_methods:
+            self._save(model, cell)
         batch_size = self.recipe.data.batch_size
         place = places(model, self.data, "test", batch_size=batch_size, progress=self.progress)
         seconds = round(time.perf_counter() - start, 3)
-        timed = () if cell.method == "discard" else LATENCY_BATCHES
+        batches = LATENCY_BATCHES if timed and cell.method != "discard" and not curve else ()
         return Result(
             cell,
             correct=int((place < 1).sum()),
@@ -169,7 +218,8 @@ class Bench:
             top5=int((place < 5).sum()) if len(self.data.classes) > 5 else None,
             size=size_on_disk(model),
             memory=peak_memory(model, self.example),
-            latency=tuple(measure_latency(model, self.example, batch) for batch in timed),
+            latency=tuple(measure_latency(model, self.example, batch) for batch in batches),
+            curve=curve,
         )
 
     def prune(self, cell: Cell, settings: PruneSection, fusion: Fusion) -> Pruned:
@@ -182,6 +232,27 @@ class Bench:
         except OutputChanged as error:
             raise self.recipe.error("prune.ignored", str(error)) from None
 
+    def _save(self, model: nn.Module, cell: Cell) -> None:
+        name, classes = self.recipe.model.name, self.recipe.model.num_classes
+        path = network_file(Path(self.recipe.output).expanduser(), cell)
+        save(model, path, source=name, num_classes=classes, recipe=to_mapping(self.recipe))
+
+    def _finetune_(self, model: nn.Module, cell: Cell) -> Curve:
+        settings = self.recipe.finetune
+        if settings is None or cell.seed is None:
+            raise ValueError(f"{cell} is not fine-tuned by this recipe")
+        history = finetune_(
+            model,
+            self.data,
+            settings,
+            seed=cell.seed,
+            teacher=self.dense,
+            checkpoint=self.checkpoint(cell),
+            progress=self.progress,
+        )
+        test = tuple((epoch, round(score["test"])) for epoch, score in enumerate(history.scores) if "test" in score)
+        return Curve(history.losses, history.validation, history.best, test)
+
     @cached_property
     def _ratios(self) -> tuple[float, ...]:
         """The ratios of the recipe, or the one that meets its target."""
@@ -189,16 +260,34 @@ class Bench:
         if settings.target is None:
             return settings.ratios or ()
         quantity, wanted = settings.target.goal
-        count = count_parameters if quantity == "parameters" else partial(count_macs, example=self.example)
-        quick, discard, whole = without_images(settings), self.recipe.fusion.discarded(), count(self.dense)
+        if quantity != "latency":
+            return (self._meeting(self._share_left(quantity), quantity, wanted),)
+        # A ratio that was measured once stays: measured again it would be another, and so would every cell.
+        path, target = self.folder / "target.json", asdict(settings.target)
+        key = key_of_identity({"target": target, "cell": self._common(), "prune": to_mapping(settings)})
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        if known.get("key") != key:
+            known = {"key": key, "ratio": self._meeting(self._share_left(quantity), quantity, wanted)}
+            write_atomic(path, json.dumps(known))
+        return (known["ratio"],)
 
-        def left(ratio: float) -> float:
-            return count(self.prune(Cell("fused", ratio, ALL), quick, discard).model) / whole
-
+    def _meeting(self, left: Callable[[float], float], quantity: str, wanted: float) -> float:
         try:
-            return (find_ratio(left, wanted),)
+            return find_ratio(left, wanted)
         except UnreachableTarget as error:
             raise self.recipe.error(f"prune.target.{quantity}", str(error)) from None
+
+    def _share_left(self, quantity: str) -> Callable[[float], float]:
+        """What a ratio leaves of a quantity of the dense network."""
+        settings, dense, example = self.recipe.prune, self.dense, self.example
+        quick, discard = without_images(settings), self.recipe.fusion.discarded()
+        batch = settings.target.batch if settings.target else 1
+        share = {
+            "macs": lambda model: count_macs(model, example) / count_macs(dense, example),
+            "parameters": lambda model: count_parameters(model) / count_parameters(dense),
+            "latency": lambda model: latency_share(model, dense, example, batch),
+        }[quantity]
+        return lambda ratio: share(self.prune(Cell("fused", ratio, ALL), quick, discard).model)
 
     @cached_property
     def _test_digest(self) -> str:
@@ -230,16 +319,33 @@ class Bench:
         settings = self.recipe.train
         if settings is None:
             raise self.recipe.error("model.weights", "no weights and no section 'train'")
-        path = self.folder / "dense.safetensors"
+        path = self.folder / TRAINED
         recipe = {"model": self.recipe.model.name, "train": asdict(settings), "data": self.data.digest("train")}
         key = key_of_identity(recipe | {"classes": self.recipe.model.num_classes, "torch": torch.__version__})
         if weights.read_metadata(path).get("key") == key:
             weights.load_weights_(model, path)
             return
-        train_(model, self.data, settings, progress=self.progress)
+        self.data.split("validation")  # an empty one shows before the training
+        checkpoint = self.folder / "checkpoints" / "dense.pt"
+        train_(model, self.data, settings, checkpoint=checkpoint, progress=self.progress)
         held_out = evaluate(model, self.data, "validation", progress=self.progress)
         _log.info("validation accuracy of the dense network: %s", held_out)
         weights.save_weights(model, path, {"key": key, "validation": str(held_out)})
+        forget_checkpoint(checkpoint)
+
+
+def forget_checkpoint(path: Path) -> None:
+    """Remove a file that training is resumed from, and its folder if nothing else is in it."""
+    path.unlink(missing_ok=True)
+    with suppress(OSError):
+        path.parent.rmdir()
+
+
+def network_file(folder: Path, cell: Cell) -> Path:
+    """Where a run keeps the network of a cell, for :func:`intrafusion.load`."""
+    group = "" if cell.group == ALL else f"-{cell.group}"
+    stage = "" if cell.stage == "pruned" else f"-finetuned-{cell.seed}"
+    return folder / "networks" / f"{cell.method}{group}-{cell.ratio:.4g}{stage}.safetensors"
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -249,11 +355,11 @@ def _device(recipe: Recipe) -> torch.device:
     return torch.device("cuda" if available and recipe.device != "cpu" else "cpu")
 
 
-def _code_digest() -> str:
+def _code_digest(names: Sequence[str] = _CODE) -> str:
     """Changes with every edit of the code a result depends on, so that a stale result is never taken for a new one."""
     package = Path(__file__).resolve().parent.parent
     total = hashlib.sha256(metadata.version("torch-pruning").encode())
-    for name in _CODE:
+    for name in names:
         path = package / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             total.update(file.read_bytes())

@@ -1,43 +1,69 @@
-"""Data sets in memory: scikit-learn's digits (the default, no download) and folders of images.
+"""What a data set is, wherever its images come from.
 
-A data set has three splits. ``validation`` is held out of the training images and is the only one anything may be
-chosen on; ``test`` is for the final number.
+It has three splits. ``validation`` is held out of the training images and is the only one anything may be chosen on;
+``test`` is for the final number.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from intrafusion.lab.errors import LabError
-from intrafusion.lab.images import class_names, locate, read_split
-
 SPLITS = ("train", "validation", "test")
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_DIGITS = ((0.3,), (0.37,))
-_TEST_SHUFFLE = 0
+_HASHED = 1000
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images and labels of one split: uint8 ``[N, C, H, W]`` and int64 ``[N]``; ``skipped`` names unreadable files."""
+    """Labelled images, perhaps more than fit in memory: :meth:`read` them part by part.
 
-    images: Tensor
+    Attributes:
+        source: uint8 ``[M, C, H, W]``, in memory or mapped from disk.
+        labels: int64 ``[N]``.
+        skipped: unreadable files, with the reason.
+        rows: int64 ``[N]``, which images of ``source`` these are; ``None`` for all of them in order.
+        source_digest: of ``source``, where it is known without reading all of it.
+    """
+
+    source: Tensor
     labels: Tensor
     skipped: tuple[str, ...] = ()
+    rows: Tensor | None = None
+    source_digest: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(N, C, H, W)``."""
+        return (len(self), *self.source.shape[1:])
+
+    @cached_property
+    def images(self) -> Tensor:
+        """All images at once, uint8 ``[N, C, H, W]``: for small data sets only."""
+        return self.source if self.rows is None else self.source[self.rows]
+
+    def read(self, part: Tensor | slice) -> Tensor:
+        """The images at some indices (int64 ``[B]``, or a slice), uint8 ``[B, C, H, W]``."""
+        return self.source[part if self.rows is None else self.rows[part]]
+
     def take(self, indices: Tensor) -> Split:
-        """The examples at ``indices`` (int64 ``[M]``), in that order."""
-        return Split(self.images[indices], self.labels[indices], self.skipped)
+        """The examples at ``indices`` (int64 ``[K]``), in that order; no image is copied."""
+        rows = indices if self.rows is None else self.rows[indices]
+        return replace(self, labels=self.labels[indices], rows=rows)
+
+    def first(self, count: int | None, *, seed: int = 0) -> Split:
+        """The first ``count`` examples of a fixed shuffle; all of them, in their own order, if there are no more."""
+        if count is None or count >= len(self):
+            return self
+        return self.take(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count])
 
 
 @dataclass(frozen=True)
@@ -74,8 +100,14 @@ class Dataset:
     def digest(self, name: str) -> str:
         """Sixteen hexadecimal digits of a split's pixels, labels and normalisation."""
         split = self.split(name)
-        total = hashlib.sha256(f"{self.mean}{self.std}{tuple(split.images.shape)}".encode())
-        total.update(np.ascontiguousarray(split.images.numpy()).data)
+        total = hashlib.sha256(f"{self.mean}{self.std}{split.shape}".encode())
+        if split.source_digest is None:
+            for start in range(0, len(split), _HASHED):
+                total.update(np.ascontiguousarray(split.read(slice(start, start + _HASHED)).numpy()).data)
+        else:
+            total.update(split.source_digest.encode())
+            if split.rows is not None:
+                total.update(split.rows.numpy().tobytes())
         total.update(split.labels.numpy().tobytes())
         return total.hexdigest()[:16]
 
@@ -87,15 +119,19 @@ class Dataset:
 
     def batches(
         self, name: str, batch_size: int, *, generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "cpu", augment: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-        """Normalised images ``[B, C, H, W]`` and labels ``[B]``; shuffled if a ``generator`` is given."""
+        """Normalised images ``[B, C, H, W]`` and labels ``[B]``; shuffled if a ``generator`` is given.
+
+        augment: changes uint8 images ``[B, C, H, W]`` on the device, before they are normalised.
+        """
         split = self.split(name)
         order = None if generator is None else torch.randperm(len(split), generator=generator)
         for start in range(0, len(split), batch_size):
             stop = start + batch_size
             part = slice(start, stop) if order is None else order[start:stop]
-            yield self.normalise(split.images[part].to(device)), split.labels[part].to(device)
+            images = split.read(part).to(device)
+            yield self.normalise(augment(images) if augment else images), split.labels[part].to(device)
 
     def draw(self, name: str, count: int, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """A random ``count`` of a split's images (all, if it has fewer), in batches of at most 250.
@@ -105,73 +141,7 @@ class Dataset:
         split = self.split(name)
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
         for part in order[:count].split(250):
-            yield self.normalise(split.images[part]), split.labels[part]
-
-
-def digits(*, validation: float = 0.1, seed: int = 0, test_images: int | None = None,
-           mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None) -> Dataset:  # fmt: skip
-    """scikit-learn's 1,797 grey 8x8 digits: 30 % test (539, fixed and stratified), the rest train and validation.
-
-    Args:
-        validation: share of the training images that is held out, in (0, 1).
-        seed: which ones.
-        test_images: evaluate on this many test images of a fixed shuffle; ``None`` for all.
-        mean, std: of pixels scaled to [0, 1]; ``None`` for 0.3 and 0.37.
-    """
-    from sklearn.datasets import load_digits
-
-    pixels, target = load_digits(return_X_y=True)
-    images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
-    everything = Split(images, torch.from_numpy(target.astype(np.int64)))
-    rest, test = stratified(everything.labels, 0.3, seed=0)
-
-    def load(name: str) -> Split:
-        if name == "test":
-            return _limit(everything.take(test), test_images)
-        return _hold_out(everything.take(rest), name, validation, seed)
-
-    classes = tuple(str(digit) for digit in range(10))
-    return Dataset("digits", classes, (1, 8, 8), *_statistics(mean, std, _DIGITS, 1), _load=load)
-
-
-def image_folder(
-    root: Path, *, validation: float = 0.1, seed: int = 0, test_images: int | None = None,
-    mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
-    on_corrupt: str = "error", progress: bool = True, size: int | None = None, train_images: int | None = None,
-) -> Dataset:  # fmt: skip
-    """``root/train/<class>/*.jpg`` and ``root/test/<class>/*.jpg``, or an archive of such folders.
-
-    A folder without ``test/`` may have ``val/`` instead.
-
-    Args:
-        root: the folder, a folder that holds one tar archive of it, or the archive.
-        size: side of the square images that come out, in pixels: the shorter side is brought to 8/7 of it (256 for
-            224) and the centre is cut out; images of exactly this size stay as they are. ``None``: as in the files,
-            which must then agree.
-        train_images: read only this many files of a fixed shuffle of ``train/``; ``None`` for all.
-        on_corrupt: ``"error"`` or ``"skip"`` for images that cannot be read.
-        mean, std: of pixels scaled to [0, 1]; ``None`` for ImageNet's. The rest as in :func:`digits`.
-
-    Raises:
-        LabError: the folders are not as described, an image cannot be read, images differ in size.
-    """
-    folder = locate(root, progress=progress)
-    classes = class_names(folder / "train")
-    held = "test" if (folder / "test").is_dir() else "val"
-    if other := set(classes) ^ set(class_names(folder / held)):
-        raise LabError(f"{folder}: train/ and {held}/ hold different classes: {', '.join(sorted(other))} in only one")
-
-    def load(name: str) -> Split:
-        half, limit = (held, None) if name == "test" else ("train", train_images)
-        array = read_split(folder / half, on_corrupt=on_corrupt, progress=progress, size=size, limit=limit)
-        split = Split(torch.from_numpy(array.images), torch.from_numpy(array.labels), array.skipped)
-        return _limit(split, test_images) if half == held else _hold_out(split, name, validation, seed)
-
-    test = load("test")
-    channels, height, width = test.images.shape[1:]
-    statistics = _statistics(mean, std, IMAGENET, channels)
-    shape = (channels, height, width)
-    return Dataset("image_folder", classes, shape, *statistics, _load=load, _read={"test": test})
+            yield self.normalise(split.read(part)), split.labels[part]
 
 
 def stratified(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -186,32 +156,3 @@ def stratified(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tens
         members = np.flatnonzero(values == value)
         taken[generator.permutation(members)[: round(share * len(members))]] = True
     return torch.from_numpy(np.flatnonzero(~taken)), torch.from_numpy(np.flatnonzero(taken))
-
-
-def _hold_out(split: Split, name: str, share: float, seed: int) -> Split:
-    rest, held = stratified(split.labels, share, seed=seed)
-    chosen = held if name == "validation" else rest
-    if len(chosen) == 0:
-        raise LabError(
-            f"a validation share of {share} leaves no {name} images of the {len(split)} training images; "
-            "change data.validation"
-        )
-    return split.take(chosen)
-
-
-def _limit(split: Split, count: int | None) -> Split:
-    if count is None or count >= len(split):
-        return split
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(_TEST_SHUFFLE))
-    return split.take(order[:count])
-
-
-def _statistics(
-    mean: tuple[float, ...] | None, std: tuple[float, ...] | None,
-    default: tuple[tuple[float, ...], tuple[float, ...]], channels: int,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:  # fmt: skip
-    chosen = (mean or default[0], std or default[1])
-    for name, values in zip(("mean", "std"), chosen, strict=True):
-        if len(values) not in (1, channels):
-            raise LabError(f"data.{name} has {len(values)} values; the images have {channels} channels")
-    return chosen[0], chosen[1]

@@ -34,3 +34,7 @@ class RecipeError(UsageError):
         count = len(self.problems)
         head = "1 problem in the recipe" if count == 1 else f"{count} problems in the recipe"
         super().__init__("\n  ".join([f"{head}:", *map(str, self.problems)]))
+
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[tuple[Problem, ...]]]:
+        """So that it crosses from one process to another."""
+        return RecipeError, (self.problems,)

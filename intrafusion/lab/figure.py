@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from itertools import zip_longest
 from typing import Any
 
 from intrafusion.lab.pruning import ALL
@@ -40,6 +41,45 @@ def draw(study: Study) -> bytes:
     )  # fmt: skip
     figure.supxlabel("channels removed (%)", fontsize=9, color=INK)
     figure.supylabel("test accuracy (%)", fontsize=9, color=INK)
+    return _png(figure)
+
+
+def draw_finetuning(study: Study) -> bytes:
+    """A PNG: validation accuracy over the epochs of fine-tuning, one panel per pair; the axes start where it is."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from intrafusion.lab.finetuned import finetuned
+
+    found = finetuned(study)
+    columns = _columns(len(found))
+    rows = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(3.4 * columns + 0.8, 2.6 * rows + 0.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, tuned in zip_longest(axes.flat, found):
+        if tuned is None:
+            axis.set_visible(False)
+            continue
+        for method, colour in (("discard", DISCARD), ("fused", FUSED)):
+            values = tuned.validation(method)[1:]
+            epochs = range(1, len(values) + 1)
+            axis.plot(epochs, values, color=colour, marker="o", markersize=4, linewidth=1.8, label=method)
+        low = min(value for method in ("discard", "fused") for value in tuned.validation(method)[1:])
+        axis.set_ylim(low - 0.05 * (101 - low), 100.3)
+        axis.set_title(tuned.pair.label, fontsize=9, loc="left", color=INK)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        soften(axis)
+    axes.flat[0].legend(fontsize=8, frameon=False)
+    figure.suptitle(
+        f"{study.recipe.title}, fine-tuned", x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK
+    )  # fmt: skip
+    figure.supxlabel("epochs of fine-tuning", fontsize=9, color=INK)
+    figure.supylabel("validation accuracy (%)", fontsize=9, color=INK)
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=160, facecolor="white")
     return target.getvalue()
@@ -68,6 +108,11 @@ def style(axis: Any) -> None:
     """The look of a panel: channels removed from 0 to 100 %, accuracy from 0 to 100 %, light lines to read off."""
     axis.set_xlim(-2, 101)
     axis.set_ylim(0, 105)
+    soften(axis)
+
+
+def soften(axis: Any) -> None:
+    """Light lines to read off, and no frame but the lower edge."""
     axis.grid(axis="y", color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.tick_params(length=0, labelsize=8, colors=INK)

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees either the old content or the new, never a half."""
+"""Folders that appear only when they are complete, and where the cache lies."""
 
 from __future__ import annotations
 
@@ -9,32 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from intrafusion.files import write_atomic
+
+__all__ = ["cache_folder", "new_folder", "write_atomic"]
+
 
 def cache_folder() -> Path:
     """Where unpacked archives and decoded images are kept: ``$INTRAFUSION_CACHE`` or ``~/.cache/intrafusion``."""
     chosen = os.environ.get("INTRAFUSION_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "intrafusion"
-
-
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write ``content`` (text as UTF-8) to ``path``, replacing what is there in one step.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -1,13 +1,14 @@
-"""Folders of small images, one folder a class, decoded once into an array that later runs read in a moment."""
+"""Folders of images, one folder a class, decoded once into an array that later runs map into memory."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import shutil
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,31 +16,35 @@ from tqdm import tqdm
 
 from intrafusion.lab.archive import find_archive, is_archive, unpack
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.files import cache_folder, new_folder, write_atomic
+from intrafusion.lab.image_cache import Contents, ImageArray, Pixels, TooLarge, cached
 
 _log = logging.getLogger(__name__)
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm"})
-_MAX_BYTES = 16 * 2**30
-_FORMAT = 1
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm"})
+_AHEAD = 32
+"""Images that one worker decodes ahead of the writer."""
+_FORMAT = 2
+_Files = Sequence[tuple[Path, int]]
 
 
 @dataclass(frozen=True)
-class ImageArray:
-    """Decoded images and what was left out.
+class Decoding:
+    """How files become images.
 
     Attributes:
-        images: uint8 ``[N, 3, H, W]``, RGB.
-        labels: int64 ``[N]``, indices into ``classes``.
-        classes: folder names in alphabetical order.
-        skipped: files that could not be read, with the reason (only with ``on_corrupt="skip"``).
-        digest: sixteen hexadecimal digits of images, labels and classes.
+        size: side of the square that every image becomes, in pixels; images of exactly this size stay as they are.
+            ``None`` leaves all as they are, and they must agree.
+        resize: length that the shorter side is brought to before the square is cut out of the centre, in pixels;
+            ``None`` for 8/7 of ``size`` (256 for 224). Both steps are torchvision's, bilinear.
+        on_corrupt: ``"error"`` raises at the first unreadable image, ``"skip"`` leaves it out and says so.
+        workers: threads; ``None`` for one per processor.
+        progress: show a progress bar (on a terminal only).
     """
 
-    images: np.ndarray
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    skipped: tuple[str, ...]
-    digest: str
+    size: int | None = None
+    resize: int | None = None
+    on_corrupt: str = "error"
+    workers: int | None = None
+    progress: bool = True
 
 
 def locate(root: Path, *, progress: bool = True) -> Path:
@@ -62,38 +67,57 @@ def locate(root: Path, *, progress: bool = True) -> Path:
     raise LabError(f"{archive} does not hold the folders train/ and test/")
 
 
-def read_split(
-    folder: Path, *, on_corrupt: str = "error", progress: bool = True, size: int | None = None, limit: int | None = None
-) -> ImageArray:
-    """Decode ``folder/<class>/*`` or read the array an earlier call decoded from the same files.
+def read_split(folder: Path, decoding: Decoding | None = None, *, limit: int | None = None) -> ImageArray:
+    """Decode ``folder/<class>/*`` or map the array an earlier call decoded from the same files.
 
     "The same" means the same names, sizes and times of change.
 
     Args:
         folder: one split, with a folder for each class.
-        on_corrupt: ``"error"`` raises at the first unreadable image, ``"skip"`` leaves it out and says so.
-        size: side of the square that every image becomes, in pixels (the shorter side is brought to 8/7 of it and the
-            centre is cut out; images of exactly this size stay as they are); ``None`` leaves them as they are.
         limit: read only this many files of a fixed shuffle; ``None`` for all.
 
     Raises:
-        LabError: no class, a class without an image, an unreadable image, images of different sizes.
+        LabError: no class, a class without an image, an unreadable image, images of different sizes, no room for them
+            on disk or in memory.
     """
+    decoding = decoding or Decoding()
     classes, files = _list_files(folder)
     if limit is not None and limit < len(files):
         files = [files[i] for i in sorted(np.random.default_rng(0).permutation(len(files))[:limit])]
-    key = _fingerprint(folder, files, on_corrupt, size)
-    target = cache_folder() / "images" / f"{folder.name}-{key}"
-    cached = _read_cache(target)
-    if cached is None:
-        cached = _decode(folder, classes, files, on_corrupt, progress, size)
-        if target.exists():
-            shutil.rmtree(target)
-        _write_cache(target, cached)
-    if cached.skipped:
-        _log.warning("%d unreadable images were left out of %s: %s", len(cached.skipped), folder,
-                     "; ".join(cached.skipped[:5]))  # fmt: skip
-    return cached
+    try:
+        array = cached(
+            folder.name, _fingerprint(folder, files, decoding), partial(_decode, folder, classes, files, decoding)
+        )
+    except TooLarge as error:
+        raise LabError(
+            f"{error}, and the {len(files)} images of {folder} do not fit in memory; free some space, set "
+            "INTRAFUSION_CACHE to a folder on a larger disk, or read fewer (data.train_images, data.size)"
+        ) from None
+    if array.skipped:
+        _log.warning("%d unreadable images were left out of %s: %s", len(array.skipped), folder,
+                     "; ".join(array.skipped[:5]))  # fmt: skip
+    return array
+
+
+def image_shape(folder: Path, decoding: Decoding) -> tuple[int, int, int]:
+    """``(C, H, W)`` of the images of one split, from the first one that can be read.
+
+    Raises:
+        LabError: as :func:`read_split` would for that image.
+    """
+    if decoding.size is not None:
+        return 3, decoding.size, decoding.size
+    _, files = _list_files(folder)
+    failures: list[str] = []
+    for path, _ in files:
+        try:
+            channels, height, width = _read_image(path).shape
+            return channels, height, width
+        except LabError as error:
+            if decoding.on_corrupt == "error":
+                raise
+            failures.append(str(error))
+    raise LabError(f"no image of {folder} can be read: {failures[0]}")
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
@@ -104,7 +128,8 @@ def class_names(folder: Path) -> tuple[str, ...]:
     """
     if not folder.is_dir():
         raise LabError(f"{folder} does not exist")
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise LabError(f"{folder} holds no class folders; expected {folder / '<class>' / '*.jpg'}")
     return tuple(names)
@@ -118,64 +143,78 @@ def _list_files(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     classes = class_names(folder)
     files: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in _SUFFIXES)
+        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
         found = [path for path in found if not path.name.startswith(".")]
         if not found:
-            raise LabError(f"class folder {folder / name} holds no images ({', '.join(sorted(_SUFFIXES))})")
+            raise LabError(f"class folder {folder / name} holds no images ({', '.join(sorted(SUFFIXES))})")
         files += [(path, label) for path in found]
     return classes, files
 
 
-def _fingerprint(folder: Path, files: Sequence[tuple[Path, int]], on_corrupt: str, size: int | None) -> str:
-    total = hashlib.sha256(f"{_FORMAT}\n{folder.resolve()}\n{on_corrupt}{size or ''}".encode())
+def _fingerprint(folder: Path, files: _Files, decoding: Decoding) -> str:
+    how = f"{decoding.on_corrupt} {decoding.size} {decoding.resize}"
+    total = hashlib.sha256(f"{_FORMAT}\n{folder.resolve()}\n{how}".encode())
     for path, label in files:
         status = path.stat()
         total.update(f"{path.name}\n{label}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
     return total.hexdigest()[:16]
 
 
-def _decode(
-    folder: Path, classes: tuple[str, ...], files: Sequence[tuple[Path, int]], on_corrupt: str, progress: bool,
-    size: int | None,
-) -> ImageArray:  # fmt: skip
-    images: np.ndarray | None = None
+def _decode(folder: Path, classes: tuple[str, ...], files: _Files, decoding: Decoding, pixels: Pixels) -> Contents:
     labels: list[int] = []
     skipped: list[str] = []
     first = files[0][0]
-    bar = tqdm(files, desc=f"decode {folder.name}", unit=" images", delay=1, leave=False,
-               disable=None if progress else True)  # fmt: skip
-    for path, label in bar:
-        try:
-            pixels = _read_image(path, size)
-        except LabError as error:
-            if on_corrupt == "error":
-                raise
-            skipped.append(str(error))
+    bar = tqdm(_read_all(files, decoding), total=len(files), desc=f"decode {folder.name}", unit=" images", delay=1,
+               leave=False, disable=None if decoding.progress else True)  # fmt: skip
+    for path, label, image in bar:
+        if isinstance(image, LabError):
+            if decoding.on_corrupt == "error":
+                raise image
+            skipped.append(str(image))
             continue
-        if images is None:
-            images, first = _room_for(len(files), pixels, folder), path
-        elif pixels.shape != images.shape[1:]:
-            raise LabError(f"images differ in size: {path} is {_size(pixels)}, {first} is {_size(images[0])}")
-        images[len(labels)] = pixels
+        if not pixels.shape:
+            pixels.start(len(files), image.shape)
+            first = path
+        elif image.shape != pixels.shape:
+            raise LabError(
+                f"images differ in size: {path} is {_size(image.shape)}, {first} is {_size(pixels.shape)}; "
+                "data.size brings them to one"
+            )
+        pixels.add(image)
         labels.append(label)
     empty = [classes[label] for label in sorted({label for _, label in files} - set(labels))]
-    if images is None or empty:
+    if empty:
         raise LabError(f"no readable image is left in {folder} for class {', '.join(empty)}: {skipped[0]}")
-    images, label_array = images[: len(labels)], np.asarray(labels, dtype=np.int64)
-    return ImageArray(images, label_array, classes, tuple(skipped), _digest(images, label_array, classes))
+    return Contents(np.asarray(labels, dtype=np.int64), classes, tuple(skipped))
 
 
-def _read_image(path: Path, size: int | None = None) -> np.ndarray:
+def _read_all(files: _Files, decoding: Decoding) -> Iterator[tuple[Path, int, np.ndarray | LabError]]:
+    """Every file in order with its image or the reason why there is none; a bounded number is in memory at a time."""
+    workers = decoding.workers or os.cpu_count() or 1
+
+    def read(path: Path) -> np.ndarray | LabError:
+        try:
+            return _read_image(path, decoding.size, decoding.resize)
+        except LabError as error:
+            return error
+
+    with ThreadPoolExecutor(workers) as pool:  # Pillow decodes without the interpreter's lock
+        for start in range(0, len(files), _AHEAD * workers):
+            part = files[start : start + _AHEAD * workers]
+            images = pool.map(read, [path for path, _ in part])
+            yield from ((path, label, image) for (path, label), image in zip(part, images, strict=True))
+
+
+def _read_image(path: Path, size: int | None = None, resize: int | None = None) -> np.ndarray:
     from PIL import Image
+    from torchvision.transforms import functional as transform
 
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
+        with Image.open(path) as file:
+            image = file.convert("RGB")
             if size is not None and image.size != (size, size):
-                scale = 8 / 7 * size / min(image.size)
-                width, height = (round(side * scale) for side in image.size)
-                left, top = (width - size) // 2, (height - size) // 2
-                image = image.resize((width, height)).crop((left, top, left + size, top + size))
+                smaller: Image.Image = transform.resize(image, [resize or round(8 / 7 * size)])  # pyright: ignore
+                image: Image.Image = transform.center_crop(smaller, [size, size])  # pyright: ignore
             return np.asarray(image).transpose(2, 0, 1)
     except FileNotFoundError:
         raise LabError(f"{path} disappeared while it was read") from None
@@ -184,42 +223,5 @@ def _read_image(path: Path, size: int | None = None) -> np.ndarray:
         raise LabError(f"cannot read {path}: {reason}") from None
 
 
-def _room_for(count: int, pixels: np.ndarray, folder: Path) -> np.ndarray:
-    if count * pixels.size > _MAX_BYTES:
-        raise LabError(
-            f"the {count} images of {_size(pixels)} in {folder} would take "
-            f"{count * pixels.size / 2**30:.0f} GiB; image_folder is for data sets that fit in memory (16 GiB)"
-        )
-    return np.empty((count, *pixels.shape), dtype=np.uint8)
-
-
-def _size(pixels: np.ndarray) -> str:
-    return f"{pixels.shape[2]}x{pixels.shape[1]}"
-
-
-def _digest(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> str:
-    total = hashlib.sha256("\n".join(classes).encode())
-    total.update(str(images.shape).encode())
-    total.update(np.ascontiguousarray(images).data)
-    total.update(labels.tobytes())
-    return total.hexdigest()[:16]
-
-
-def _write_cache(target: Path, array: ImageArray) -> None:
-    with new_folder(target) as folder:
-        np.save(folder / "images.npy", array.images)
-        np.save(folder / "labels.npy", array.labels)
-        meta = {"classes": array.classes, "skipped": array.skipped, "digest": array.digest}
-        write_atomic(folder / "meta.json", json.dumps(meta))
-
-
-def _read_cache(target: Path) -> ImageArray | None:
-    if not target.is_dir():
-        return None
-    try:
-        meta = json.loads((target / "meta.json").read_text())
-        images, labels = np.load(target / "images.npy"), np.load(target / "labels.npy")
-        return ImageArray(images, labels, tuple(meta["classes"]), tuple(meta["skipped"]), meta["digest"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        _log.warning("the cached images in %s are damaged (%s); decoding again", target, error)
-        return None
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[2]}x{shape[1]}"

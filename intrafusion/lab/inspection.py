@@ -122,6 +122,8 @@ def _weights(recipe: Recipe) -> str:
     path = recipe.weights_path()
     if path is not None:
         return f"weights of {path}"
+    if recipe.model.pretrained is not None:
+        return f"weights: {recipe.model.weights}"
     if recipe.prune.global_pruning:
         return "untrained weights, so widths will differ: the global ranking depends on the weights"
     return "untrained weights, which give the widths of the trained ones"

@@ -20,6 +20,7 @@ from intrafusion.lab.weights import to_bytes
 LATENCY_BATCHES = (1, 64)
 MEMORY_BATCH = 64
 _LONGEST_TIMING = 0.5  # seconds per batch size; a slower network is still run four times
+_TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,13 @@ def measure_latency(model: nn.Module, example: Tensor, batch: int) -> Latency:
         timer = _timer_class()("model(images)", globals=variables, num_threads=threads)
         timed = timer.adaptive_autorange(max_run_time=_LONGEST_TIMING)
     return Latency(batch, timed.median, timed.iqr, device_name(example.device), threads)
+
+
+def latency_share(model: nn.Module, dense: nn.Module, example: Tensor, batch: int) -> float:
+    """How much of ``dense``'s latency ``model`` has: both are timed in turns, so that a busy machine slows both."""
+    pairs = [[measure_latency(each, example, batch).median for each in (model, dense)] for _ in range(_TURNS)]
+    ours, theirs = (min(times) for times in zip(*pairs, strict=True))
+    return ours / theirs
 
 
 def _timer_class() -> Any:

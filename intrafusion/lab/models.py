@@ -1,4 +1,4 @@
-"""Networks by name: the CIFAR ResNets and VGG of the checkpoints, a small digits CNN, and doors to others.
+"""Networks by name: ResNets and VGG for CIFAR, a small digits CNN, and doors to others.
 
 ``torchvision:NAME``, ``timm:NAME`` and ``package.module:factory`` reach networks that are defined elsewhere.
 """
@@ -36,16 +36,23 @@ class ZeroPadShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: ``[N, C, H, W] -> [N, planes, H / stride, W / stride]``."""
+    """Two 3x3 convolutions beside a shortcut: ``[N, C, H, W] -> [N, planes, H / stride, W / stride]``.
 
-    def __init__(self, channels: int, planes: int, stride: int) -> None:
+    Where the shape changes, the shortcut is a 1x1 convolution with batch-norm if ``project``, else zero-padding.
+    """
+
+    def __init__(self, channels: int, planes: int, stride: int, project: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, planes, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
-        unchanged = stride == 1 and channels == planes
-        self.shortcut = nn.Identity() if unchanged else ZeroPadShortcut(stride, (planes - channels) // 2)
+        if stride == 1 and channels == planes:
+            self.shortcut = nn.Identity()
+        elif project:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+        else:
+            self.shortcut = ZeroPadShortcut(stride, (planes - channels) // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -74,6 +81,30 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.layer3(self.layer2(self.layer1(y)))
+        return self.linear(F.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+class CifarResNet18(nn.Module):
+    """ResNet-18 for 32x32 images: a 3x3 stem without a max-pool, then 64-128-256-512 channels, two blocks each.
+
+    ``[N, 3, H, W] -> [N, num_classes]``. The keys are those of the widely used ``pytorch-cifar`` checkpoints. ``width``
+    is the number of channels of the first stage.
+    """
+
+    def __init__(self, num_classes: int = 10, width: int = 64) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, 2, stride=1)
+        self.layer2 = _stage(width, 2 * width, 2, stride=2, project=True)
+        self.layer3 = _stage(2 * width, 4 * width, 2, stride=2, project=True)
+        self.layer4 = _stage(4 * width, 8 * width, 2, stride=2, project=True)
+        self.linear = nn.Linear(8 * width, num_classes)
+        _initialise_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.layer4(self.layer3(self.layer2(self.layer1(y))))
         return self.linear(F.adaptive_avg_pool2d(y, 1).flatten(1))
 
 
@@ -130,9 +161,9 @@ class DigitsCNN(nn.Module):
         return self.classifier(self.features(x).flatten(1))
 
 
-def _stage(channels: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+def _stage(channels: int, planes: int, blocks: int, stride: int, project: bool = False) -> nn.Sequential:
     rest = [BasicBlock(planes, planes, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(BasicBlock(channels, planes, stride), *rest)
+    return nn.Sequential(BasicBlock(channels, planes, stride, project), *rest)
 
 
 def _initialise_(model: nn.Module) -> None:
@@ -149,6 +180,7 @@ def _resnet(depth: int) -> Callable[[int], nn.Module]:
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     **{f"cifar_resnet{depth}": _resnet(depth) for depth in (20, 32, 44, 56, 110)},
+    "cifar_resnet18": lambda num_classes: CifarResNet18(num_classes),
     "cifar_vgg11_bn": lambda num_classes: CifarVGG(num_classes=num_classes),
     "digits_cnn": lambda num_classes: DigitsCNN(num_classes),
 }

@@ -56,15 +56,17 @@ def parse(text: str, file: str) -> Node:
     return tree
 
 
-def parse_assignment(argument: str) -> tuple[list[str], Node]:
+def parse_assignment(argument: str, where: str = "") -> tuple[list[str], Node]:
     """``a.b=c`` to ``(["a", "b"], c)`` where ``c`` is read as YAML, or as plain text where that fails.
+
+    ``where`` is the place that the value remembers, the argument itself if not given.
 
     Raises:
         RecipeError: there is no ``=`` or an empty name in the path.
     """
     path, equals, value = argument.partition("=")
     keys = path.strip().split(".")
-    where = f"--set {argument}"
+    where = where or f"--set {argument}"
     if not equals or not all(keys):
         raise RecipeError([Problem(where, "", "expected --set section.key=value")])
     try:
@@ -120,7 +122,7 @@ class _Builder:
         self.count = 0
 
     def place(self, node: yaml.Node) -> str:
-        return self.file if self.file.startswith("--set") else f"{self.file}:{node.start_mark.line + 1}"
+        return self.file if self.file.startswith("--") else f"{self.file}:{node.start_mark.line + 1}"
 
     def build(self, node: yaml.Node, path: str = "", depth: int = 0) -> Node:
         where = self.place(node)

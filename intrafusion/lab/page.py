@@ -7,6 +7,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
+from intrafusion.lab.finetuned import METHODS, finetuned, finetuned_note, finetuned_table
 from intrafusion.lab.measure import LATENCY_BATCHES
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import to_yaml
@@ -16,6 +17,7 @@ from intrafusion.lab.report import (
     Study,
     command,
     measurements,
+    networks_note,
     published_note,
     shown_skipped,
     si,
@@ -25,7 +27,7 @@ from intrafusion.lab.report import (
 from intrafusion.lab.results import Result
 from intrafusion.lab.svg import Point, accuracy_chart, plan_picture
 
-_LEGEND = (
+LEGEND = (
     '<p class="legend"><span class="fused">fused</span> <span class="discard">discard</span> '
     '<span class="dense">dense</span></p>'
 )
@@ -35,29 +37,34 @@ _DRAWN_WIDTH = 64
 
 def to_html(study: Study, folder: Path) -> str:
     """The whole page; every text from outside is escaped, and nothing is fetched."""
-    title = escape(study.recipe.title)
-    style = resources.files("intrafusion.lab").joinpath("page.css").read_text(encoding="utf-8")
     parts = [
-        f"<h1>{title}</h1>",
         f"<p>{escape(verdict(study))}</p>",
         *_what_was_run(study),
         *_dense(study),
         *_curves(study),
+        *_finetuned(study),
         *_groups(study),
         *_plan(study),
         *_only_selected(study),
         *_rows(study),
         *_skipped(study),
+        f"<h2>The networks</h2><p>{escape(networks_note(study)).replace('`', '')}</p>" if networks_note(study) else "",
         f"<h2>Again</h2><pre>{escape(command(folder))}</pre>",
         "<p>Every number with its cell is in <code>results.jsonl</code> and <code>results.csv</code>.</p>",
     ]
-    body = "\n".join(part for part in parts if part)
+    return document(study.recipe.title, parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A page of its own from its title, as text, and its parts, as HTML; empty parts are left out."""
+    style = resources.files("intrafusion.lab").joinpath("page.css").read_text(encoding="utf-8")
+    title, body = escape(title), "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         f"<title>{title}: pruned with and without fusion</title>\n<style>\n{style}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<body>\n<main>\n<h1>{title}</h1>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -73,7 +80,7 @@ def _what_was_run(study: Study) -> list[str]:
     return [
         "<h2>What was run</h2>",
         "<p>Channels are ranked by the importance; <em>discard</em> and <em>fused</em> keep the same ones, have the "
-        "same shapes and are not fine-tuned.</p>",
+        f"same shapes and are not fine-tuned{', but for the section on it' if recipe.finetune else ''}.</p>",
         _facts(facts),
         f"<details><summary>The recipe with every setting</summary><pre>{escape(to_yaml(recipe))}</pre></details>",
         f"<details><summary>Versions</summary>{_facts(versions)}</details>" if versions else "",
@@ -92,21 +99,12 @@ def _dense(study: Study) -> list[str]:
 def _curves(study: Study) -> list[str]:
     if not study.pairs:
         return []
-    dense = Point(0.0, study.dense.accuracy.percent, f"dense {study.dense.accuracy}")
     groups = list(dict.fromkeys(pair.group for pair in study.pairs))
     size = "figures large" if groups == [ALL] else "figures"
-    parts = ["<h2>Accuracy, in % of the test images</h2>", _LEGEND, f'<div class="{size}">']
+    parts = ["<h2>Accuracy, in % of the test images</h2>", LEGEND, f'<div class="{size}">']
     for group in groups:
-        pairs = [pair for pair in study.pairs if pair.group == group]
         name = "Against channels removed" + ("" if group == ALL else f": {group}")
-        lines = {
-            "discard": [_point(100 * pair.ratio, pair.discard) for pair in pairs],
-            "fused": [_point(100 * pair.ratio, pair.fused) for pair in pairs],
-        }
-        told = "; ".join(f"{pair.ratio:.0%}: {pair.fused.accuracy} and {pair.discard.accuracy}" for pair in pairs)
-        alt = f"Accuracy of the fused and the discarded network. {name}. {told}"
-        chart = accuracy_chart(lines, dense, alt=alt, x_label="channels removed (%)", x_top=100, joined=True)
-        parts.append(_figure(chart, name))
+        parts.append(against_ratio(study.dense, [pair for pair in study.pairs if pair.group == group], name))
     costs = [study.dense, *(pair.fused for pair in study.pairs)]
     work = {result: (result.macs / 1e6, 0.0) for result in costs}
     parts.append(_against(study, work, "MACs (millions)", "Against multiply-accumulates of one image"))
@@ -125,6 +123,19 @@ def _curves(study: Study) -> list[str]:
     return parts
 
 
+def against_ratio(dense: Result, pairs: Sequence[Pair], name: str) -> str:
+    """Accuracy of one group's, or the whole network's, pairs over the share of channels removed."""
+    start = Point(0.0, dense.accuracy.percent, f"dense {dense.accuracy}")
+    lines = {
+        "discard": [_point(100 * pair.ratio, pair.discard) for pair in pairs],
+        "fused": [_point(100 * pair.ratio, pair.fused) for pair in pairs],
+    }
+    told = "; ".join(f"{pair.ratio:.0%}: {pair.fused.accuracy} and {pair.discard.accuracy}" for pair in pairs)
+    alt = f"Accuracy of the fused and the discarded network. {name}. {told}"
+    chart = accuracy_chart(lines, start, alt=alt, x_label="channels removed (%)", x_top=100, joined=True)
+    return figure(chart, name)
+
+
 def _against(study: Study, costs: Mapping[Result, tuple[float, float]], label: str, caption: str) -> str:
     """Accuracy over what the dense and the fused networks cost, with its spread; a discarded one costs the same."""
     lines: dict[str, list[Point]] = {"discard": [], "fused": []}
@@ -135,7 +146,26 @@ def _against(study: Study, costs: Mapping[Result, tuple[float, float]], label: s
     start = Point(costs[dense][0], dense.accuracy.percent, f"dense {dense.accuracy}", costs[dense][1])
     alt = f"Accuracy of the fused and the discarded networks. {caption}. The figures are in the table of every row"
     joined = all(pair.group == ALL for pair in study.pairs)
-    return _figure(accuracy_chart(lines, start, alt=alt, x_label=label, joined=joined), caption)
+    return figure(accuracy_chart(lines, start, alt=alt, x_label=label, joined=joined), caption)
+
+
+def _finetuned(study: Study) -> list[str]:
+    found = finetuned(study)
+    if not found:
+        return []
+    parts = ["<h2>After fine-tuning</h2>", f"<p>{escape(finetuned_note(study))}</p>"]
+    parts += [html_table(*finetuned_table(study)), LEGEND, '<div class="figures">']
+    for tuned in found:
+        curves = {method: list(enumerate(tuned.validation(method)))[1:] for method in METHODS}
+        lines = {
+            method: [Point(epoch, value, f"{method}, epoch {epoch}: {value:.2f} %") for epoch, value in curve]
+            for method, curve in curves.items()
+        }
+        name = f"Validation accuracy, in %, over the epochs: {tuned.pair.label}"
+        ends = ", ".join(f"{method} {curve[-1][1]:.2f} %" for method, curve in curves.items())
+        chart = accuracy_chart(lines, None, alt=f"{name}. At the end: {ends}", x_label="epochs", joined=True)
+        parts.append(figure(chart, name))
+    return [*parts, "</div>"]
 
 
 def _groups(study: Study) -> list[str]:
@@ -144,7 +174,7 @@ def _groups(study: Study) -> list[str]:
         pairs = [pair for pair in study.pairs if pair.ratio == study.middle]
         bars = [_accuracy_bars(pair, study.dense.accuracy.percent) for pair in pairs]
         note = '<p class="soft">The dashed line is the dense network.</p>'
-        return [f"<h2>Each group alone, {at}</h2>", _LEGEND, note, _bars(bars)] if bars else []
+        return [f"<h2>Each group alone, {at}</h2>", LEGEND, note, _bars(bars)] if bars else []
     lines = study.middle_groups
     widest = max((line.before for line in lines), default=1)
     bars = [
@@ -203,8 +233,8 @@ def _plan(study: Study) -> list[str]:
         f"<p>The plan of <code>{escape(line.name)}</code> at {study.middle:.4g} removed: {line.before} channels, "
         f"{line.after} of which stay. A curve goes from each channel to the kept one that the plan gives most of it "
         f"to; grey where a channel stays itself, paler for a smaller part.{start if corrected else ''}</p>",
-        _figure(plan_picture(line.plan, alt), f"{line.name}, plan cost {line.cost:.4g}"),
-        f"<details><summary>The same as a table</summary>{_table(['kept channel', 'made of'], rows)}</details>",
+        figure(plan_picture(line.plan, alt), f"{line.name}, plan cost {line.cost:.4g}"),
+        f"<details><summary>The same as a table</summary>{html_table(['kept channel', 'made of'], rows)}</details>",
     ]
 
 
@@ -233,7 +263,7 @@ def _reasons(study: Study, *, fused: bool) -> str:
             if line.reason and fused == (line.merged not in ("selection", "untouched")):
                 found.setdefault((line.name, line.reason), []).append(f"{pair.ratio:.4g}")
     rows = [[name, reason, ", ".join(dict.fromkeys(at))] for (name, reason), at in found.items()]
-    return _table(["group", "reason", "removed"], rows) if rows else ""
+    return html_table(["group", "reason", "removed"], rows) if rows else ""
 
 
 def _rows(study: Study) -> list[str]:
@@ -244,7 +274,7 @@ def _rows(study: Study) -> list[str]:
         "<p>Each fused network beside the discarded one that keeps the same channels; gains are in points of "
         "accuracy.</p>",
         f"<p>{escape(note)}</p>" if note else "",
-        _table(header, rows),
+        html_table(header, rows),
     ]
 
 
@@ -264,7 +294,8 @@ def _point(x: float, result: Result, spread: float = 0.0) -> Point:
     return Point(x, result.accuracy.percent, f"{result.cell.method}, {at}: {result.accuracy}", spread)
 
 
-def _figure(svg: str, caption: str) -> str:
+def figure(svg: str, caption: str) -> str:
+    """A picture under its caption."""
     return f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
 
 
@@ -273,8 +304,8 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f'<dl class="facts">{entries}</dl>'
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In a box of its own, which scrolls where the page is too narrow."""
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in a box of its own, which scrolls where the page is too narrow."""
     kinds = [_KINDS.get(name, "number") for name in header]
     head = "".join(
         f'<th scope="col" class="{kind}">{escape(name)}</th>' for name, kind in zip(header, kinds, strict=True)
@@ -287,5 +318,5 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(name: str, kind: str, text: str) -> str:
-    tone = {"+": " win", "-": " loss"}.get(text[:1], "") if name == "gain" and float(text) else ""
+    tone = {"+": " win", "-": " loss"}.get(text[:1], "") if name == "gain" and float(text.split()[0]) else ""
     return f'<td class="{kind}{tone}">{escape(text.replace(" -> ", " → "))}</td>'

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +15,21 @@ import yaml
 from intrafusion.fusion import PRESETS, Fusion
 from intrafusion.lab.errors import LabError, Problem, RecipeError, UsageError
 from intrafusion.lab.fusion_key import fusion_schema, read_fusion
+from intrafusion.lab.grid import GRID_SCHEMA, Grid, combinations, grids_of, read_grids, value_text
 from intrafusion.lab.models import build_model, find_layers
-from intrafusion.lab.nodes import override, parse, parse_assignment
+from intrafusion.lab.nodes import Node, override, parse, parse_assignment
+from intrafusion.lab.pretrained import WrongClasses, find_pretrained
 from intrafusion.lab.schema import Reader, json_schema, key_of, option, options
-from intrafusion.lab.sections import DataSection, ModelSection, PruneSection, TrainSection
+from intrafusion.lab.sections import (
+    DataSection,
+    FinetuneSection,
+    ModelSection,
+    PruneSection,
+    TrainSection,
+    pretrained_name,
+)
+
+_SHORTHANDS = {"fusion": "preset"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +51,17 @@ class Recipe:
         parse=read_fusion,
         schema=fusion_schema(),
     )
+    finetune: FinetuneSection | None = option(None, "train both networks of every pair after pruning")
+    sweep: tuple[Mapping[str, Any], ...] | None = option(
+        None,
+        "for `intrafusion sweep`: keys with lists of values, as in {prune.importance: [l1, l2]}, or a list of such",
+        parse=read_grids,
+        schema={"anyOf": [GRID_SCHEMA, {"type": "array", "items": GRID_SCHEMA, "minItems": 1}, {"type": "null"}]},
+    )
     output: str = option(doc="folder of the run")
+    keep: Literal["none", "fused", "all"] | None = option(
+        None, "pruned networks that stay in the folder; null for fused, or none with groups: each"
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where the network runs; auto takes a GPU if there is one")
     threads: int | None = option(
         None, "processor threads of torch; null for torch's choice; 1 gives the same numbers on every machine", ge=1
@@ -48,22 +70,34 @@ class Recipe:
     source: str = field(default="", repr=False, compare=False)
 
     def check(self) -> Iterator[tuple[str, str]]:
+        """The weights come from somewhere."""
+        if self.model is not None and self.model.weights is None and self.train is None:
+            yield "model.weights", "missing; give a safetensors file, or add a section 'train'"
+
+    def check_here(self) -> Iterator[tuple[str, str]]:
         """There is a network with the layers that are named, and the weights exist."""
         if self.model is None:
             return
         if self.model.name is not None:
             yield from _layer_problems(self.model, self.prune)
-        if self.model.weights is None and self.train is None:
-            yield "model.weights", "missing; give a safetensors file, or add a section 'train'"
-        if self.model.weights is not None:
+        if pretrained_name(self.model.weights) is not None:
+            yield from _pretrained_problems(self.model)
+        elif self.model.weights is not None:
             tried = weight_places(self.model.weights, self.data.root if self.data else None)
             if not any(path.is_file() for path in tried):
-                yield "model.weights", f"no such file: {' or '.join(map(str, tried))}"
+                hint = "; did you mean 'pretrained'?" if get_close_matches(self.model.weights, ["pretrained"]) else ""
+                yield "model.weights", f"no such file: {' or '.join(map(str, tried))}{hint}"
 
     @property
     def title(self) -> str:
         """What was pruned, in a few words."""
-        return f"{self.model.name} on {self.data.title or self.data.name}"
+        return f"{self.model.name} on {self.data.shown}"
+
+    @property
+    def kept_methods(self) -> tuple[str, ...]:
+        """The methods whose networks are kept."""
+        keep = self.keep or ("none" if self.prune.groups == "each" else "fused")
+        return {"none": (), "fused": ("fused",), "all": ("fused", "discard")}[keep]
 
     def fusion_text(self) -> str:
         """The fusion by its preset name where it has one."""
@@ -75,8 +109,8 @@ class Recipe:
         return RecipeError([Problem(self.places.get(key, self.source), key, message)])
 
     def weights_path(self) -> Path | None:
-        """The weights file, or ``None`` if the network is trained."""
-        if self.model.weights is None:
+        """The weights file, or ``None`` if the network is trained or a library has its weights."""
+        if self.model.weights is None or self.model.pretrained is not None:
             return None
         tried = weight_places(self.model.weights, self.data.root)
         return next((path for path in tried if path.is_file()), tried[0])
@@ -99,6 +133,20 @@ def _layer_problems(model: ModelSection, prune: PruneSection | None) -> Iterator
             yield key, str(error)
 
 
+def _pretrained_problems(model: ModelSection) -> Iterator[tuple[str, str]]:
+    """The library has no such weights, or they do not fit, or they would have to be downloaded."""
+    if model.name is None:
+        return
+    try:
+        found = find_pretrained(model.name, pretrained_name(model.weights) or "")
+        if model.num_classes is not None:
+            found.check(model.num_classes, model.download)
+    except WrongClasses as error:
+        yield "model.num_classes", str(error)
+    except LabError as error:
+        yield "model.weights", str(error)
+
+
 def weight_places(weights: str, root: str | None) -> list[Path]:
     """Where a weights file is looked for: beside the images first, then in the current folder."""
     path = Path(weights)
@@ -106,6 +154,14 @@ def weight_places(weights: str, root: str | None) -> list[Path]:
         return [path]
     folder = Path(root) if not Path(root).is_file() else Path(root).parent
     return [folder / path, path]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One recipe of a sweep: the keys that make it differ from the others, as text, and the recipe itself."""
+
+    settings: Mapping[str, str]
+    recipe: Recipe
 
 
 def load_recipe(path: Path | str, assignments: Sequence[str] = ()) -> Recipe:
@@ -119,26 +175,79 @@ def load_recipe(path: Path | str, assignments: Sequence[str] = ()) -> Recipe:
         RecipeError: with every problem: file and line, key, what is wrong, what is allowed.
         UsageError: the file cannot be read.
     """
+    return read_recipe(read_text(path), str(path), assignments)
+
+
+def read_recipe(text: str, source: str = "recipe", assignments: Sequence[str] = (), *, here: bool = True) -> Recipe:
+    """:func:`load_recipe` on text; ``here`` off accepts files, folders and packages that this machine lacks."""
+    tree, problems = _assigned(parse(text, source), assignments)
+    recipe, more = _read(tree, source, here)
+    if recipe is None or problems:
+        raise RecipeError([*problems, *more])
+    return recipe
+
+
+def read_points(
+    text: str, source: str = "recipe", assignments: Sequence[str] = (), grids: Sequence[Grid] = ()
+) -> list[Point]:
+    """The recipes of a sweep: one for each combination of ``grids``, or of the recipe's own section ``sweep``.
+
+    Without either there is one point, the recipe itself, with no settings.
+
+    Raises:
+        RecipeError: with every problem of every point, each once.
+    """
+    tree, problems = _assigned(parse(text, source), assignments)
+    own = tree.value.get("sweep") if isinstance(tree.value, dict) else None
+    if own is not None:
+        reader = Reader()
+        read_grids(reader, own, "sweep")
+        problems += reader.problems
+        tree = replace(tree, value={key: child for key, child in tree.value.items() if key != "sweep"})
+    if problems:
+        raise RecipeError(problems)
+    points = []
+    for values in list(combinations(grids or grids_of(own))) or [{}]:
+        changed = tree
+        for key, node in values.items():
+            changed = override(changed, key.split("."), node, _SHORTHANDS)
+        recipe, more = _read(changed, source, here=True)
+        problems += [problem for problem in more if problem not in problems]
+        if recipe is not None:
+            points.append(Point({key: value_text(node) for key, node in values.items()}, recipe))
+    if problems:
+        raise RecipeError(problems)
+    return points
+
+
+def read_text(path: Path | str) -> str:
+    """The text of a recipe.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the recipe {path}: {error}") from None
-    return read_recipe(text, str(path), assignments)
 
 
-def read_recipe(text: str, source: str = "recipe", assignments: Sequence[str] = ()) -> Recipe:
-    """:func:`load_recipe` on text."""
-    tree = parse(text, source)
-    reader = Reader()
+def _assigned(tree: Node, assignments: Sequence[str]) -> tuple[Node, list[Problem]]:
+    problems: list[Problem] = []
     for assignment in assignments:
         try:
-            tree = override(tree, *parse_assignment(assignment), {"fusion": "preset"})
+            tree = override(tree, *parse_assignment(assignment), _SHORTHANDS)
         except RecipeError as error:
-            reader.problems += error.problems
+            problems += error.problems
+    return tree, problems
+
+
+def _read(tree: Node, source: str, here: bool) -> tuple[Recipe | None, list[Problem]]:
+    reader = Reader(here)
     recipe = reader.section(Recipe, tree, "")
     if reader.problems:
-        raise RecipeError(reader.problems)
-    return replace(recipe, places=reader.places, source=source)
+        return None, reader.problems
+    return replace(recipe, places=reader.places, source=source), []
 
 
 def to_mapping(section: Any) -> dict[str, Any]:
@@ -168,7 +277,7 @@ def to_yaml(recipe: Recipe) -> str:
     weights = recipe.weights_path()
     resolved = replace(
         recipe,
-        model=replace(recipe.model, weights=None if weights is None else str(weights.resolve())),
+        model=recipe.model if weights is None else replace(recipe.model, weights=str(weights.resolve())),
         data=replace(recipe.data, root=recipe.data.root and str(Path(recipe.data.root).resolve())),
     )
     return yaml.safe_dump(to_mapping(resolved), sort_keys=False, allow_unicode=True)

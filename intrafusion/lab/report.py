@@ -65,10 +65,11 @@ class Study:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """One entry per group and ratio, in the order of the run."""
-        fused = {(r.cell.group, r.cell.ratio): r for r in self.results if r.cell.method == "fused"}
-        discarded = [r for r in self.results if r.cell.method == "discard"]
-        return [Pair(r.cell.group, r.cell.ratio, r, fused[r.cell.group, r.cell.ratio]) for r in discarded]
+        """One entry per group and ratio of which both networks are measured, in the order of the run."""
+        pruned = [r for r in self.results if r.cell.stage == "pruned"]
+        fused = {(r.cell.group, r.cell.ratio): r for r in pruned if r.cell.method == "fused"}
+        places = [((r.cell.group, r.cell.ratio), r) for r in pruned if r.cell.method == "discard"]
+        return [Pair(*place, discard, fused[place]) for place, discard in places if place in fused]
 
     @cached_property
     def published(self) -> Published | None:
@@ -89,23 +90,36 @@ class Study:
 
 def write_report(study: Study, folder: Path) -> str:
     """Write ``report.md``, ``report.html``, ``results.csv`` and ``accuracy.png``; return the table for the terminal."""
-    from intrafusion.lab.figure import draw
+    from intrafusion.lab.figure import draw, draw_finetuning
+    from intrafusion.lab.finetuned import finetuned
     from intrafusion.lab.page import to_html
 
     write_atomic(folder / "accuracy.png", draw(study))
-    write_atomic(folder / "results.csv", to_csv(study))
+    if finetuned(study):
+        write_atomic(folder / "finetuned.png", draw_finetuning(study))
+    write_atomic(folder / "results.csv", to_csv(csv_rows(study)))
     write_atomic(folder / "report.md", to_markdown(study, folder))
     write_atomic(folder / "report.html", to_html(study, folder))
     return to_text(study)
 
 
 def to_text(study: Study) -> str:
-    """The summary and the table, aligned with spaces."""
-    header, rows = table(study)
+    """The summary and the tables, aligned with spaces."""
+    from intrafusion.lab.finetuned import finetuned_table
+
+    parts = [summary(study), text_table(*table(study))]
+    header, rows = finetuned_table(study)
+    if rows:
+        parts += ["after fine-tuning both alike:", text_table(header, rows)]
+    return "\n\n".join(parts)
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned to the right with spaces, a rule below the header."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([summary(study), "", text[0], "-" * len(text[0]), *text[1:]])
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
 def to_markdown(study: Study, folder: Path) -> str:
@@ -117,14 +131,16 @@ def to_markdown(study: Study, folder: Path) -> str:
         f"# {recipe.title}",
         f"{summary(study)}. {verdict(study)}".rstrip(),
         f"Channels are ranked by `{recipe.prune.importance}`; `discard` and `fused` keep the same ones and are not "
-        f"fine-tuned. Fusion: `{recipe.fusion_text()}`. A gain is in points of accuracy.",
-        _markdown_table(header, rows, "r" * len(header)),
+        f"fine-tuned here. Fusion: `{recipe.fusion_text()}`. A gain is in points of accuracy.",
+        markdown_table(header, rows, "r" * len(header)),
         *([f"The dense network: {'; '.join(f'{name}: {text}' for name, text in dense.items())}."] if dense else []),
         *([TIMED_ONCE] if study.dense.latency else []),
         *([published_note(study)] if study.published else []),
         "![Accuracy over the share of channels removed](accuracy.png)",
+        *_finetuned_part(study),
         *_groups_part(study),
         *_skipped_part(study),
+        *([f"## The networks\n\n{networks_note(study)}"] if study.recipe.kept_methods else []),
         "## Again",
         f"```\n{command(folder)}\n```",
         "Every number with its cell is in `results.jsonl` and `results.csv`, every setting in `recipe.yaml`, every "
@@ -133,21 +149,27 @@ def to_markdown(study: Study, folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_csv(study: Study) -> str:
-    """One line per cell, with plain numbers; empty where nothing was measured."""
-    rows = []
-    for result in study.results:
-        timed = {latency.batch: latency for latency in result.latency}
-        row = {name: getattr(result.cell, name) for name in ("method", "group", "ratio")}
-        row |= {name: getattr(result, name) for name in _CSV_COLUMNS}
-        for batch in LATENCY_BATCHES:
-            row |= {f"latency_{batch}_{part}_s": getattr(timed.get(batch), part, None) for part in ("median", "iqr")}
-        rows.append(row)
+def to_csv(rows: Sequence[Mapping[str, object]]) -> str:
+    """Lines with plain numbers, as :func:`csv_rows` gives them; empty where nothing was measured."""
     target = io.StringIO()
     writer = csv.DictWriter(target, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return target.getvalue()
+
+
+def csv_rows(study: Study) -> list[dict[str, object]]:
+    """One row per cell."""
+    rows: list[dict[str, object]] = []
+    for result in study.results:
+        timed = {latency.batch: latency for latency in result.latency}
+        row = {name: getattr(result.cell, name) for name in ("method", "group", "ratio", "stage", "seed")}
+        row |= {name: getattr(result, name) for name in _CSV_COLUMNS}
+        row["best_epoch"] = result.curve and result.curve.best
+        for batch in LATENCY_BATCHES:
+            row |= {f"latency_{batch}_{part}_s": getattr(timed.get(batch), part, None) for part in ("median", "iqr")}
+        rows.append(row)
+    return rows
 
 
 def command(folder: Path) -> str:
@@ -182,8 +204,9 @@ def published_note(study: Study) -> str:
     theirs = study.published
     if theirs is None:
         return ""
+    dense = "not given" if theirs.dense is None else f"{theirs.dense:.2f} %"
     return (
-        f"Published: {theirs.source}; {theirs.where}. It is another checkpoint (dense {theirs.dense:.2f} %, ours "
+        f"Published: {theirs.source}; {theirs.where}. It is another checkpoint (dense {dense}, ours "
         f"{study.dense.accuracy}), so compare what is lost, not the figures themselves."
     )
 
@@ -227,6 +250,20 @@ def measurements(result: Result) -> dict[str, str]:
     return found
 
 
+def _finetuned_part(study: Study) -> list[str]:
+    from intrafusion.lab.finetuned import finetuned_note, finetuned_table
+
+    header, rows = finetuned_table(study)
+    if not rows:
+        return []
+    return [
+        "## After fine-tuning",
+        finetuned_note(study),
+        markdown_table(header, rows, "r" * len(header)),
+        "![Validation accuracy over the epochs of fine-tuning](finetuned.png)",
+    ]
+
+
 def _groups_part(study: Study) -> list[str]:
     lines = study.middle_groups
     if not lines:
@@ -242,7 +279,7 @@ def _groups_part(study: Study) -> list[str]:
         for line in lines
     ]
     header = ["group", "channels", "plan cost", "merged by", "note"]
-    return [f"## Groups at {study.middle:.4g} removed", _markdown_table(header, rows, "lrrll")]
+    return [f"## Groups at {study.middle:.4g} removed", markdown_table(header, rows, "lrrll")]
 
 
 def _skipped_part(study: Study) -> list[str]:
@@ -251,13 +288,24 @@ def _skipped_part(study: Study) -> list[str]:
     return ["## Test images left out", "\n".join(f"* {entry}" for entry in shown_skipped(study))]
 
 
+def networks_note(study: Study) -> str:
+    """Where the pruned networks are, and how one is had."""
+    if not study.recipe.kept_methods:
+        return ""
+    return (
+        "The pruned networks are in `networks/` as safetensors: `intrafusion.load(FILE)` gives one back anywhere, "
+        "`intrafusion.export` makes it ONNX."
+    )
+
+
 def shown_skipped(study: Study) -> list[str]:
     """The first images that were left out, and how many more there are."""
     more = len(study.skipped) - _SHOWN_SKIPPED
     return [*study.skipped[:_SHOWN_SKIPPED], *([f"and {more} more"] if more > 0 else [])]
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> str:
+    """``sides`` says for each column whether it is aligned to the left, ``l``, or to the right, ``r``."""
     rules = ["---:" if side == "r" else "---" for side in sides]
     lines = [header, rules, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -14,15 +14,36 @@ from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import Accuracy, Latency
 
 Method = Literal["dense", "discard", "fused"]
+Stage = Literal["pruned", "finetuned"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to measure: a method, a ratio in [0, 1), and a group's name or ``"all"``."""
+    """One thing to measure: a method, a ratio in [0, 1), and a group's name or ``"all"``; as pruned, or fine-tuned."""
 
     method: Method
     ratio: float
     group: str
+    stage: Stage = "pruned"
+    seed: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """What the cell is, in plain values; only a fine-tuned one has a stage and a seed."""
+        return {name: value for name, value in asdict(self).items() if value not in ("pruned", None)}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a network was fine-tuned.
+
+    losses: mean training loss of epochs 1, 2, ...; validation: per cent, from epoch 0 (before the first step) on;
+    best: the epoch that was chosen on them; test: ``(epoch, correct)`` for the epochs that were to be reported.
+    """
+
+    losses: tuple[float, ...]
+    validation: tuple[float, ...]
+    best: int
+    test: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +68,8 @@ class Result:
 
     kept: digest of the removed channels; seconds: of pruning and evaluating; top5: images whose label is among the five
     largest logits, ``None`` for five classes or fewer; size: bytes on disk; memory: bytes of a forward pass on a GPU;
-    latency: one entry per batch size, none for a discarded network, whose shapes are the fused one's.
+    latency: one entry per batch size, none for a discarded network, whose shapes are the fused one's, nor after
+    fine-tuning, which changes no shape; curve: of a fine-tuned network, whose accuracy is that of its best epoch.
     """
 
     cell: Cell
@@ -62,6 +84,7 @@ class Result:
     size: int | None = None
     memory: int | None = None
     latency: tuple[Latency, ...] = ()
+    curve: Curve | None = None
 
     @property
     def accuracy(self) -> Accuracy:
@@ -100,7 +123,7 @@ class ResultStore:
 
     def add(self, key: str, result: Result, identity: dict[str, Any]) -> None:
         """Append a line with everything the key was made from; returns once it is on the disk."""
-        line = {"key": key, **asdict(result), "identity": identity}
+        line = {"key": key, **asdict(result), "cell": result.cell.plain(), "identity": identity}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -140,7 +163,13 @@ def _result(entry: dict[str, Any]) -> Result:
         seconds=float(entry["seconds"]),
         **{name: entry.get(name) for name in ("top5", "size", "memory")},
         latency=tuple(Latency(**timing) for timing in entry.get("latency", ())),
+        curve=_curve(entry["curve"]) if entry.get("curve") else None,
     )
+
+
+def _curve(entry: dict[str, Any]) -> Curve:
+    test = tuple((epoch, correct) for epoch, correct in entry["test"])
+    return Curve(tuple(entry["losses"]), tuple(entry["validation"]), entry["best"], test)
 
 
 def _group_line(group: dict[str, Any]) -> GroupLine:

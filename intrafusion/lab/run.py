@@ -6,39 +6,94 @@ never computed twice, however often the run is interrupted.
 
 from __future__ import annotations
 
-import json
 import logging
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from intrafusion.lab.bench import Bench
+from intrafusion.lab.bench import Bench, forget_checkpoint
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.files import write_atomic
-from intrafusion.lab.measure import device_name
+from intrafusion.lab.folder import RESULTS, environment, prepare, write_cells
 from intrafusion.lab.pruning import ALL
-from intrafusion.lab.recipe import Recipe, to_yaml
+from intrafusion.lab.recipe import Recipe
 from intrafusion.lab.report import Study, write_report
 from intrafusion.lab.results import Cell, Result, ResultStore, key_of_identity
 
 _log = logging.getLogger(__name__)
-_PACKAGES = ("intrafusion", "torch", "torchvision", "torch-pruning", "POT", "numpy", "scipy", "scikit-learn")
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run leaves behind: its folder, the report in it and the table for the terminal."""
+    """What a run leaves behind: its folder, the report in it, the table for the terminal, the number of new cells."""
 
     folder: Path
     report: Path
     table: str
     computed: int
+
+
+class Run:
+    """A recipe with its folder and what is finished of it.
+
+    Args:
+        networks: where a trained network is kept; the folder of the run by default.
+        fresh: treat every finished cell as not there.
+        shared: see :class:`Bench`.
+
+    Raises:
+        RecipeError: the recipe does not fit the network or the images, or its folder cannot be written.
+        LabError: files are missing or broken, training diverges.
+    """
+
+    def __init__(
+        self, recipe: Recipe, *, networks: Path | None = None, fresh: bool = False, progress: bool = True,
+        shared: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.recipe = recipe
+        self.folder = Path(recipe.output).expanduser()
+        prepare(self.folder, recipe)
+        self.bench = Bench(recipe, networks or self.folder, progress, shared=shared)
+        self.bench.prepare()
+        self.identities = {cell: self.bench.identity(cell) for cell in self.bench.cells()}
+        self.keys = {cell: key_of_identity(identity) for cell, identity in self.identities.items()}
+        self.store = ResultStore(self.folder / RESULTS)
+        if fresh:
+            self.store.forget()
+            for cell in self.keys:
+                forget_checkpoint(self.bench.checkpoint(cell))
+        write_cells(self.folder, self.keys, self._skipped)
+
+    @property
+    def missing(self) -> list[Cell]:
+        """The cells that are not finished, in order."""
+        return [cell for cell, key in self.keys.items() if self.store.get(key) is None]
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is something to report on: the dense network at least."""
+        return next(iter(self.keys)) not in self.missing
+
+    def add(self, cell: Cell, result: Result) -> None:
+        """Keep a result; it is on the disk on return."""
+        self.store.add(self.keys[cell], result, self.identities[cell])
+        forget_checkpoint(self.bench.checkpoint(cell))
+
+    def report(self) -> tuple[Study, str]:
+        """Write the report of what is finished; return it as a study and as a table for the terminal."""
+        found = [self.store.get(key) for key in self.keys.values()]
+        results = tuple(result for result in found if result is not None)
+        _check_twins(results)
+        study = Study(self.recipe, results, self._skipped, environment(self.recipe))
+        return study, write_report(study, self.folder)
+
+    @property
+    def _skipped(self) -> tuple[str, ...]:
+        return self.bench.data.split("test").skipped
 
 
 def run(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Finished:
@@ -58,32 +113,19 @@ def run(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Finish
 
 
 def _run(recipe: Recipe, fresh: bool, progress: bool) -> Finished:
-    folder = Path(recipe.output).expanduser()
-    _prepare(folder, recipe)
-    bench = Bench(recipe, folder, progress)
-    bench.prepare()
-    store = ResultStore(folder / "results.jsonl")
-    if fresh:
-        store.forget()
-    cells = bench.cells()
-    computed = 0
-    results: list[Result] = []
-    bar = tqdm(cells, desc="cells", delay=1, leave=False, disable=None if progress else True)
+    opened = Run(recipe, fresh=fresh, progress=progress)
+    missing = opened.missing
+    bar = tqdm(
+        missing, desc="cells", delay=1, leave=False, disable=None if progress else True,
+        initial=len(opened.keys) - len(missing), total=len(opened.keys),
+    )  # fmt: skip
     for cell in bar:
-        bar.set_postfix_str(_label(cell))
-        identity = bench.identity(cell)
-        key = key_of_identity(identity)
-        result = store.get(key)
-        if result is None:
-            result = bench.measure(cell)
-            store.add(key, result, identity)
-            computed += 1
-            _log.info("%s: %s in %.1f s", _label(cell), result.accuracy, result.seconds)
-        results.append(result)
-    _check_twins(results)
-    study = Study(recipe, tuple(results), bench.data.split("test").skipped, environment())
-    table = write_report(study, folder)
-    return Finished(folder, folder / "report.md", table, computed)
+        bar.set_postfix_str(label(cell))
+        result = opened.bench.measure(cell)
+        opened.add(cell, result)
+        _log.info("%s: %s in %.1f s", label(cell), result.accuracy, result.seconds)
+    _, table = opened.report()
+    return Finished(opened.folder, opened.folder / "report.md", table, len(missing))
 
 
 @contextmanager
@@ -96,39 +138,20 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _prepare(folder: Path, recipe: Recipe) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "recipe.yaml", to_yaml(replace(recipe, output=str(folder))))
-        write_atomic(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
-    except OSError as error:
-        raise recipe.error("output", f"cannot write to '{folder}': {error.strerror or error}") from None
-
-
-def environment() -> dict[str, str]:
-    """Versions and machine behind a result."""
-    versions: dict[str, str] = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {**versions, "device": device_name(device), "threads": str(torch.get_num_threads())}
-
-
-def _check_twins(results: list[Result]) -> None:
-    kept = {(r.cell.group, r.cell.ratio): r.kept for r in results if r.cell.method == "discard"}
+def _check_twins(results: tuple[Result, ...]) -> None:
+    kept = {replace(r.cell, method="fused"): r.kept for r in results if r.cell.method == "discard"}
     for result in results:
-        if result.cell.method == "fused" and kept[result.cell.group, result.cell.ratio] != result.kept:
+        if result.cell.method == "fused" and kept.get(result.cell, result.kept) != result.kept:
             raise LabError(
-                f"{_label(result.cell)}: the fused and the discarded network keep different channels, so their "
+                f"{label(result.cell)}: the fused and the discarded network keep different channels, so their "
                 "accuracies cannot be compared; this is a defect of intrafusion, please report it"
             )
 
 
-def _label(cell: Cell) -> str:
+def label(cell: Cell) -> str:
+    """A cell in a few words."""
     if cell.method == "dense":
         return "dense"
     group = "" if cell.group == ALL else f"{cell.group} "
-    return f"{group}{cell.ratio:.0%} {cell.method}"
+    tuned = "" if cell.stage == "pruned" else f", fine-tuned with seed {cell.seed}"
+    return f"{group}{cell.ratio:.0%} {cell.method}{tuned}"

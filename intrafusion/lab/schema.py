@@ -33,6 +33,13 @@ class Checked(Protocol):
     def check(self) -> Iterator[tuple[str, str]]: ...
 
 
+@runtime_checkable
+class Located(Protocol):
+    """A section that needs something of this machine: ``check_here`` is ``check`` for files, folders, packages."""
+
+    def check_here(self) -> Iterator[tuple[str, str]]: ...
+
+
 @dataclass(frozen=True)
 class Rule:
     """What a field's metadata says: its documentation, its range, its name in the file, a parser of its own.
@@ -92,12 +99,15 @@ def key_of(item: Field[Any]) -> str:
 class Reader:
     """Reads nodes as types and collects every problem instead of stopping at the first.
 
+    ``here`` off leaves out what depends on this machine: a recipe is then read to be looked at, not to be run.
+
     Attributes:
         problems: what was wrong so far.
         places: where each key path was written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, here: bool = True) -> None:
+        self.here = here
         self.problems: list[Problem] = []
         self.places: dict[str, str] = {}
         self._drafts: dict[str, types.SimpleNamespace] = {}
@@ -125,8 +135,9 @@ class Reader:
             values[key] = self.report(node.where, _join(path, key), f"missing; expected {wanted}")
         failed = FAILED in values.values()
         draft = self._draft(path, known, values)
-        check: Any = cls.check if issubclass(cls, Checked) else lambda _: ()
-        wrong = list(check(draft))
+        wrong = list(cls.check(draft)) if issubclass(cls, Checked) else []
+        if self.here and issubclass(cls, Located):
+            wrong += cls.check_here(draft)
         for key, message in wrong:
             full = _join(path, key)
             if key not in misspelt and not any(_is_within(problem.key, full) for problem in self.problems):
@@ -168,7 +179,7 @@ class Reader:
         """Read one value as the type ``kind``, within the range of ``rule``."""
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
         if kind is Any:
-            return _plain(node)
+            return plain(node)
         if origin in (typing.Union, types.UnionType):
             return self._union(kind, arguments, node, path, rule)
         if origin is Literal:
@@ -188,7 +199,7 @@ class Reader:
         if len(choices) == 1:
             return self.value(choices[0], node, path, rule)
         for choice in choices:
-            attempt = Reader()
+            attempt = Reader(self.here)
             value = attempt.value(choice, node, path, rule)
             if value is not FAILED:
                 return value
@@ -351,10 +362,11 @@ def _retyped(text: str) -> Any:
     return text
 
 
-def _plain(node: Node) -> Any:
+def plain(node: Node) -> Any:
+    """The value of a tree without its places."""
     if isinstance(node.value, dict):
-        return {key: _plain(child) for key, child in node.value.items()}
-    return [_plain(child) for child in node.value] if isinstance(node.value, list) else node.value
+        return {key: plain(child) for key, child in node.value.items()}
+    return [plain(child) for child in node.value] if isinstance(node.value, list) else node.value
 
 
 def _shown(node: Node) -> str:

@@ -17,6 +17,20 @@ ImportanceName = Literal[
 ]
 
 
+_ONLY_FOR = {
+    "size": ("imagenet", "image_folder", "fake"),
+    "resize": ("imagenet", "image_folder"),
+    "train_images": ("cifar10", "cifar100", "imagenet", "image_folder", "fake"),
+    "download": ("cifar10", "cifar100"),
+}
+
+
+def pretrained_name(weights: str | None) -> str | None:
+    """``pretrained`` is ``""``, ``pretrained:NAME`` is ``NAME``, a file is ``None``."""
+    word, _, name = (weights or "").partition(":")
+    return name if word == "pretrained" else None
+
+
 def _read_path(reader: Reader, node: Node, path: str) -> Any:
     """Text or null, with ``~`` replaced by the home folder."""
     value = reader.value(str | None, node, path, Rule(""))
@@ -30,60 +44,150 @@ class ModelSection:
     name: str = option(doc="name of the network, torchvision:NAME, timm:NAME or package.module:factory")
     weights: str | None = option(
         None,
-        "safetensors file; a relative path is looked for in the folder of data.root, then in the current one",
+        "safetensors file; a relative path is looked for in the folder of data.root, then in the current one; or "
+        "pretrained, for the default weights of torchvision or timm; or pretrained:NAME, for others of theirs",
         parse=_read_path,
     )
+    download: bool = option(False, "fetch pretrained weights that are not in the library's cache")
     num_classes: int = option(10, "width of the output", ge=2)
+
+    @property
+    def pretrained(self) -> str | None:
+        """The name of the library's weights, empty for its default ones; ``None`` if others are asked for."""
+        return pretrained_name(self.weights)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """A download needs something to fetch."""
+        if self.download and pretrained_name(self.weights) is None:
+            yield "download", "needs weights: pretrained"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
     """Which images, and how they are split and scaled."""
 
-    name: Literal["digits", "image_folder"] = option(doc="digits of scikit-learn, or a folder of images")
+    name: Literal["digits", "cifar10", "cifar100", "imagenet", "image_folder", "fake"] = option(
+        doc="digits of scikit-learn, CIFAR, ImageNet, any folder of images, or generated ones to try things out"
+    )
     title: str | None = option(None, "what reports call the images; null for the name")
     root: str | None = option(
         None,
-        "folder with train/<class>/*.jpg and test/<class>/*.jpg, or a tar archive of it, or the folder it lies in",
+        "image_folder: folder with train/<class>/*.jpg and test/<class>/*.jpg, or a tar archive of it, or the folder "
+        "it lies in; imagenet: folder with train/<wnid>/ and val/<wnid>/; cifar10 and cifar100: folder with the "
+        "archive or its content, null for one in the cache",
         parse=_read_path,
     )
+    download: bool = option(False, "fetch cifar10 or cifar100 if they are not in root")
     mean: tuple[float, ...] | None = option(
-        None, "per channel, of pixels in [0, 1]; null for the data set's own (folders: ImageNet's)", min_length=1
+        None, "per channel, of pixels in [0, 1]; null for the data set's own (image_folder: ImageNet's)", min_length=1
     )
     std: tuple[float, ...] | None = option(None, "per channel, of pixels in [0, 1]", gt=0, min_length=1)
     batch_size: int = option(500, "images per evaluation step", ge=1)
     validation: float = option(0.1, "share of the training images held out", gt=0, lt=1)
     size: int | None = option(
-        None, "side of the square that every image of a folder becomes, in pixels; null for as they are", ge=1
+        None,
+        "side of the square that every image becomes, in pixels; null for 224 (imagenet), 32 (fake), as they are "
+        "(image_folder)",
+        ge=1,
+    )
+    resize: int | None = option(
+        None, "length of the shorter side before that square is cut out; null for 8/7 of size", ge=1
     )
     train_images: int | None = option(
-        None, "read only N training images of a folder, of a fixed shuffle; null for all", ge=1
+        None, "read only N training images of a fixed shuffle; null for all (fake: 1000)", ge=1
     )
-    test_images: int | None = option(None, "evaluate on the first N of a fixed shuffle; null for all", ge=1)
+    test_images: int | None = option(None, "evaluate on the first N of a fixed shuffle; null for all (fake: 500)", ge=1)
     seed: int = option(0, "which images are held out", ge=0)
     on_corrupt: Literal["error", "skip"] = option("error", "what to do with an unreadable image")
+    workers: int | None = option(None, "threads that decode images; null for one per processor", ge=1)
+
+    @property
+    def shown(self) -> str:
+        """What reports call the images; generated ones are never called by the name of real ones."""
+        return self.name if self.title is None or self.name == "fake" else self.title
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """An image folder needs a root that exists; digits are as they are."""
+        """Folders need a root; digits and CIFAR are as they are."""
         if self.name == "image_folder" and self.root is None:
             yield "root", "missing; set it with --set data.root=FOLDER (or the path of an archive)"
-        for key in ("size", "train_images"):
-            if self.name == "digits" and getattr(self, key) is not None:
-                yield key, "only for image_folder"
-        if self.root is not None and not Path(self.root).exists():
+        if self.name == "imagenet" and self.root is None:
+            yield "root", "missing; set it with --set data.root=FOLDER, which holds train/<wnid>/ and val/<wnid>/"
+        for key, names in _ONLY_FOR.items():
+            if self.name is not None and self.name not in names and getattr(self, key) not in (None, False):
+                yield key, f"not for {self.name}; only for {', '.join(names)}"
+        size = self.size or (224 if self.name == "imagenet" else None)
+        if self.resize is not None and size is None:
+            yield "resize", "needs size"
+        elif self.resize is not None and size is not None and self.resize < size:
+            yield "resize", f"expected at least the size, {size}, got {self.resize}"
+
+    def check_here(self) -> Iterator[tuple[str, str]]:
+        """The root exists, unless it is downloaded."""
+        if self.root is not None and not self.download and not Path(self.root).exists():
             yield "root", f"'{self.root}' does not exist"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSection:
-    """How the dense network is trained when no weights are given."""
+class OptimisationSection:
+    """What training and fine-tuning share; see :class:`intrafusion.Training`."""
 
     epochs: int = option(10, "passes over the training images", ge=1)
-    lr: float = option(0.05, "largest learning rate of the cosine schedule", gt=0)
+    lr: float = option(0.05, "largest learning rate of the schedule", gt=0)
+    optimizer: Literal["sgd", "adam", "adamw"] = option("sgd", "SGD (with Nesterov momentum), Adam or AdamW")
     momentum: float = option(0.9, "of SGD", ge=0, lt=1)
-    weight_decay: float = option(0.0005, "of SGD", ge=0)
+    weight_decay: float = option(0.0005, "of the optimizer, on every parameter", ge=0)
+    schedule: Literal["cosine", "linear", "step", "constant"] = option(
+        "cosine", "how the learning rate falls: to zero, or to a tenth and a hundredth after 1/2 and 3/4 of the steps"
+    )
+    warmup_epochs: float = option(0.0, "the learning rate rises for so long before it falls", ge=0)
     batch_size: int = option(64, "images per training step", ge=2)
-    seed: int = option(0, "of the first weights and of the order of the images", ge=0)
+    accumulate: int = option(1, "batches whose gradients make one update", ge=1)
+    augmentation: Literal["none", "flip", "crop_flip", "randaugment"] = option(
+        "none", "random changes of the images: mirrored; also shifted by up to 1/8; also torchvision's RandAugment"
+    )
+    label_smoothing: float = option(0.0, "share of the label that is spread over all classes", ge=0, lt=1)
+    amp: Literal["none", "bf16", "fp16"] = option("none", "mixed precision; fp16 on a GPU only")
+    clip_norm: float | None = option(None, "the gradient's norm is cut to this", gt=0)
+    ema: float | None = option(None, "decay of a moving average of the weights, which is the result", gt=0, lt=1)
+    channels_last: bool = option(False, "keep images and weights in this memory format while training")
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Warming up ends before training does."""
+        if None not in (self.warmup_epochs, self.epochs) and self.warmup_epochs >= self.epochs:
+            yield "warmup_epochs", f"must be below epochs ({self.epochs})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection(OptimisationSection):
+    """How the dense network is trained when no weights are given."""
+
+    seed: int = option(0, "of the first weights, the order of the images and their augmentation", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSection(OptimisationSection):
+    """How both networks of every pair are trained after pruning, alike."""
+
+    lr: float = option(0.01, "largest learning rate of the schedule", gt=0)
+    teacher: bool = option(False, "learn from the dense network's logits too")
+    temperature: float = option(4.0, "with teacher: what logits are divided by", gt=0)
+    alpha: float = option(0.9, "with teacher: its weight in the loss; the labels have the rest", ge=0, le=1)
+    recenter: bool = option(False, "first give batch-norms the statistics of training images; eval outputs stay")
+    at: tuple[int, ...] = option((), "epochs after which the test accuracy is reported, chosen in advance", ge=1)
+    seeds: tuple[int, ...] = option(
+        (0,), "one run each: of the order of the images and their augmentation", ge=0, min_length=1
+    )
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Also: epochs that are reported exist, and no seed is given twice."""
+        yield from OptimisationSection.check(self)
+        late = [epoch for epoch in self.at or () if epoch > (self.epochs or epoch)]
+        if late:
+            yield "at", f"{late[0]} is after the last epoch ({self.epochs})"
+        for key in ("at", "seeds"):
+            values = getattr(self, key) or ()
+            if len(set(values)) < len(values):
+                yield key, "the same number is given twice"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,16 +196,19 @@ class TargetSection:
 
     macs: float | None = option(None, "share of the multiply-accumulates that is left", gt=0, lt=1)
     parameters: float | None = option(None, "share of the parameters that is left", gt=0, lt=1)
+    latency: float | None = option(None, "share of the measured latency that is left, on this machine", gt=0, lt=1)
+    batch: int = option(64, "images per pass whose latency is meant", ge=1)
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """One of the two."""
-        if (self.macs is None) == (self.parameters is None):
-            yield "macs", "give either macs or parameters"
+        """One of the three."""
+        if sum(share is not None for share in (self.macs, self.parameters, self.latency)) != 1:
+            yield "macs", "give one of macs, parameters and latency"
 
     @property
     def goal(self) -> tuple[str, float]:
         """The quantity by its key, and the share of it that is left."""
-        return next((name, share) for name, share in vars(self).items() if share is not None)
+        shares = {name: getattr(self, name) for name in ("macs", "parameters", "latency")}
+        return next((name, share) for name, share in shares.items() if share is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +219,7 @@ class PruneSection:
         None, "share of the channels that go; null with a target", ge=0, lt=1, min_length=1
     )
     target: TargetSection | None = option(
-        None, "macs or parameters: the share that is left, met within 2 %, instead of ratios"
+        None, "macs, parameters or latency: the share that is left, met within 2 %, instead of ratios"
     )
     overrides: Mapping[str, float] | None = option(
         None, "layer-name patterns with a ratio of their own; with global, outside the ranking", ge=0, lt=1

@@ -9,6 +9,7 @@ from html import escape
 
 _WIDTH, _HEIGHT = 360, 250  # as wide as a phone, so that letters keep their size there
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 12, 18, 40
+_FLOORS = ((90, 2), (80, 5), (50, 10), (0, 25))  # where the accuracy axis starts, and its steps
 _LABELLED = 80  # a plan of more channels than this has no room for their numbers
 
 
@@ -23,14 +24,20 @@ class Point:
 
 
 def accuracy_chart(
-    lines: Mapping[str, Sequence[Point]], dense: Point, *, alt: str, x_label: str, joined: bool, x_top: float = 0.0
-) -> str:
+    lines: Mapping[str, Sequence[Point]], dense: Point | None, *, alt: str, x_label: str, joined: bool,
+    x_top: float = 0.0,
+) -> str:  # fmt: skip
     """Accuracy from 0 to 100 % over x up to ``x_top`` at least: one line per method, from the dense network's point on.
 
-    Joined by lines, x starts at 0; otherwise every point stands for itself, and x starts near the first.
+    Joined by lines, x starts at 0; otherwise every point stands for itself, and x starts near the first. Without
+    ``dense`` the lines have only their own points, and accuracy starts at the highest of 0, 50, 80 and 90 % below them.
     """
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    found = [point.x for point in (dense, *(point for points in lines.values() for point in points))]
+    start = [dense] if dense else []
+    drawn = [point for points in lines.values() for point in points]
+    found = [point.x for point in (*drawn, *start)]
+    lowest = 0.0 if dense else min(point.accuracy for point in drawn)
+    floor, every = next((floor, every) for floor, every in _FLOORS if lowest >= floor)
     low, top = min(found), max(*found, x_top)
     ticks = _ticks(0.0 if joined else low, top)
     first, last = ticks[0], ticks[-1]
@@ -40,20 +47,21 @@ def accuracy_chart(
         return round(_LEFT + (right - _LEFT) * share, 1)
 
     def y(value: float) -> float:
-        return round(bottom - (bottom - _TOP) * value / 100, 1)
+        return round(bottom - (bottom - _TOP) * (value - floor) / (100 - floor), 1)
 
     parts = []
-    for tick in range(0, 101, 25):
+    for tick in range(floor, 101, every):
         parts.append(f'<path class="grid" d="M{_LEFT} {y(tick)}H{right}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y(tick) + 4}" text-anchor="end">{tick}</text>')
     for tick in ticks:
         parts.append(f'<text x="{x(tick)}" y="{bottom + 16}" text-anchor="middle">{tick:.4g}</text>')
     middle = (_LEFT + right) / 2
     parts.append(f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append(f'<path class="level" d="M{_LEFT} {y(dense.accuracy)}H{right}"/>')
+    if dense:
+        parts.append(f'<path class="level" d="M{_LEFT} {y(dense.accuracy)}H{right}"/>')
     for method, points in lines.items():
         if joined:
-            corners = sorted([dense, *points], key=lambda point: point.x)
+            corners = sorted([*start, *points], key=lambda point: point.x)
             path = "L".join(f"{x(point.x)} {y(point.accuracy)}" for point in corners)
             parts.append(f'<path class="line {method}" d="M{path}"/>')
         parts += [_mark(x(point.x), y(point.accuracy), method, point) for point in points]
@@ -61,7 +69,8 @@ def accuracy_chart(
             if point.spread:
                 ends = x(point.x - point.spread / 2), x(point.x + point.spread / 2)
                 parts.append(f'<path class="spread {method}" d="M{ends[0]} {y(point.accuracy)}H{ends[1]}"/>')
-    parts.append(_mark(x(dense.x), y(dense.accuracy), "dense", dense))
+    if dense:
+        parts.append(_mark(x(dense.x), y(dense.accuracy), "dense", dense))
     return _svg(parts, _HEIGHT, alt)
 
 

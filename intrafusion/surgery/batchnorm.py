@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafusion.surgery.layout import from_channels, gather, to_channels
 
@@ -87,9 +88,12 @@ def merge(rows: Tensor, bias: Tensor, bn: Affine, mix: Tensor, *, affine: bool, 
     mixed: [c, d] the merged folded rows where they are not mix @ (a·rows) (depthwise filters are averaged).
 
     The eval output is exactly that of the merged folded channel. Its mean is mix @ beta; its variance is
-    mix Cov mix^T with Cov_ij = gamma_i gamma_j cos(w_i, w_j), which is exact for white inputs.
+    mix Cov mix^T with Cov_ij = gamma_i gamma_j cos(w_i, w_j), which is exact for white inputs. How the result is split
+    between filter and batch-norm is free; the running variance is the average of the members', each with its share in
+    the output. A nearly dead member may have a huge coefficient: were it counted by that, the filter would be as tiny
+    as its own, and the first step of training as many times too large.
     """
-    weights = row_average(mix)
+    weights = _shares(mix, bn.gamma)
     folded = mix @ (bn.scale[:, None] * rows) if mixed is None else mixed
     shift = mix @ (bn.scale * (bias - bn.mean) + bn.beta)
     beta, var, new_bias = mix @ bn.beta, weights @ bn.var, weights @ bias
@@ -130,6 +134,13 @@ def row_average(mix: Tensor) -> Tensor:
     return mix.abs() / torch.where(total == 0, 1.0, total)
 
 
+def _shares(mix: Tensor, gamma: Tensor) -> Tensor:
+    """Row averages in which each member counts as much as it moves the output; by `mix` alone where none does."""
+    moved = mix * gamma
+    silent = moved.abs().sum(dim=1, keepdim=True) == 0
+    return row_average(torch.where(silent, mix, moved))
+
+
 @contextmanager
 def folded(pairs: Iterable[tuple[Any, Any, int]]) -> Iterator[None]:
     """For as long as it lasts, the (layer, batch-norm, output axis) pairs look batch-norm-folded.
@@ -166,3 +177,76 @@ def folded_rows(bn: Any, matrix: Tensor, local: Tensor) -> Tensor:
     if bn is not None:
         matrix = read(bn).scale[:, None] * matrix
     return gather(matrix, local)
+
+
+@torch.no_grad()
+def recenter_batchnorms_(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Give batch-norms the statistics that images really have, without changing what the network computes in eval mode.
+
+    With running mean and variance (m, v), weight and bias (g, b), and inputs of mean m' and variance v':
+
+        m, v := m', v'      g := g sqrt(v' + eps) / sqrt(v + eps)      b := b + g (m' - m) / sqrt(v + eps)
+
+    so that training mode, which normalises with the statistics of its batch, starts from the same function. It is worth
+    doing where that function is better than what training mode computes now; after plain cutting it is worse. All
+    statistics come from one pass in eval mode, which stays valid because eval outputs do not change.
+
+    Args:
+        model: every affine batch-norm in it that tracks statistics is changed; the others are left alone.
+        batches: inputs, or ``(inputs, ...)`` tuples; a thousand images are plenty.
+
+    Returns:
+        How many batch-norms were changed.
+
+    Raises:
+        ValueError: there are no batches, or a batch-norm's input is not finite; the network is as it was.
+    """
+    norms: dict[Any, _Moments] = {
+        m: _Moments() for m in model.modules() if isinstance(m, _BatchNorm) and m.affine and m.running_mean is not None
+    }
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    hooks = [norm.register_forward_pre_hook(moments.see) for norm, moments in norms.items()]
+    model.eval()
+    count = 0
+    try:
+        for count, batch in enumerate(batches, start=1):  # noqa: B007
+            inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+            model(inputs.to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    if count == 0:
+        raise ValueError("recentring batch-norms needs at least one batch of inputs")
+    seen = {norm: moments for norm, moments in norms.items() if moments.count}
+    names = {module: name for name, module in model.named_modules()}
+    for norm, moments in seen.items():
+        if not bool(torch.isfinite(moments.mean).all() and torch.isfinite(moments.var).all()):
+            raise ValueError(f"the input of batch-norm '{names[norm]}' is not finite on these batches")
+    for norm, moments in seen.items():
+        old = read(norm)
+        norm.weight.copy_(old.scale * (moments.var + norm.eps).sqrt())
+        norm.bias.copy_(old.beta + old.scale * (moments.mean - old.mean))
+        norm.running_mean.copy_(moments.mean)
+        norm.running_var.copy_(moments.var)
+    return len(seen)
+
+
+class _Moments:
+    """Mean and variance per channel of everything a batch-norm has read, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.var = torch.zeros(())
+
+    def see(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].detach().transpose(0, 1).flatten(1)
+        var, mean = torch.var_mean(rows.double(), dim=1, correction=0)
+        total = self.count + rows.shape[1]
+        share = rows.shape[1] / total
+        gap = mean - self.mean
+        self.var = (1 - share) * self.var + share * var + share * (1 - share) * gap.square()
+        self.mean = self.mean + share * gap
+        self.count = total

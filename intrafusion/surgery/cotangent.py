@@ -6,14 +6,18 @@ merged channels are duplicates (S R = the identity on what the network can produ
     dL'/dy'_k = sum_j S_jk dL/dy_j        producers: rows of the gradient are mixed by S^T
     dL'/dV'_k = sum_j R_kj dL/dV_j        readers: columns are mixed by R
 
-so a gradient, and a momentum (a smoothed gradient), is mixed by coefficients c: g' = sum_j c_j g_j. Its second moment
-is
+so a gradient, and a momentum (a smoothed gradient), is mixed by coefficients c: g' = sum_j c_j g_j. Where the readers are
+refitted, S is the reading of the old channels from the new ones that the refit regresses to, not the plan's. The second
+moment of g' is
 
-    E[g'^2] = sum_ij c_i c_j E[g_i g_j]  <=  (sum_j |c_j| sqrt(E[g_j^2]))^2          (Cauchy-Schwarz)
+    E[g'^2] = sum_ij c_i c_j E[g_i g_j]
 
-The bound is what is carried: it is attained by fully correlated gradients of one sign, which duplicates have, and is
-never too small, so that no adaptive optimizer takes a larger step than it would with the true moment. (Independent
-gradients would have sum_j c_j^2 E[g_j^2], up to the number of members less.)
+which an optimizer does not know; of its two ends, gradients that move as one (duplicates) and independent ones,
+
+    (sum_j c_j sqrt(E[g_j^2]))^2        and        sum_j c_j^2 E[g_j^2]
+
+the larger is carried. It is exact for duplicates and for what is alone, never negative, and for coefficients of one sign
+an upper bound (Cauchy-Schwarz), so that no step is larger than with the true moment.
 
 A layer in front of a batch-norm is carried in folded coordinates, dL/d(aW) = dL/dW / a with the batch-norm's scale a:
 the merge and the refit may split the folded layer into weight and scale differently from before, and flip the sign of
@@ -50,11 +54,12 @@ class Mixing:
         if power == 1:
             mix_(matrix, local, weights, places)
         else:
-            mixed = matrix.sqrt()
-            mix_(mixed, local, weights.abs(), places)
+            mixed, alone = matrix.sqrt(), matrix.clone()
+            mix_(mixed, local, weights, places)
+            mix_(alone, local, weights.square(), places)
             target = local[places]
             target = target[target >= 0]
-            matrix[target] = mixed[target].square()
+            matrix[target] = torch.maximum(mixed[target].square(), alone[target])
         return from_channels(matrix, value, self.axis, self.chunks)
 
 
@@ -122,7 +127,8 @@ def mixings(table: GroupTable, pair: Pair) -> list[tuple[Slot, str, Mixing]]:
     The name is '' where the owner is the parameter itself.
     """
     chosen = selection_pair(pair.kept, table.n).rows
-    rows, columns = _changed(pair.rows, chosen, pair.kept), _changed(pair.columns.T, chosen, pair.kept)
+    read = pair.columns if pair.read is None else pair.read
+    rows, columns = _changed(pair.rows, chosen, pair.kept), _changed(read.T, chosen, pair.kept)
     found = []
     for slot in table.slots:
         weights, places = rows if slot.role is Role.CONSUMER else columns

@@ -78,10 +78,17 @@ class GroupTable:
         return list(found)
 
 
-def tabulate(graph: tp.DependencyGraph, root: Owner, handler: Callable, channel_groups: int = 1) -> GroupTable:
+def tabulate(
+    graph: tp.DependencyGraph,
+    root: Owner,
+    handler: Callable,
+    channel_groups: int = 1,
+    skip: tuple[type, ...] = (),
+) -> GroupTable:
     """Read the group that contains `root` (through `handler`) off the dependency graph, at its present width.
 
-    channel_groups: torch-pruning's own number of chunks of the root (heads, grouped convolutions).
+    channel_groups: torch-pruning's own number of chunks of the root (heads, grouped convolutions). skip: kinds of
+    layers that the caller sees to; they get no slot.
     Returns a table even if the group cannot be fused; see `GroupTable.unsupported`.
     """
     name = module_name(graph, root)
@@ -89,7 +96,7 @@ def tabulate(graph: tp.DependencyGraph, root: Owner, handler: Callable, channel_
     pairs = _walk(graph, root, handler, n)
     slots, problems = [], []
     for (owner, fn), reached in pairs.items():
-        if not _has_parameters(owner):
+        if not _has_parameters(owner) or isinstance(owner, skip):
             continue
         slot, problem = _slot(graph, owner, fn, reached, n)
         if problem:

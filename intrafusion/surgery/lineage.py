@@ -24,7 +24,7 @@ from intrafusion.surgery.batchnorm import read
 from intrafusion.surgery.cotangent import Cotangent, Cut, Mixing, mixings
 from intrafusion.surgery.groups import GroupTable, batchnorm_of
 
-Place = tuple[nn.Module, str]
+Address = tuple[nn.Module, str]
 """Where a parameter lives: the module that holds it, and its name there."""
 
 
@@ -58,11 +58,11 @@ class Lineage:
         """Record what happens to the parameters inside; gradients are carried at the end, nothing if it fails."""
         change = Change(self._graph)
         yield change
-        for place, old, new in change.replaced():
+        for address, old, new in change.replaced():
             if old is None:
                 self._born[new] = None
                 continue
-            link = change.link(place, old, new)
+            link = change.link(address, old, new)
             if new is not None:
                 if old in self._born:
                     self._born[new] = None
@@ -113,18 +113,18 @@ class Change:
         self._before: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {
             m: (dict(m._parameters), dict(m._buffers)) for m in graph.model.modules()
         }
-        self._mixings: dict[Place, list[Mixing]] = defaultdict(list)
-        self._cuts: dict[Place, list[Cut]] = defaultdict(list)
-        self._problems: dict[Place, str] = {}
+        self._mixings: dict[Address, list[Mixing]] = defaultdict(list)
+        self._cuts: dict[Address, list[Cut]] = defaultdict(list)
+        self._problems: dict[Address, str] = {}
 
     def mixed(self, table: GroupTable, pair: Pair | None) -> None:
         """A pair was applied to a group (None: it is only cut)."""
         if pair is None:
             return
         for slot, name, mixing in mixings(table, pair):
-            place = (slot.owner, name) if name else self._place(slot.owner)
-            if place[0]._parameters.get(place[1]) is not None:
-                self._mixings[place].append(mixing)
+            address = (slot.owner, name) if name else self._address(slot.owner)
+            if address[0]._parameters.get(address[1]) is not None:
+                self._mixings[address].append(mixing)
 
     @contextmanager
     def cutting(self, group: Any) -> Iterator[None]:
@@ -134,46 +134,46 @@ class Change:
         """
         before = {(m, n): p for m in self._before for n, p in m._parameters.items() if p is not None}
         items = [(dep, _helpers.to_plain_idxs(idxs) if _hybrid(idxs) else list(idxs)) for dep, idxs in group.items]
-        free = {id(p): self._place(p) for p in self._graph._param_to_name if isinstance(p, nn.Parameter)}
+        free = {id(p): self._address(p) for p in self._graph._param_to_name if isinstance(p, nn.Parameter)}
         targets = [dep.target.module for dep, _ in items]  # a cut of a free parameter replaces the target
         shells = {t: _Shell(t) for t in dict.fromkeys(t for t in targets if isinstance(t, nn.Module))}
         yield
-        axes: dict[int, list[Place]] = defaultdict(list)
-        for place, old in before.items():
-            new = place[0]._parameters.get(place[1])
+        axes: dict[int, list[Address]] = defaultdict(list)
+        for address, old in before.items():
+            new = address[0]._parameters.get(address[1])
             if new is None or new is old or new.shape == old.shape:
                 continue
             if new.dim() != old.dim():
-                self._problems[place] = "it was cut to another number of dimensions"
+                self._problems[address] = "it was cut to another number of dimensions"
                 continue
             for axis in range(old.dim()):
                 if old.shape[axis] != new.shape[axis]:
-                    axes[axis].append(place)
+                    axes[axis].append(address)
         for axis, changed in axes.items():
             numbers = self._numbers(axis, items, targets, shells, free)
-            for place in changed:
-                kept = numbers.get(place)
-                expected = place[0]._parameters[place[1]]
+            for address in changed:
+                kept = numbers.get(address)
+                expected = address[0]._parameters[address[1]]
                 if kept is None or expected is None or len(kept) != expected.shape[axis]:
-                    self._problems[place] = f"how its {type(place[0]).__name__} is cut could not be followed"
+                    self._problems[address] = f"how its {type(address[0]).__name__} is cut could not be followed"
                     continue
-                self._cuts[place].append(Cut(axis, kept))
+                self._cuts[address].append(Cut(axis, kept))
 
-    def replaced(self) -> Iterator[tuple[Place, nn.Parameter | None, nn.Parameter]]:
-        """(place, parameter before, parameter now) wherever it is another object now."""
+    def replaced(self) -> Iterator[tuple[Address, nn.Parameter | None, nn.Parameter]]:
+        """(address, parameter before, parameter now) wherever it is another object now."""
         for module, (parameters, _) in self._before.items():
             for name in dict.fromkeys([*parameters, *module._parameters]):
                 old, new = parameters.get(name), module._parameters.get(name)
                 if old is not new:
                     yield (module, name), old, new  # type: ignore[misc]
 
-    def link(self, place: Place, old: nn.Parameter, new: nn.Parameter | None) -> Link:
+    def link(self, address: Address, old: nn.Parameter, new: nn.Parameter | None) -> Link:
         if new is None:
             return Link(None)
-        if place in self._problems:
-            return Link(None, self._problems[place])
-        mixed, cuts = self._mixings.get(place, []), self._cuts.get(place, [])
-        axis, before, after = self._scales(place)
+        if address in self._problems:
+            return Link(None, self._problems[address])
+        mixed, cuts = self._mixings.get(address, []), self._cuts.get(address, [])
+        axis, before, after = self._scales(address)
         if before is not None and after is not None:
             at = [cut for cut in cuts if cut.axis == axis]
             there = before.index_select(0, at[0].kept.to(before.device)) if at else before
@@ -181,9 +181,9 @@ class Change:
                 return Link(Cotangent(mixed, cuts, axis, before, after))
         return Link(Cotangent(mixed, cuts))
 
-    def _scales(self, place: Place) -> tuple[int, Tensor | None, Tensor | None]:
+    def _scales(self, address: Address) -> tuple[int, Tensor | None, Tensor | None]:
         """(axis, scale before, scale now) of the coordinates that a parameter is carried in."""
-        module, name = place
+        module, name = address
         if isinstance(module, ops.TORCH_BATCHNORM):
             if name != "weight" or module.running_mean is None:
                 return 0, None, None
@@ -201,14 +201,14 @@ class Change:
         gamma = parameters["weight"].detach().double() if bn.affine else torch.ones_like(var)
         return gamma / (var + bn.eps).sqrt()
 
-    def _place(self, parameter: nn.Parameter) -> Place:
+    def _address(self, parameter: nn.Parameter) -> Address:
         path, _, name = self._graph._param_to_name[parameter].rpartition(".")
         return self._graph.model.get_submodule(path), name
 
-    def _numbers(self, axis: int, items: list, targets: list, shells: dict, free: dict) -> dict[Place, Tensor]:
+    def _numbers(self, axis: int, items: list, targets: list, shells: dict, free: dict) -> dict[Address, Tensor]:
         """For every tensor that the group cuts, the numbers along `axis` of the entries that stay."""
         copies: dict[Any, Any] = {target: shell.numbered(axis) for target, shell in shells.items()}
-        found: dict[Place, Tensor] = {}
+        found: dict[Address, Tensor] = {}
         for (dep, idxs), target in zip(items, targets, strict=True):
             dep.handler.__self__.pruning_dim = dep.target.pruning_dim
             try:
@@ -241,7 +241,7 @@ class _Shell:
         copy.__dict__.update(_parameters=numbers, _buffers=dict(self.buffers), _modules=modules)
         return copy
 
-    def read(self, copy: Any, axis: int) -> Iterator[tuple[Place, Tensor]]:
+    def read(self, copy: Any, axis: int) -> Iterator[tuple[Address, Tensor]]:
         for name, parameter in copy._parameters.items():
             if parameter is not None and axis < parameter.dim():
                 yield (self.module, name), _read(parameter, axis)

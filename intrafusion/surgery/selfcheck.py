@@ -34,7 +34,7 @@ def inconsistent_groups(
     movable = [
         table
         for table in tables
-        if not table.unsupported and len(table.classes.unique()) < table.n and not _is_output(graph, table)
+        if not table.unsupported and len(table.classes.unique()) < table.n and not is_output(graph, table)
     ]
     if not movable:
         return set()
@@ -62,7 +62,7 @@ def permute_(table: GroupTable, generator: torch.Generator) -> int:
     return int((order != torch.arange(table.n)).sum())
 
 
-def _is_output(graph: tp.DependencyGraph, table: GroupTable) -> bool:
+def is_output(graph: tp.DependencyGraph, table: GroupTable) -> bool:
     """Are the group's channels those of the network's own output? Their order is the user's."""
     for owner, handler in table.removable:
         node = graph.module2node[owner]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch_pruning as tp
 from torch import nn
+
+if TYPE_CHECKING:
+    import torch_pruning as tp
 
 
 class Snapshot:
@@ -18,7 +20,7 @@ class Snapshot:
 
     def __init__(self, graph: tp.DependencyGraph, modules: Iterable[nn.Module], extra: Iterable[dict] = ()) -> None:
         operators = [m for m in graph.module2node if isinstance(m, nn.Module) and graph._module2name.get(m) is None]
-        self._modules = [(m, _copy_state(m.__dict__)) for m in dict.fromkeys([*modules, *operators])]
+        self._modules = [(m, copy_state(m.__dict__)) for m in dict.fromkeys([*modules, *operators])]
         self._dicts = [(d, dict(d)) for d in (graph._param_to_name, graph.module2node, *extra)]
         self._history = (graph._pruning_history, list(graph._pruning_history))
         self._nodes = [(node, node.module) for node in graph.module2node.values()]
@@ -28,7 +30,7 @@ class Snapshot:
 
     def restore(self) -> None:
         for module, state in self._modules:
-            _restore_state(module.__dict__, state)
+            restore_state(module.__dict__, state)
         for target, content in self._dicts:
             target.clear()
             target.update(content)
@@ -41,12 +43,13 @@ class Snapshot:
             parameter.requires_grad_(requires_grad)
 
 
-def _copy_state(state: dict[str, Any]) -> dict[str, Any]:
-    """One level deeper than a plain copy: parameters and buffers live in dicts, operator sizes in lists."""
+def copy_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A module's `__dict__`, one level deep: parameters and buffers live in dicts, operator sizes in lists."""
     return {k: (v, v.copy() if isinstance(v, (dict, list)) else None) for k, v in state.items()}
 
 
-def _restore_state(state: dict[str, Any], saved: dict[str, Any]) -> None:
+def restore_state(state: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Undo what happened to a module's `__dict__` since `copy_state`."""
     state.clear()
     for key, (value, content) in saved.items():
         if isinstance(value, dict):

@@ -18,8 +18,9 @@ from benchmarks.rivals import cells, figure, rows, table
 from benchmarks.rivals.methods import METHODS, Method
 from benchmarks.rivals.rows import Cell, Row
 from benchmarks.rivals.table import Place, Results
-from intrafusion.lab.data import digits
 from intrafusion.lab.models import DigitsCNN
+from intrafusion.lab.pretrained import Pretrained
+from intrafusion.lab.sources import digits
 
 ROOTS = ["features.0", "features.3"]
 
@@ -295,13 +296,15 @@ def test_errors_of_the_command_say_what_to_do(folder, capsys, tmp_path, monkeypa
 
     assert "name the folder with the data" in message()
     assert "--model and --folder go together" in message("--model", "torchvision:resnet18")
-    assert "nothing is downloaded here; get it once" in message(*own(folder, "--weights", "pretrained"))
+    assert "so does loading them once with the library" in message(*own(folder, "--weights", "pretrained"))
     assert "no weights file at" in message(*own(folder, "--weights", str(tmp_path / "none.safetensors")))
     assert "knows the groups of the benchmark's own networks only" in message(*own(folder, "--groups"))
     assert "must be I/N" in message("--shard", "3/2")
     assert "must lie between 0 and 1" in message("--ratio", "1.5")
     assert "images differ in size" in message(*[a for a in own(folder) if a not in ("--size", "32")])
-    monkeypatch.setattr(driver, "_pretrained", lambda _: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)))
+    five = Pretrained("", 5, "", tmp_path, lambda _: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)))
+    monkeypatch.setattr(driver, "find_pretrained", lambda _: five)
+    monkeypatch.setattr(Pretrained, "cached", True)
     text = message(*own(folder, "--weights", "pretrained"))
     assert "has 5 outputs" in text
     assert "has 3 class folders" in text

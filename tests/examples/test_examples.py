@@ -31,8 +31,8 @@ def final_accuracy(output: str) -> float:
 def test_plain_pytorch():
     output = run("examples/plain_pytorch.py")
     rows = [line.split() for line in output.splitlines() if re.fullmatch(r" *\d+ +\d+ +[\d.]+ +[\d.]+", line)]
-    assert [int(row[1]) for row in rows][0] == DENSE
-    assert [int(row[1]) for row in rows][-1] == HALF
+    assert int(rows[0][1]) == DENSE
+    assert int(rows[-1][1]) == HALF
     assert float(rows[-1][2]) > 95
     assert float(rows[-1][3]) > 95
     assert output.count("pruned to") == 3

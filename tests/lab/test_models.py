@@ -9,7 +9,7 @@ import torch_pruning as tp
 from torch import nn
 
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.models import MODELS, CifarResNet, ZeroPadShortcut, build_model
+from intrafusion.lab.models import MODELS, CifarResNet, CifarResNet18, ZeroPadShortcut, build_model
 
 SHAPES = {name: (1, 8, 8) if name == "digits_cnn" else (3, 32, 32) for name in MODELS}
 
@@ -42,6 +42,19 @@ def test_vgg11_has_the_keys_of_the_checkpoints() -> None:
     keys = {key.rsplit(".", 1)[0] for key in build_model("cifar_vgg11_bn").state_dict()}
     numbers = (0, 1, 4, 5, 8, 9, 11, 12, 15, 16, 18, 19, 22, 23, 25, 26)
     assert keys == {"classifier"} | {f"features.{i}" for i in numbers}
+
+
+def test_resnet18_has_the_size_and_the_keys_of_common_cifar_checkpoints() -> None:
+    model = build_model("cifar_resnet18")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962
+    keys = {key.rsplit(".", 1)[0] for key in model.state_dict()}
+    blocks = {f"layer{i}.{j}.{part}" for i in range(1, 5) for j in (0, 1) for part in ("conv1", "bn1", "conv2", "bn2")}
+    assert keys == {"conv1", "bn1", "linear"} | blocks | {f"layer{i}.0.shortcut.{j}" for i in (2, 3, 4) for j in (0, 1)}
+
+
+def test_resnet18_keeps_the_resolution_until_its_second_stage() -> None:
+    model = CifarResNet18(width=2).eval()
+    assert model.layer1(model.conv1(torch.zeros(1, 3, 32, 32))).shape == (1, 2, 32, 32)
 
 
 def test_shortcut_takes_every_second_pixel_and_pads_with_zero_channels() -> None:

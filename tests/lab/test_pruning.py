@@ -8,9 +8,8 @@ import torch_pruning as tp
 from torch import nn
 
 from intrafusion import Fusion
-from intrafusion.lab.data import digits
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.models import DigitsCNN, build_model
+from intrafusion.lab.models import CifarResNet18, DigitsCNN, build_model
 from intrafusion.lab.pruning import (
     IMPORTANCES,
     OutputChanged,
@@ -22,6 +21,7 @@ from intrafusion.lab.pruning import (
     prune,
 )
 from intrafusion.lab.sections import PruneSection
+from intrafusion.lab.sources import digits
 from intrafusion.lab.weights import digest
 
 SETTINGS = PruneSection(ratios=(0.5,), ignored=("classifier",))
@@ -184,3 +184,19 @@ def test_a_network_that_torch_pruning_breaks_is_an_error() -> None:
     model = build_model("cifar_resnet20").eval()
     with pytest.raises(OutputChanged, match=r"the pruned network cannot be run \(.*shapes.*\): torch-pruning does not"):
         prune(model, torch.zeros(1, 3, 32, 32), settings, Fusion.preset("discard"), 0.5, data=digits())
+
+
+@pytest.mark.parametrize("preset", ["data-free", "paper"])
+def test_every_group_of_the_cifar_resnet18_is_fused(preset: str) -> None:
+    torch.manual_seed(0)
+    model = CifarResNet18(width=4).eval()
+    settings = PruneSection(ratios=(0.5,), ignored=("linear",))
+    pruned = prune(model, torch.zeros(1, 3, 8, 8), settings, Fusion.preset(preset), 0.5, data=digits())
+    assert len(pruned.groups) == 12
+    assert "selection" not in {group.merged for group in pruned.groups}
+    for layer in ("conv1", "layer1.1.conv2", "layer2.0.shortcut.0", "layer4.1.conv1"):
+        before, after = (network.get_submodule(layer).weight.shape[0] for network in (model, pruned.model))
+        assert after == before // 2
+    output = pruned.model(torch.randn(2, 3, 8, 8))
+    assert output.shape == (2, 10)
+    assert bool(torch.isfinite(output).all())

@@ -47,7 +47,7 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("  name: digits\n", "  name: digitz\n", "r.yaml:4: data.name: unknown value 'digitz'; did you mean 'digits'? allowed: digits, image_folder"),
+        ("  name: digits\n", "  name: digitz\n", "r.yaml:4: data.name: unknown value 'digitz'; did you mean 'digits'? allowed: digits, cifar10, cifar100, imagenet, image_folder, fake"),
         ("ratios: [0.5]", "ratio: [0.5]", "r.yaml:7: prune.ratio: unknown key 'ratio'; did you mean 'ratios'? allowed: ratios, target, overrides, importance, ignored, groups, global, isomorphic, iterative_steps, round_to, images, seed"),
         ("[0.5]", "[0.5, 1.0]", "r.yaml:7: prune.ratios[1]: expected number at least 0 and below 1, got 1"),
         ("[0.5]", "[.nan]", "r.yaml:7: prune.ratios[0]: expected number at least 0 and below 1, got nan"),
@@ -78,7 +78,7 @@ def test_defaults() -> None:
         ("output: out\n", "output: out\nfusion: {merg: paper}\n", "r.yaml:9: fusion.merg: unknown key 'merg'; did you mean 'merge'? allowed: FIELDS"),
         ("output: out\n", "output: out\nfusion: [paper]\n", "r.yaml:9: fusion: expected a preset (PRESETS) or a section"),
         ("output: out\n", "output: out\nfusion: {rows: false, columns: false}\n", "r.yaml:9: fusion: Fusion.rows and Fusion.columns are both off"),
-        ("output: out\n", "output: out\nplaces: {}\n", "r.yaml:9: places: unknown key 'places'; allowed: model, data, train, prune, fusion, output, device, threads"),
+        ("output: out\n", "output: out\nplaces: {}\n", "r.yaml:9: places: unknown key 'places'; allowed: model, data, train, prune, fusion, finetune, sweep, output, keep, device, threads"),
     ],
 )  # fmt: skip
 def test_one_mistake_one_exact_message(old: str, new: str, message: str) -> None:
@@ -191,18 +191,21 @@ def test_a_resolved_recipe_reads_back_equal() -> None:
 def test_shipped_recipes_exist() -> None:
     assert {path.stem for path in RECIPES} >= {
         "digits",
+        "digits_finetune",
         "cifar10_resnet20",
-        "cifar10_vgg11_bn",
-        "cifar10_vgg11_bn_groups",
+        "cifar10_resnet20_finetune",
+        *(f"{data}_{network}{scope}" for data in ("cifar10", "cifar100") for network in ("resnet18", "vgg11_bn")
+          for scope in ("", "_groups")),
         "imagenet_resnet50",
-    }
+        "imagenet_resnet50_groups",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path: Path, tmp_path: Path) -> None:
     weights = tmp_path / "w.safetensors"
     weights.touch()
-    extra = [] if path.stem == "digits" else [f"data.root={tmp_path}", f"model.weights={weights}"]
+    extra = [] if path.stem.startswith("digits") else [f"data.root={tmp_path}", f"model.weights={weights}"]
     recipe = load_recipe(path, extra)
     assert read_recipe(to_yaml(recipe)) == recipe
 
@@ -220,7 +223,7 @@ def test_every_key_of_a_shipped_recipe_is_there_with_its_type_and_default(path: 
             assert comment_above(text, node.where).count("(")
             continue
         if node is None:
-            assert name == "train"
+            assert name in ("train", "finetune")
             continue
         for item in options(cls):
             entry = node.value[key_of(item)]
@@ -260,6 +263,9 @@ def test_the_json_schema_accepts_every_shipped_recipe(path: Path) -> None:
         ("fusion={cost: l3}", "fusion"),
         ("fusion=papper", "fusion"),
         ("output=null", "output"),
+        ("sweep={prune.importance: []}", "sweep"),
+        ("sweep=[]", "sweep"),
+        ("sweep=l1", "sweep"),
     ],
 )
 def test_the_json_schema_refuses_what_the_loader_refuses(assignment: str, path: str) -> None:
@@ -276,6 +282,8 @@ def test_the_json_schema_refuses_what_the_loader_refuses(assignment: str, path: 
 def violations(schema: dict[str, Any], value: Any, path: str = "") -> Iterator[str]:
     """The paths at which a value breaks a JSON schema, in the words of the standard that recipes use."""
     kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None), "integer": int}
+    if not schema:
+        return
     if "anyOf" in schema:
         if all(list(violations(choice, value)) for choice in schema["anyOf"]):
             yield path

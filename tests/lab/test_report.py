@@ -19,7 +19,7 @@ from intrafusion.lab.figure import draw
 from intrafusion.lab.measure import Latency
 from intrafusion.lab.page import to_html
 from intrafusion.lab.recipe import read_recipe
-from intrafusion.lab.report import Study, table, to_csv, to_markdown, to_text, verdict
+from intrafusion.lab.report import Study, csv_rows, table, to_csv, to_markdown, to_text, verdict
 from intrafusion.lab.results import Cell, GroupLine, Result
 from intrafusion.lab.svg import _ticks
 
@@ -178,12 +178,12 @@ def test_the_html_page_shows_losses_failures_and_foreign_text_as_they_are() -> N
 
 def test_every_cell_is_a_line_of_the_csv() -> None:
     shown = STUDIES["measured"]
-    rows = list(csv.DictReader(io.StringIO(to_csv(shown))))
+    rows = list(csv.DictReader(io.StringIO(to_csv(csv_rows(shown)))))
     assert [row["method"] for row in rows] == [r.cell.method for r in shown.results]
     assert [int(row["correct"]) for row in rows] == [r.correct for r in shown.results]
     assert [row["latency_64_median_s"] for row in rows] == ["0.064", "", "0.064", "", "0.064"]
     assert rows[1]["top5"] == "990"
-    assert next(csv.DictReader(io.StringIO(to_csv(study()))))["size"] == ""
+    assert next(csv.DictReader(io.StringIO(to_csv(csv_rows(study())))))["size"] == ""
 
 
 def test_measured_columns_are_there_only_where_something_was_measured() -> None:

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import Latency
-from intrafusion.lab.results import Cell, GroupLine, Result, ResultStore, key_of_identity
+from intrafusion.lab.results import Cell, Curve, GroupLine, Result, ResultStore, key_of_identity
 
 LINE = GroupLine("features.0", 8, 4, 1.5, "paper", "", ((0, 1.0), (0, 0.75), (-1, 0.0)))
 TIME = Latency(64, 0.001, 0.0001, "a processor", 1)
 ONE = Result(Cell("discard", 0.5, "all"), 9, 10, 100, 1000, "abc", (LINE,), 0.1)
+CURVE = Curve((0.5, 0.25), (10.0, 80.0, 85.5), 2, ((1, 9), (2, 8)))
+TUNED = Result(Cell("fused", 0.5, "all", "finetuned", 3), 10, 10, 100, 1000, "abc", (LINE,), 0.2, curve=CURVE)
 TWO = Result(Cell("fused", 0.5, "all"), 10, 10, 100, 1000, "abc", (LINE,), 0.2, 10, 500, None, (TIME,))
 
 
@@ -27,6 +29,8 @@ def test_what_is_added_is_read_back(tmp_path: Path) -> None:
     assert again.get("k1") == ONE
     assert again.get("k2") == TWO
     assert again.get("k3") is None
+    store.add("k3", TUNED, {})
+    assert ResultStore(path).get("k3") == TUNED
     assert json.loads(path.read_text().splitlines()[1])["identity"] == {"a": 2}
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from intrafusion import load
 from intrafusion.lab import bench
 from intrafusion.lab import run as run_module
 from intrafusion.lab.bench import Bench
+from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError, RecipeError
+from intrafusion.lab.measure import evaluate
 from intrafusion.lab.models import DigitsCNN, build_model
 from intrafusion.lab.recipe import Recipe, load_recipe, read_recipe
 from intrafusion.lab.results import Result
@@ -53,8 +56,8 @@ def test_everything_is_in_the_folder(recipe: Recipe, measured: list[str]) -> Non
     finished = run(recipe, progress=False)
     folder = Path(recipe.output)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "accuracy.png", "dense.safetensors", "environment.json", "recipe.yaml", "report.html", "report.md",
-        "results.csv", "results.jsonl",
+        "accuracy.png", "cells.json", "dense.safetensors", "environment.json", "networks", "recipe.yaml",
+        "report.html", "report.md", "results.csv", "results.jsonl",
     ]  # fmt: skip
     assert measured == ["dense 0.0 all"] + [f"{m} {r} all" for r in (0.25, 0.5) for m in ("discard", "fused")]
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
@@ -88,6 +91,30 @@ def test_a_finished_cell_is_never_computed_again(recipe: Recipe, measured: list[
     measured.clear()
     run(recipe, fresh=True, progress=False)
     assert len(measured) == 5
+
+
+@pytest.mark.parametrize(
+    ("extra", "names"),
+    [
+        ([], ["fused-0.5"]),
+        (["keep=all"], ["discard-0.5", "fused-0.5"]),
+        (["keep=none"], []),
+        (["prune.groups=each"], []),
+        (["prune.groups=each", "keep=fused"], ["fused-features.0-0.5", "fused-features.3-0.5", "fused-features.7-0.5"]),
+    ],
+)
+def test_the_pruned_networks_stay(tmp_path: Path, extra: list[str], names: list[str]) -> None:
+    recipe = read_recipe(TEXT, "r.yaml", [f"output={tmp_path}", "prune.ratios=0.5", *extra])
+    run(recipe, progress=False)
+    files = sorted((tmp_path / "networks").glob("*"))
+    assert [file.name for file in files] == [f"{name}.safetensors" for name in names]
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    measured = {(line["cell"]["method"], line["cell"]["group"]): line["correct"] for line in lines}
+    data = Bench(recipe, tmp_path, progress=False).data
+    for file in files:
+        method, *group = file.stem.removesuffix("-0.5").split("-")
+        assert evaluate(load(file), data, progress=False).correct == measured[method, *(group or ["all"])]
+    assert ("`networks/`" in (tmp_path / "report.md").read_text()) == bool(names)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(
@@ -148,6 +175,57 @@ def test_changed_code_is_not_given_old_results(
     assert len(measured) == 5
 
 
+TUNED = TEXT.replace("[0.25, 0.5]", "[0.5]") + "finetune: {epochs: 2, at: [1], seeds: [0, 1]}\n"
+
+
+def test_both_networks_of_a_pair_are_fine_tuned_and_reported(tmp_path: Path, measured: list[str]) -> None:
+    folder = tmp_path / "out"
+    recipe = read_recipe(TUNED, "r.yaml", [f"output={folder}"])
+    finished = run(recipe, progress=False)
+    assert measured == ["dense 0.0 all"] + ["discard 0.5 all", "fused 0.5 all"] * 3
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [line["cell"].get("seed") for line in lines] == [None] * 3 + [0, 0, 1, 1]
+    assert {line["kept"] for line in lines[1:]} == {lines[1]["kept"]}
+    for line in lines[3:]:
+        curve = line["curve"]
+        assert len(curve["validation"]) == 3
+        assert curve["validation"][curve["best"]] == max(curve["validation"])
+        assert [epoch for epoch, _ in curve["test"]] == [1]
+        assert line["latency"] == []
+    assert "after fine-tuning both alike:" in finished.table
+    assert (folder / "finetuned.png").exists()
+    assert not (folder / "checkpoints").exists()
+    measured.clear()
+    assert run(recipe, progress=False).table == finished.table
+    changed = read_recipe(TUNED, "r.yaml", [f"output={folder}", "finetune.lr=0.02", "finetune.seeds=1"])
+    run(changed, progress=False)
+    assert measured == ["discard 0.5 all", "fused 0.5 all"]  # what was pruned is not pruned and measured again
+
+
+def test_an_interrupted_fine_tuning_goes_on_after_its_last_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["finetune.seeds=0", "finetune.epochs=3"]
+    whole = run(read_recipe(TUNED, "r.yaml", [f"output={tmp_path / 'whole'}", *given]), progress=False).table
+    recipe = read_recipe(TUNED, "r.yaml", [f"output={tmp_path / 'cut'}", *given])
+    real, passes = Dataset.batches, []
+
+    def batches(self: Dataset, name: str, *args, **kwargs):
+        passes.append(name)
+        if kwargs.get("generator") is not None and passes.count("train") == 3:
+            raise KeyboardInterrupt
+        return real(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(Dataset, "batches", batches)  # one pass trains the dense network, two more fine-tune
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, progress=False)
+    assert len(list((tmp_path / "cut" / "checkpoints").iterdir())) == 1
+    passes.clear()
+    monkeypatch.setattr(Dataset, "batches", real)
+    assert run(recipe, progress=False).table == whole
+    assert not (tmp_path / "cut" / "checkpoints").exists()
+
+
 def test_two_runs_give_the_same_numbers(recipe: Recipe, tmp_path: Path) -> None:
     first = run(recipe, progress=False).table
     assert run(replace(recipe, output=str(tmp_path / "other")), progress=False).table == first
@@ -195,7 +273,8 @@ def test_the_imagenet_recipe_on_images_of_many_sizes(write_image: Callable[..., 
     torch.manual_seed(0)
     save_weights(build_model("torchvision:resnet50", 2), tmp_path / "images" / "resnet50.safetensors")
     recipe = load_recipe(Path(__file__).resolve().parents[2] / "recipes" / "imagenet_resnet50.yaml", [
-        f"data.root={tmp_path / 'images'}", f"output={tmp_path / 'out'}", "model.num_classes=2", "data.size=64",
+        f"data.root={tmp_path / 'images'}", f"output={tmp_path / 'out'}", "model.num_classes=2",
+        "model.weights=resnet50.safetensors", "data.size=32",
         "data.train_images=6", "prune.ratios=0.5", "prune.images=4", "fusion=barycentre",
     ])  # fmt: skip
     table = run(recipe, progress=False).table

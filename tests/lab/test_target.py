@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from intrafusion.lab import bench as bench_module
+from intrafusion.lab import measure
 from intrafusion.lab.bench import Bench
 from intrafusion.lab.errors import RecipeError
 from intrafusion.lab.measure import count_macs, count_parameters
@@ -77,3 +79,32 @@ def test_the_identity_of_a_cell_has_every_setting_it_depends_on(tmp_path: Path) 
     assert plain[0] == plain[1]
     assert len({key_of_identity(entry) for entry in [*found, plain[0]]}) == len(changes) + 1
     assert ["train" in entry for entry in found] == ["chip" in c or "construction" in c for c in changes]
+
+
+def test_a_latency_is_met_and_its_ratio_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latency here is the MACs, with a drift from one look to the next as on a real machine."""
+    looks = []
+
+    def timed(model, dense, example, batch: int) -> float:
+        looks.append(batch)
+        return count_macs(model, example) / count_macs(dense, example) * (1 + 0.002 * len(looks))
+
+    monkeypatch.setattr(bench_module, "latency_share", timed)
+    recipe = read_recipe(TEXT.replace("{macs: 0.5}", "{latency: 0.5, batch: 8}"), "r.yaml", [f"output={tmp_path}"])
+    first = Bench(recipe, tmp_path, progress=False).cells()
+    assert set(looks) == {8}
+    count = len(looks)
+    assert Bench(recipe, tmp_path, progress=False).cells() == first
+    assert len(looks) == count
+    bench = Bench(recipe, tmp_path, progress=False)
+    pruned = bench.prune(first[2], recipe.prune, recipe.fusion)
+    left = count_macs(pruned.model, bench.example) / count_macs(bench.dense, bench.example)
+    assert left == pytest.approx(0.5, rel=0.05)
+    other = read_recipe(TEXT.replace("{macs: 0.5}", "{latency: 0.7, batch: 8}"), "r.yaml", [f"output={tmp_path}"])
+    assert Bench(other, tmp_path, progress=False).cells()[1].ratio < first[1].ratio
+
+
+def test_a_share_of_the_latency_is_that_of_both_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([3.0, 4.0, 2.0, 5.0, 9.0, 8.0])
+    monkeypatch.setattr(measure, "measure_latency", lambda *_: measure.Latency(1, next(times), 0.0, "", 1))
+    assert measure.latency_share(None, None, None, 1) == 0.5  # type: ignore[arg-type]

@@ -1,0 +1,90 @@
+"""The folder of a run: what is in it besides the report, and how a study is read from it again."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intrafusion.lab.errors import LabError, RecipeError
+from intrafusion.lab.files import write_atomic
+from intrafusion.lab.measure import device_name
+from intrafusion.lab.recipe import Recipe, read_recipe, read_text, to_yaml
+from intrafusion.lab.report import Study
+from intrafusion.lab.results import Cell, ResultStore
+
+RESULTS = "results.jsonl"
+_RECIPE, _CELLS, _ENVIRONMENT = "recipe.yaml", "cells.json", "environment.json"
+_PACKAGES = ("intrafusion", "torch", "torchvision", "torch-pruning", "POT", "numpy", "scipy", "scikit-learn")
+
+
+def prepare(folder: Path, recipe: Recipe) -> None:
+    """Make the folder, with the resolved recipe and what it runs on.
+
+    Raises:
+        RecipeError: the folder cannot be written.
+    """
+    try:
+        write_atomic(folder / _RECIPE, to_yaml(replace(recipe, output=str(folder))))
+        write_atomic(folder / _ENVIRONMENT, json.dumps(environment(recipe), indent=2) + "\n")
+    except OSError as error:
+        raise recipe.error("output", f"cannot write to '{folder}': {error.strerror or error}") from None
+
+
+def write_cells(folder: Path, keys: Mapping[Cell, str], skipped: Sequence[str]) -> None:
+    """Note which lines of the results belong to the run, in its order, and which images were left out."""
+    cells = [{"key": key, **asdict(cell)} for cell, key in keys.items()]
+    write_atomic(folder / _CELLS, json.dumps({"cells": cells, "skipped": list(skipped)}, indent=1) + "\n")
+
+
+def read_study(folder: Path) -> tuple[Study, int]:
+    """The study that a folder holds, finished or not, and how many cells it is short of.
+
+    Neither the network nor the images need to be on this machine.
+
+    Raises:
+        LabError: the folder is not that of a run, a file in it is broken, or the dense network was not measured yet.
+    """
+    for name in (_RECIPE, _CELLS, _ENVIRONMENT, RESULTS):
+        if not (folder / name).is_file():
+            raise LabError(f"{folder} holds no {name}, so it is not the folder of a run, or of one that never began")
+    try:
+        recipe = read_recipe(read_text(folder / _RECIPE), str(folder / _RECIPE), here=False)
+    except RecipeError as error:
+        raise LabError(str(error)) from None
+    plan, versions = _read_json(folder / _CELLS), _read_json(folder / _ENVIRONMENT)
+    store = ResultStore(folder / RESULTS)
+    try:
+        found = [store.get(entry["key"]) for entry in plan["cells"]]
+        skipped = tuple(plan["skipped"])
+    except (KeyError, TypeError) as error:
+        raise LabError(f"{folder / _CELLS} is broken ({error!r}); run the recipe again to write it anew") from None
+    results = tuple(result for result in found if result is not None)
+    if not any(result.cell.method == "dense" for result in results):
+        raise LabError(f"{folder}: the dense network is not measured yet; run the recipe first")
+    return Study(recipe, results, skipped, versions), len(found) - len(results)
+
+
+def environment(recipe: Recipe) -> dict[str, str]:
+    """Versions and machine behind a result."""
+    versions: dict[str, str] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
+    return {**versions, "device": device_name(device), "threads": str(torch.get_num_threads())}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LabError(f"{path} is broken ({error}); run the recipe again to write it anew") from None

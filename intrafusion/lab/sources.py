@@ -1,0 +1,255 @@
+"""Where images come from: the data sets that a recipe can name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from intrafusion.lab.cifar import CLASSES, NORMALISATION, read_cifar
+from intrafusion.lab.data import Dataset, Split, stratified
+from intrafusion.lab.errors import LabError
+from intrafusion.lab.files import cache_folder
+from intrafusion.lab.images import SUFFIXES, Decoding, class_names, image_shape, locate, read_split
+from intrafusion.lab.sections import DataSection
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_SIZE = 224
+_DIGITS = ((0.3,), (0.37,))
+_FAKE = ((0.5,), (0.25,))
+_FAKE_SIZE, _FAKE_TRAIN, _FAKE_TEST = 32, 1000, 500
+_Values = tuple[float, ...] | None
+
+
+def open_data(settings: DataSection, classes: int, *, progress: bool = True) -> Dataset:
+    """The data set of a recipe; its images are read when they are first asked for.
+
+    Args:
+        classes: of generated images, which have as many as the network has outputs.
+
+    Raises:
+        LabError: the files are not there, or not laid out as they must be.
+    """
+    common: dict[str, Any] = {
+        name: getattr(settings, name) for name in ("validation", "seed", "test_images", "mean", "std")
+    }
+    if settings.name == "digits":
+        return digits(**common)
+    common["train_images"] = settings.train_images
+    if settings.name == "fake":
+        return fake(classes, size=settings.size or _FAKE_SIZE, **common)
+    if settings.name in CLASSES:
+        root = Path(settings.root) if settings.root else None
+        return cifar(settings.name, root, download=settings.download, progress=progress, **common)
+    common |= {name: getattr(settings, name) for name in ("on_corrupt", "size", "resize", "workers")}
+    make = imagenet if settings.name == "imagenet" else image_folder
+    return make(Path(settings.root or ""), progress=progress, **common)
+
+
+def digits(*, validation: float = 0.1, seed: int = 0, test_images: int | None = None,
+           mean: _Values = None, std: _Values = None) -> Dataset:  # fmt: skip
+    """scikit-learn's 1,797 grey 8x8 digits: 30 % test (539, fixed and stratified), the rest train and validation.
+
+    Args:
+        validation: share of the training images that is held out, in (0, 1).
+        seed: which ones.
+        test_images: evaluate on this many test images of a fixed shuffle; ``None`` for all.
+        mean, std: of pixels scaled to [0, 1]; ``None`` for 0.3 and 0.37.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, target = load_digits(return_X_y=True)
+    images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+    everything = Split(images, torch.from_numpy(target.astype(np.int64)))
+    rest, test = stratified(everything.labels, 0.3, seed=0)
+
+    def load(name: str) -> Split:
+        if name == "test":
+            return everything.take(test).first(test_images)
+        return _hold_out(everything.take(rest), name, validation, seed)
+
+    return Dataset("digits", _numbered(10), (1, 8, 8), *_statistics(mean, std, _DIGITS, 1), _load=load)
+
+
+def cifar(
+    name: str, root: Path | None = None, *, download: bool = False, validation: float = 0.1, seed: int = 0,
+    train_images: int | None = None, test_images: int | None = None, mean: _Values = None, std: _Values = None,
+    progress: bool = True,
+) -> Dataset:  # fmt: skip
+    """``cifar10`` or ``cifar100``: 50,000 training and 10,000 test images of 32x32 pixels, classes in their own order.
+
+    Args:
+        root: see :func:`read_cifar`; ``None`` for a folder of the cache.
+        mean, std: of pixels scaled to [0, 1]; ``None`` for those of the training images. The rest as in :func:`digits`
+            and :func:`image_folder`.
+
+    Raises:
+        LabError: when a split is read and its files are not there or damaged.
+    """
+    folder = root or cache_folder() / name
+
+    def load(split: str) -> Split:
+        images, labels = read_cifar(name, folder, train=split != "test", download=download, progress=progress)
+        everything = Split(torch.from_numpy(images), torch.from_numpy(labels))
+        if split == "test":
+            return everything.first(test_images)
+        return _hold_out(everything.first(train_images), split, validation, seed)
+
+    statistics = _statistics(mean, std, NORMALISATION[name], 3)
+    return Dataset(name, _numbered(CLASSES[name]), (3, 32, 32), *statistics, _load=load)
+
+
+def image_folder(
+    root: Path, *, validation: float = 0.1, seed: int = 0, test_images: int | None = None,
+    mean: _Values = None, std: _Values = None, on_corrupt: str = "error", progress: bool = True,
+    size: int | None = None, resize: int | None = None, train_images: int | None = None, workers: int | None = None,
+) -> Dataset:  # fmt: skip
+    """``root/train/<class>/*.jpg`` and ``root/test/<class>/*.jpg``, or an archive of such folders.
+
+    A folder without ``test/`` may have ``val/`` instead.
+
+    Args:
+        root: the folder, a folder that holds one tar archive of it, or the archive.
+        on_corrupt, size, resize, workers: see :class:`Decoding`.
+        train_images: read only this many files of a fixed shuffle of ``train/``; ``None`` for all.
+        mean, std: of pixels scaled to [0, 1]; ``None`` for ImageNet's. The rest as in :func:`digits`.
+
+    Raises:
+        LabError: the folders are not as described; when a split is read: an image cannot be read, images differ in
+            size.
+    """
+    folder = locate(root, progress=progress)
+    held = folder / ("test" if (folder / "test").is_dir() else "val")
+    decoding = Decoding(size, resize, on_corrupt, workers, progress)
+    return _from_folders("image_folder", folder / "train", held, decoding, validation, seed, train_images, test_images,
+                         mean, std)  # fmt: skip
+
+
+def imagenet(
+    root: Path, *, validation: float = 0.1, seed: int = 0, test_images: int | None = None,
+    mean: _Values = None, std: _Values = None, on_corrupt: str = "error", progress: bool = True,
+    size: int | None = None, resize: int | None = None, train_images: int | None = None, workers: int | None = None,
+) -> Dataset:  # fmt: skip
+    """``root/val/<wnid>/*.JPEG`` and ``root/train/<wnid>/*.JPEG``: all 1,000 classes, or any of them.
+
+    ``val/`` is the test split. ``train/`` may be missing unless training images are asked for. ``root`` may also be
+    the folder of the unpacked ILSVRC archive. ``size`` is 224 unless given; the rest as in :func:`image_folder`.
+
+    Raises:
+        LabError: as :func:`image_folder`; the validation images lie in one flat folder; folders are no WordNet ids.
+    """
+    folder = next((path for path in (root, root / "ILSVRC/Data/CLS-LOC") if (path / "val").is_dir()), None)
+    if folder is None:
+        raise LabError(f"{root} holds no folder val/; expected {root}/val/<wnid>/*.JPEG and {root}/train/<wnid>/*.JPEG")
+    _check_wnids(folder / "val")
+    decoding = Decoding(size or IMAGENET_SIZE, resize, on_corrupt, workers, progress)
+    return _from_folders("imagenet", folder / "train", folder / "val", decoding, validation, seed, train_images,
+                         test_images, mean, std)  # fmt: skip
+
+
+def fake(
+    classes: int = 10, *, size: int = _FAKE_SIZE, validation: float = 0.1, seed: int = 0,
+    train_images: int | None = None, test_images: int | None = None, mean: _Values = None, std: _Values = None,
+) -> Dataset:  # fmt: skip
+    """Generated images that a network can learn: each class is a pattern of coloured blobs, shifted and under noise.
+
+    The same arguments give the same images on every machine; no file is read.
+
+    Args:
+        size: side of the square images, in pixels.
+        train_images, test_images: how many there are; ``None`` for 1,000 and 500.
+        mean, std: of pixels scaled to [0, 1]; ``None`` for 0.5 and 0.25. The rest as in :func:`digits`.
+    """
+    grid = torch.rand(classes, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    patterns = F.interpolate(grid, (size, size), mode="bilinear", align_corners=False)
+
+    def load(name: str) -> Split:
+        if name == "test":
+            return _draw(patterns, test_images or _FAKE_TEST, seed=1)
+        return _hold_out(_draw(patterns, train_images or _FAKE_TRAIN, seed=2), name, validation, seed)
+
+    return Dataset("fake", _numbered(classes), (3, size, size), *_statistics(mean, std, _FAKE, 3), _load=load)
+
+
+def _draw(patterns: Tensor, count: int, *, seed: int) -> Split:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % len(patterns)
+    images = torch.empty(count, *patterns.shape[1:], dtype=torch.uint8)
+    furthest = max(1, patterns.shape[-1] // 8)
+    for index, label in enumerate(labels.tolist()):
+        down, right = torch.randint(-furthest, furthest + 1, (2,), generator=generator).tolist()
+        noise = torch.randn(patterns.shape[1:], generator=generator)
+        image = patterns[label].roll((down, right), (1, 2)) + 0.15 * noise
+        images[index] = image.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+    return Split(images, labels)
+
+
+def _from_folders(
+    name: str, train: Path, held: Path, decoding: Decoding, validation: float, seed: int, train_images: int | None,
+    test_images: int | None, mean: _Values, std: _Values,
+) -> Dataset:  # fmt: skip
+    classes = class_names(held)
+    if train.is_dir() and (other := set(classes) ^ set(class_names(train))):
+        raise LabError(
+            f"{held.parent}: train/ and {held.name}/ hold different classes: {_few(sorted(other))} in only one"
+        )
+
+    def load(split: str) -> Split:
+        folder, limit = (held, None) if split == "test" else (train, train_images)
+        array = read_split(folder, decoding, limit=limit)
+        images, labels = torch.from_numpy(array.images), torch.from_numpy(array.labels)
+        everything = Split(images, labels, array.skipped, source_digest=array.digest)
+        return everything.first(test_images) if split == "test" else _hold_out(everything, split, validation, seed)
+
+    shape = image_shape(held, decoding)
+    return Dataset(name, classes, shape, *_statistics(mean, std, IMAGENET, shape[0]), _load=load)
+
+
+def _check_wnids(folder: Path) -> None:
+    flat = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+    if flat:
+        raise LabError(
+            f"{folder} holds {flat} images beside or instead of class folders: ILSVRC's validation archive is flat; "
+            "move each image into val/<wnid>/, as the script valprep.sh of soumith/imagenetLoader.torch does"
+        )
+    strange = [name for name in class_names(folder) if not re.fullmatch(r"n\d{8}", name)]
+    if strange:
+        raise LabError(
+            f"{folder}: the class folders of ImageNet are WordNet ids such as n01440764, not {_few(strange)}; for "
+            "other folders of images there is data.name: image_folder"
+        )
+
+
+def _hold_out(split: Split, name: str, share: float, seed: int) -> Split:
+    rest, held = stratified(split.labels, share, seed=seed)
+    chosen = held if name == "validation" else rest
+    if len(chosen) == 0:
+        raise LabError(
+            f"a validation share of {share} leaves no {name} images of the {len(split)} training images; "
+            "change data.validation"
+        )
+    return split.take(chosen)
+
+
+def _statistics(
+    mean: _Values, std: _Values, default: tuple[tuple[float, ...], tuple[float, ...]], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    chosen = (mean or default[0], std or default[1])
+    for name, values in zip(("mean", "std"), chosen, strict=True):
+        if len(values) not in (1, channels):
+            raise LabError(f"data.{name} has {len(values)} values; the images have {channels} channels")
+    return chosen[0], chosen[1]
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(str(number) for number in range(count))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
