@@ -6,9 +6,9 @@ merged channels are duplicates (S R = the identity on what the network can produ
     dL'/dy'_k = sum_j S_jk dL/dy_j        producers: rows of the gradient are mixed by S^T
     dL'/dV'_k = sum_j R_kj dL/dV_j        readers: columns are mixed by R
 
-so a gradient, and a momentum (a smoothed gradient), is mixed by coefficients c: g' = sum_j c_j g_j. Where the readers are
-refitted, S is the reading of the old channels from the new ones that the refit regresses to, not the plan's. The second
-moment of g' is
+so a gradient, and a momentum (a smoothed gradient), is mixed by coefficients c: g' = sum_j c_j g_j. Where the readers
+are refitted, S is the reading of the old channels from the new ones that the refit regresses to, not the plan's. The
+second moment of g' is
 
     E[g'^2] = sum_ij c_i c_j E[g_i g_j]
 
@@ -16,8 +16,8 @@ which an optimizer does not know; of its two ends, gradients that move as one (d
 
     (sum_j c_j sqrt(E[g_j^2]))^2        and        sum_j c_j^2 E[g_j^2]
 
-the larger is carried. It is exact for duplicates and for what is alone, never negative, and for coefficients of one sign
-an upper bound (Cauchy-Schwarz), so that no step is larger than with the true moment.
+the larger is carried. It is exact for duplicates and for what is alone, never negative, and for coefficients of one
+sign an upper bound (Cauchy-Schwarz), so that no step is larger than with the true moment.
 
 A layer in front of a batch-norm is carried in folded coordinates, dL/d(aW) = dL/dW / a with the batch-norm's scale a:
 the merge and the refit may split the folded layer into weight and scale differently from before, and flip the sign of
