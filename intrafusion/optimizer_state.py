@@ -41,9 +41,9 @@ def transfer_optimizer_state(
     before the next `optimizer.step()`; after several pruning steps once is enough, and where nothing was pruned it
     changes nothing.
 
-    Momenta travel as gradients do, by the same (R, S) as the weights; second moments as `surgery/cotangent.py` says; step
-    counts and other scalars are copied. A bias that a refit added joins the group of the network's other biases, or that
-    of its layer's weight if they are in several, without a state.
+    Momenta travel as gradients do, by the same (R, S) as the weights; second moments as `surgery/cotangent.py` says;
+    step counts and other scalars are copied. A bias that a refit added joins the group of the network's other biases,
+    or that of its layer's weight if they are in several, without a state.
 
     keep: parameters that belong to no part of the pruner's network (of a loss) and stay as they are.
     kinds: what further entries of the state are, by name: `gradient`, `square` (of gradients), `magnitude` (of
