@@ -98,10 +98,8 @@ class FusionSchedule:
         self._prune()
         self.calls += 1
         self.done += 1
-        width = (
-            f"{self.done} of {len(self.at)}, {sum(p.numel() for p in self.pruner.model.parameters())} parameters left"
-        )
-        _LOG.info("pruned after step %d (%s)", self.calls, width)
+        left = sum(parameter.numel() for parameter in self.pruner.model.parameters())
+        _LOG.info("pruned after step %d (%d of %d): %d parameters left", self.calls, self.done, len(self.at), left)
         return True
 
     def _prune(self) -> None:

@@ -133,7 +133,7 @@ class Change:
         The copies go through the very functions that cut the layers, whatever their kind.
         """
         before = {(m, n): p for m in self._before for n, p in m._parameters.items() if p is not None}
-        items = [(dep, _helpers.to_plain_idxs(idxs) if _hybrid(idxs) else list(idxs)) for dep, idxs in group.items]
+        items = [(dep, list(_helpers.to_plain_idxs(idxs))) for dep, idxs in group.items]
         free = {id(p): self._address(p) for p in self._graph._param_to_name if isinstance(p, nn.Parameter)}
         targets = [dep.target.module for dep, _ in items]  # a cut of a free parameter replaces the target
         shells = {t: _Shell(t) for t in dict.fromkeys(t for t in targets if isinstance(t, nn.Module))}
@@ -263,7 +263,3 @@ def _read(numbered: Tensor, axis: int) -> Tensor:
     return (
         numbered.detach().movedim(axis, 0).flatten(1)[:, 0].long() if numbered.dim() > 1 else numbered.detach().long()
     )
-
-
-def _hybrid(idxs: Any) -> bool:
-    return len(idxs) > 0 and isinstance(idxs[0], _helpers._HybridIndex)
