@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+_SPEAKING = 1.0  # seconds that the first process of a machine has to say what is wrong
 _log = logging.getLogger(__name__)
 Command = Callable[[argparse.Namespace], int]
 
@@ -30,6 +32,8 @@ examples:
   intrafusion run my_recipe.yaml --set prune.ratios=0.3,0.5 --set fusion.merge=barycentre --output runs/mine
   intrafusion run digits --set prune.ratios=null --set prune.target.macs=0.4
       as many channels go as leave 40 % of the multiply-accumulates
+  accelerate launch -m intrafusion.cli run imagenet_resnet50 --set data.root=/data/imagenet
+      every network is trained and evaluated by several GPUs together
 
 An interrupted run continues where it stopped when the same command is given again.
 """
@@ -55,6 +59,16 @@ Every point of the grid has a folder of its own inside the output folder. A swee
 something failed, continues where it stopped when the same command is given again. Each cell is computed on `threads`
 threads of the recipe, 1 if it names none, so that the numbers do not depend on the workers.
 """
+_LANDSCAPE_EXAMPLES = """\
+examples:
+  intrafusion landscape first.safetensors second.safetensors digits --output runs/landscape
+  intrafusion landscape a.safetensors b.safetensors cifar10_resnet20 --set data.root=/data/cifar10 \\
+      --third c.safetensors --split test --output runs/landscape
+      with a picture of the plane through the three
+
+The files are state dicts of the recipe's network (dense.safetensors of a run is one); its own weights are not used and
+nothing is trained. B, and C, are aligned to A: their channels are put in its order.
+"""
 _REPORT_EXAMPLES = """\
 examples:
   intrafusion report runs/demo
@@ -79,9 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE
     _set_up_messages(options.quiet)
     try:
+        _check_launch(options)
         return options.command(options)
     except KeyboardInterrupt:
-        print("\ninterrupted; give the same command again to continue", file=sys.stderr)
+        if _launch()[0] == 0:
+            print("\ninterrupted; give the same command again to continue", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -168,14 +184,32 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command(
         "inspect", _inspect, "Show what a recipe cuts and what it fuses, group by group.", _INSPECT_EXAMPLES + shipped
     )
-    for added in (run, sweep, inspect):
+    landscape = command(
+        "landscape", _landscape, "Measure and draw the loss between trained networks.", _LANDSCAPE_EXAMPLES + shipped
+    )
+    landscape.add_argument("first", metavar="A", type=Path, help="safetensors file of a network")
+    landscape.add_argument("second", metavar="B", type=Path, help="safetensors file of another")
+    landscape.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of figures and numbers")
+    landscape.add_argument("--third", metavar="C", type=Path, help="a third one: draw the plane through all of them")
+    landscape.add_argument(
+        "--split", choices=("validation", "test"), default="validation", help="whose images score the networks"
+    )
+    landscape.add_argument("--steps", type=_points, default=11, metavar="N", help="points along each line")
+    landscape.add_argument(
+        "--resolution", type=_points, default=11, metavar="N", help="points along a side of the plane"
+    )
+    landscape.add_argument(
+        "--images", type=_images, default=250, metavar="N",
+        help="training images that batch-norm statistics are re-estimated on, for a third line and the plane; 0: never",
+    )  # fmt: skip
+    for added in (run, sweep, inspect, landscape):
         added.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or the name of a shipped recipe")
         added.add_argument(
             "--set", metavar="KEY=VALUE", action="append", default=[], dest="assignments",
             help="change a key of the recipe, as in prune.seed=1; may be given many times",
         )  # fmt: skip
     recipes = command("recipes", _recipes, "List the shipped recipes.")
-    for added in (run, sweep, report, inspect, recipes):
+    for added in (run, sweep, report, inspect, landscape, recipes):
         added.add_argument("--json", action="store_true", help="print JSON instead of text")
     command("schema", _schema, "Print the JSON schema of a recipe, for editors.", _SCHEMA_EXAMPLES)
     return parser
@@ -185,11 +219,14 @@ def _run(options: argparse.Namespace) -> int:
     path = find_recipe(options.recipe)
     from intrafusion.lab.recipe import load_recipe
     from intrafusion.lab.run import run
+    from intrafusion.processes import open_processes
 
     recipe = load_recipe(path, _assignments(options))
     if recipe.sweep:
         _log.info("the grid of the section 'sweep' is for: intrafusion sweep %s", options.recipe)
-    return _finish(run(recipe, fresh=options.fresh, progress=not options.quiet), options)
+    with open_processes(cpu=recipe.device == "cpu") as processes:
+        finished = run(recipe, fresh=options.fresh, progress=not options.quiet, processes=processes)
+        return _finish(finished, options) if processes.is_main else OK
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -219,13 +256,16 @@ def _assignments(options: argparse.Namespace) -> list[str]:
 
 
 def _finish(finished: Any, options: argparse.Namespace) -> int:
+    report = str(finished.report) if finished.report.is_file() else None  # none of a sweep that measured nothing
     if options.json:
-        with (finished.folder / "results.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        facts = {"folder": str(finished.folder), "report": str(finished.report), "computed": finished.computed}
+        rows = []
+        if report is not None:
+            with (finished.folder / "results.csv").open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        facts = {"folder": str(finished.folder), "report": report, "computed": finished.computed}
         print(json.dumps({**facts, "failed": getattr(finished, "failed", ()), "rows": rows}, indent=2))
     else:
-        print(f"{finished.table}\n\nreport: {finished.report}")
+        print(finished.table if report is None else f"{finished.table}\n\nreport: {report}")
     return OK
 
 
@@ -236,6 +276,22 @@ def _inspect(options: argparse.Namespace) -> int:
 
     found = inspect(load_recipe(path, options.assignments), progress=not options.json)
     print(json.dumps(asdict(found), indent=2) if options.json else found)
+    return OK
+
+
+def _landscape(options: argparse.Namespace) -> int:
+    path = find_recipe(options.recipe)
+    from intrafusion.lab.landscape_report import REPORT, LandscapeSettings, measure_landscape, write_landscape
+    from intrafusion.lab.recipe import load_recipe
+
+    recipe = load_recipe(path, options.assignments)
+    files = tuple(file for file in (options.first, options.second, options.third) if file is not None)
+    settings = LandscapeSettings(
+        split=options.split, steps=options.steps, resolution=options.resolution, images=options.images
+    )
+    found = measure_landscape(recipe, files, settings, progress=not options.json)
+    write_landscape(found, options.output)
+    print(json.dumps(found.plain(), indent=2) if options.json else f"{found}\n\nreport: {options.output / REPORT}")
     return OK
 
 
@@ -260,22 +316,52 @@ def _schema(_: argparse.Namespace) -> int:
     return OK
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of {least} or more")
+        return int(text)
+
+    return count
+
+
+_images, _count, _points = map(_at_least, (0, 1, 2))
+
+
+def _check_launch(options: argparse.Namespace) -> None:
+    from intrafusion.lab.errors import UsageError
+
+    if _launch()[1] == 1 or options.command is _run:
+        return
+    if options.command is _sweep:
+        raise UsageError("a sweep runs its own processes: start it without accelerate launch or torchrun")
+    raise UsageError("only a run uses several processes: start this without accelerate launch or torchrun")
+
+
+def _launch() -> tuple[int, int]:
+    """Which process this is of how many that were launched together; the usual case does not wait for torch."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    from intrafusion.processes import launch
+
+    return launch()
 
 
 def _report_error(error: Exception, debug: bool) -> int:
     from intrafusion import FusionError
     from intrafusion.lab.errors import LabError, UsageError
+    from intrafusion.processes import ProcessError
 
     if debug:
         traceback.print_exc()
-    known = isinstance(error, LabError | FusionError | OSError)
+    known = isinstance(error, LabError | FusionError | ProcessError | OSError)
     text = str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)"
-    print(f"intrafusion: error: {text}", file=sys.stderr)
+    process, count = _launch()
+    if known and process and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_SPEAKING)  # when the first of its processes ends, a launcher ends the others
+    else:
+        where = f"process {process} of {count}: " if process else ""
+        print(f"intrafusion: error: {where}{text}", file=sys.stderr)
     return USAGE if isinstance(error, UsageError) else FAILED
 
 
@@ -285,7 +371,7 @@ def _set_up_messages(quiet: bool) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("intrafusion")
     logger.handlers = [handler]
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.setLevel(logging.ERROR if _launch()[0] else logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

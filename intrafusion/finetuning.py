@@ -35,7 +35,8 @@ def finetune(
         train: batches ``(inputs [B, ...], labels int64 [B])`` that can be gone through once per epoch: a ``DataLoader``
             or a list. Random transforms and shuffling that draw from torch's generators are seeded.
         training: settings; see :class:`Training` for every field.
-        validation: batches like ``train``.
+        validation: batches like ``train``. On its first 64 images the noise of the gradient is measured after every
+            epoch, for ``History.noise``; they should be in no order of classes.
         teacher: usually the dense network, put in eval mode; its softened logits are learnt too (Hinton, Vinyals and
             Dean, 2015): ``alpha T² KL(teacher || model) + (1 - alpha) cross-entropy``, with logits divided by ``T``.
         temperature: T, above 0.
@@ -49,7 +50,8 @@ def finetune(
         **settings: fields of :class:`Training`, over ``training``.
 
     Returns:
-        Per epoch the mean training loss and the validation accuracy in per cent, and which epoch was best.
+        Per epoch the mean training loss, the validation accuracy in per cent and the noise of the gradient, and which
+        epoch was best.
 
     Raises:
         ValueError: a setting is out of range, or the network has nothing to train.
@@ -76,6 +78,7 @@ def finetune(
             chosen,
             objective=objective,
             evaluation=None if validation is None else lambda net, _: {"validation": accuracy(net, validation)},
+            held_out=validation,
             checkpoint=None if checkpoint is None else Path(checkpoint),
             key=key,
             progress=progress,

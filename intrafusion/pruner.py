@@ -64,7 +64,12 @@ class FusedGroup(Group):
 
 
 class FusionMixin:
-    """Turns a torch-pruning pruner into one that fuses. Mixed in before the pruner class."""
+    """Turns a torch-pruning pruner into one that fuses. Mixed in before the pruner class.
+
+    progress: set it to False for no progress bars; they are on a terminal only.
+    """
+
+    progress: bool = True
 
     # What the host class provides.
     DG: tp.DependencyGraph
@@ -226,10 +231,9 @@ class FusionMixin:
         """What corrects the layers of one step; the benchmarks' rivals bring their own."""
         batches = self._calibration
         few = synthetic_count(self.model, self._example, batches)
+        options: dict[str, Any] = {"count": few, "seed": self.fusion.seed, "progress": self.progress}
         try:
-            drawn = (
-                synthetic_inputs(self.model, self._example, self._run, count=few, seed=self.fusion.seed) if few else []
-            )
+            drawn = synthetic_inputs(self.model, self._example, self._run, **options) if few else []
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             if not batches:
                 raise FusionError(
@@ -239,7 +243,8 @@ class FusionMixin:
             drawn = []
         batches = [*batches, *drawn]
         device = next(self.model.parameters()).device
-        return Sequential(self.DG, self._run, [checks.to_device(batch, device) for batch in batches])
+        batches = [checks.to_device(batch, device) for batch in batches]
+        return Sequential(self.DG, self._run, batches, self.progress)
 
     @torch.no_grad()
     def _finish(self) -> None:

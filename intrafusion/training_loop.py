@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from intrafusion.noise_scale import (
+    NoiseHistory,
+    NoisyEpoch,
+    definition,
+    gradient_trace,
+    held_out_batches,
+    noise_scale,
+)
+from intrafusion.processes import ALONE, Processes
 from intrafusion.training_settings import Training, lr_factor, make_optimizer
 from intrafusion.training_state import TrainingFile, copied, digest
 
@@ -51,11 +62,14 @@ class History:
         scores: what the evaluation said before the first step (epoch 0) and after every epoch; empty without one.
         best: the epoch with the largest validation score (of several the last, which was trained longest), whose
             weights the network has; without validation scores the last epoch.
+        noise: learning rate, effective noise scale and the size of the gradient's noise, epoch by epoch; epochs that an
+            older version of this package trained, before an interruption, are not in it.
     """
 
     losses: tuple[float, ...]
     scores: tuple[Mapping[str, float], ...]
     best: int
+    noise: NoiseHistory | None = None
 
     @property
     def validation(self) -> tuple[float, ...]:
@@ -65,8 +79,8 @@ class History:
 
 def fit_(
     model: nn.Module, batches: Batches, training: Training, *, objective: Objective | None = None,
-    evaluation: Evaluation | None = None, checkpoint: Path | None = None, key: str = "", progress: bool = True,
-    title: str = "train",
+    evaluation: Evaluation | None = None, held_out: Iterable[Any] | None = None, checkpoint: Path | None = None,
+    key: str = "", progress: bool = True, title: str = "train", processes: Processes = ALONE,
 ) -> History:  # fmt: skip
     """Train ``model`` in place and leave it in eval mode, at its best validation epoch if there is one.
 
@@ -77,10 +91,15 @@ def fit_(
         batches: moved to the network's device; a ``generator`` attribute is part of what is resumed.
         objective: the mean loss of a batch; ``None`` for cross-entropy with ``training.label_smoothing``.
         evaluation: called before the first step and after every epoch.
+        held_out: ``(inputs, labels)`` batches in a random order, not augmented; on the first 64 images the covariance
+            of the gradient is measured after every epoch, which changes nothing else, random states included.
         checkpoint: file that is rewritten after every epoch (more rarely where writing takes long) and from which the
             same training goes on: the same weights, settings, number of batches and ``key``. On a CPU the result is
             that of a training that was never interrupted, bit for bit. The caller removes it.
         key: whatever else the result depends on, such as a digest of the images.
+        processes: who trains together. All are given the same ``batches`` and work on a share of each, so that a step
+            is that of one process up to rounding; on CPUs each has the batch-norm statistics of its share. They start
+            from the main process's network and end with one and the same; ``checkpoint`` is written by the main one.
 
     Raises:
         DivergedError: the loss is no longer finite.
@@ -94,12 +113,14 @@ def fit_(
     device = parameters[0].device
     if training.amp == "fp16" and device.type != "cuda":
         raise ValueError("amp='fp16' needs a GPU; use 'bf16' or 'none' on a CPU")
+    processes.agree_(model)
     file = None if checkpoint is None else TrainingFile(checkpoint, _identity(model, batches, training, key))
     if training.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
-        run = _Run(model, batches, training, parameters, device, objective, evaluation)
-        _train_(run, file, progress, title)
+        run = _Run(model, batches, training, parameters, device, objective, evaluation, held_out, processes)
+        with processes.whole_batch_norm(model):
+            _train_(run, file, progress and processes.is_main, title)
         return run.finish()
     finally:
         if training.channels_last:
@@ -108,7 +129,7 @@ def fit_(
 
 def _train_(run: _Run, file: TrainingFile | None, progress: bool, title: str) -> None:
     training, batches = run.training, run.batches
-    if file is not None and (state := file.read()) is not None:
+    if file is not None and (state := run.processes.from_main(file.read)) is not None:
         run.load_state_dict(state)
         _log.info("%s: resumed after epoch %d of %d", title, run.epoch, training.epochs)
     total = training.epochs * len(batches)
@@ -120,9 +141,10 @@ def _train_(run: _Run, file: TrainingFile | None, progress: bool, title: str) ->
         while run.epoch < training.epochs:
             with seeded(training.seed, run.epoch, run.device):
                 run.train_epoch(bar)
+            run.measure_noise()
             run.evaluate()
             bar.set_postfix(epoch=run.epoch, loss=f"{run.losses[-1]:.4f}")
-            if file is not None:
+            if file is not None and run.processes.is_main:
                 file.write(run.state_dict, last=run.epoch == training.epochs)
 
 
@@ -132,9 +154,10 @@ class _Run:
     def __init__(
         self, model: nn.Module, batches: Batches, training: Training, parameters: list[nn.Parameter],
         device: torch.device, objective: Objective | None, evaluation: Evaluation | None,
+        held_out: Iterable[Any] | None, processes: Processes,
     ) -> None:  # fmt: skip
         self.model, self.batches, self.training, self.parameters = model, batches, training, parameters
-        self.device, self.evaluation = device, evaluation
+        self.device, self.evaluation, self.processes = device, evaluation, processes
         self.objective = objective or _cross_entropy(training.label_smoothing)
         self.optimizer = make_optimizer(parameters, training)
         self.scaler = torch.amp.GradScaler(device.type, enabled=training.amp == "fp16")
@@ -146,6 +169,11 @@ class _Run:
         self.losses: list[float] = []
         self.scores: list[dict[str, float]] = []
         self.best: dict[str, Tensor] | None = None
+        self.noise: list[NoisyEpoch] = []
+        self.held_out: list[tuple[Tensor, Tensor]] = []
+        if held_out is not None:
+            with _as_before(held_out, training.seed, device):
+                self.held_out = [(x.to(device), y.to(device)) for x, y in held_out_batches(held_out)]
 
     @property
     def evaluated(self) -> nn.Module:
@@ -157,34 +185,47 @@ class _Run:
         training, per_epoch = self.training, -(-len(self.batches) // self.training.accumulate)
         self.model.train()
         losses: list[float] = []
+        rates: list[float] = []
+        scales: list[float] = []
         for index, group in enumerate(_groups(self.batches, training.accumulate)):
             step = self.epoch * per_epoch + index
+            rates.append(training.lr * lr_factor(training, step, per_epoch))
+            scales.append(noise_scale(training, rates[-1], sum(len(labels) for _, labels in group)))
             for settings in self.optimizer.param_groups:
-                settings["lr"] = training.lr * lr_factor(training, step, per_epoch)
-            losses.append(self._update(group))
+                settings["lr"] = rates[-1]
+            with self.processes.own_random(step, self.device):
+                losses.append(self._update(group))
             if self.average is not None:
                 _average_(self.average, self.model)
             bar.update(len(group))
+        losses = self.processes.sum(torch.tensor(losses, dtype=torch.float64)).tolist()
         mean = sum(losses) / len(losses)
         if not math.isfinite(mean):
             raise DivergedError(self.epoch + 1, mean, training.lr)
+        self.processes.average_buffers_(self.model)
+        if self.average is not None:
+            self.processes.average_buffers_(self.average.module)
         self.losses.append(mean)
         self.epoch += 1
+        self.noise.append(NoisyEpoch(self.epoch, sum(rates) / len(rates), sum(scales) / len(scales)))
 
     def _update(self, group: Sequence[tuple[Tensor, Tensor]]) -> float:
-        """One step of the optimizer on the mean loss of all images of some batches."""
+        """One step of the optimizer on the mean loss of all images of some batches; this process's part of it."""
         count = sum(len(labels) for _, labels in group)
         total = 0.0
         self.optimizer.zero_grad()
         for inputs, labels in group:
+            size = len(labels)
+            inputs, labels, weight = self.processes.share(inputs, labels)
             inputs, labels = inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             if self.training.channels_last and inputs.dim() == 4:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
             with self._autocast():
                 loss = self.objective(self.model, inputs, labels)
-            part = loss if len(group) == 1 else loss * (len(labels) / count)
+            part = loss * (weight * size / count)
             self.scaler.scale(part).backward()
             total += part.item()
+        self.processes.sum_gradients_(self.parameters)
         if self.training.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, self.training.clip_norm)
@@ -195,6 +236,19 @@ class _Run:
     def _autocast(self) -> torch.autocast:
         kind = torch.float16 if self.training.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, kind, enabled=self.training.amp != "none")
+
+    def measure_noise(self) -> None:
+        """Note how noisy the gradient is at the weights that the epoch ended with."""
+        if not self.held_out:
+            return
+        try:
+            with seeded(self.training.seed, self.epoch, self.device):
+                trace = gradient_trace(self.model, self.held_out, self.objective)
+        except RuntimeError as error:  # no memory, or layers without a backward pass in eval mode: not worth a training
+            _log.warning("the gradient's noise is not measured: %s", error)
+            self.held_out = []
+            return
+        self.noise[-1] = replace(self.noise[-1], trace=trace if math.isfinite(trace) else None)
 
     def evaluate(self) -> None:
         """Note the scores of the epoch, and keep the weights if they are the best so far."""
@@ -218,7 +272,8 @@ class _Run:
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
         best = self.best_epoch if self.best is not None else self.epoch
-        return History(tuple(self.losses), tuple(self.scores), best)
+        noise = NoiseHistory(definition(self.training), self.training.weight_decay, epochs=tuple(self.noise))
+        return History(tuple(self.losses), tuple(self.scores), best, noise if self.noise else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the coming epochs depend on, as tensors and plain values."""
@@ -227,6 +282,7 @@ class _Run:
             "epoch": self.epoch,
             "losses": self.losses,
             "scores": self.scores,
+            "noise": [asdict(epoch) for epoch in self.noise],
             "best_epoch": self.best_epoch,
             "best": self.best,
             "model": self.model.state_dict(),
@@ -248,6 +304,7 @@ class _Run:
             generator.set_state(state["generator"])
         self.epoch, self.best_epoch, self.best = state["epoch"], state["best_epoch"], state["best"]
         self.losses, self.scores = list(state["losses"]), list(state["scores"])
+        self.noise = [NoisyEpoch(**epoch) for epoch in state.get("noise", ())]  # older files have none
 
 
 def _average_(average: AveragedModel, model: nn.Module) -> None:
@@ -279,3 +336,18 @@ def seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed * 100_003 + epoch)
         yield
+
+
+@contextmanager
+def _as_before(batches: Iterable[Any], seed: int, device: torch.device) -> Iterator[None]:
+    """Going through batches leaves every random state as it was: torch's, Python's, NumPy's and the batches' own."""
+    generator = getattr(batches, "generator", None)
+    own, plain, arrays = generator and generator.get_state(), random.getstate(), np.random.get_state()
+    try:
+        with seeded(seed, 0, device):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(arrays)
+        if generator is not None:
+            generator.set_state(own)

@@ -27,9 +27,11 @@ MAY_IMPORT = {
     "averaging": {"surgery", "checks"},
     "checkpoint": {"checkpoint", "files", "surgery"},
     "onnx_export": {"checkpoint", "files", "surgery"},
+    "processes": set(),
     "training_state": {"files"},
     "training_settings": set(),
-    "training_loop": {"training_settings", "training_state"},
+    "noise_scale": {"training_settings"},
+    "training_loop": {"processes", "training_settings", "training_state", "noise_scale"},
     "finetuning": {"surgery", "training_settings", "training_state", "training_loop"},
     "__init__": {
         "fusion", "report", "importance", "pruner", "averaging", "surgery", "checkpoint", "onnx_export", "finetuning",
@@ -37,9 +39,10 @@ MAY_IMPORT = {
     },
     "lab": {
         "ot", "surgery", "files", "fusion", "report", "checks", "importance", "pruner", "averaging", "checkpoint",
-        "training_settings", "training_state", "training_loop", "finetuning", "lab", "intrafusion",
+        "processes", "training_settings", "training_state", "training_loop", "noise_scale", "finetuning", "lab",
+        "intrafusion",
     },
-    "cli": {"lab", "intrafusion"},
+    "cli": {"lab", "processes", "intrafusion"},
 }  # fmt: skip
 FROM_ABOVE = {"checkpoint": {"intrafusion.lab.models.build_model", "intrafusion.lab.errors.LabError"}}
 """Looked up inside a function, by name: a checkpoint says which of the lab's networks it belongs to."""

@@ -198,3 +198,26 @@ def test_recipes_in_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["schema"]) == cli.OK
     assert json.loads(capsys.readouterr().out)["required"] == ["model", "data", "prune", "output"]
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two", "1.5", ""])
+def test_a_number_of_workers_that_is_none(count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["sweep", "digits", f"--workers={count}"])
+    assert f"argument --workers: '{count}' is not a whole number of 1 or more" in capsys.readouterr().err
+
+
+def test_a_sweep_that_measured_nothing_has_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from intrafusion.lab import sweep
+
+    swept = sweep.Swept(tmp_path, tmp_path / "report.md", "nothing is measured yet", 0, ("dense: too hot",))
+    monkeypatch.setattr(sweep, "sweep", lambda *_, **__: swept)
+    assert cli.main(["sweep", "digits"]) == cli.FAILED
+    assert capsys.readouterr() == ("nothing is measured yet\n", "failed: dense: too hot\n")
+    assert cli.main(["sweep", "digits", "--json"]) == cli.FAILED
+    found = json.loads(capsys.readouterr().out)
+    assert found == {
+        "folder": str(tmp_path), "report": None, "computed": 0, "failed": ["dense: too hot"], "rows": [],
+    }  # fmt: skip

@@ -54,6 +54,8 @@ from intrafusion.lab.sections import PruneSection
 from intrafusion.lab.sources import open_data
 from intrafusion.lab.target import UnreachableTarget, find_ratio
 from intrafusion.lab.training import finetune_, train_
+from intrafusion.lab.training_record import TrainingRecord, read_training, write_training
+from intrafusion.processes import ALONE, Processes
 
 _log = logging.getLogger(__name__)
 _CODE = (
@@ -61,8 +63,8 @@ _CODE = (
     "lab/models.py",
 )  # fmt: skip
 _TRAINING_CODE = (
-    "training_loop.py", "training_settings.py", "training_state.py", "finetuning.py", "lab/training.py",
-    "lab/augmentation.py",
+    "processes.py", "training_loop.py", "training_settings.py", "training_state.py", "noise_scale.py", "finetuning.py",
+    "lab/training.py", "lab/augmentation.py",
 )  # fmt: skip
 
 TRAINED = "dense.safetensors"
@@ -73,13 +75,16 @@ class Bench:
     """Holds what the cells of a run share; each part is made when it is first needed.
 
     ``folder`` is where a trained network is kept. ``trained`` off leaves a network without a weights file as it is
-    first drawn. Benches given the same ``shared`` read equal data sets and networks once between them.
+    first drawn. Benches given the same ``shared`` read equal data sets and networks once between them. Of several
+    ``processes`` that have equal benches, all must ask for the same things in the same order.
     """
 
     def __init__(
-        self, recipe: Recipe, folder: Path, progress: bool, trained: bool = True, shared: dict[str, Any] | None = None
-    ) -> None:
-        self.recipe, self.folder, self.progress, self.trained = recipe, folder, progress, trained
+        self, recipe: Recipe, folder: Path, progress: bool, trained: bool = True, shared: dict[str, Any] | None = None,
+        processes: Processes = ALONE,
+    ) -> None:  # fmt: skip
+        self.recipe, self.folder, self.trained, self.processes = recipe, folder, trained, processes
+        self.progress = progress and processes.is_main
         self.shared = {} if shared is None else shared
         self.device = _device(recipe)
 
@@ -135,7 +140,15 @@ class Bench:
             model = found.load(settings.num_classes, download=settings.download).to(self.device)
         elif self.trained:
             self._train_(model)
+        self.processes.agree_(model)
         return model.eval()
+
+    @property
+    def training(self) -> TrainingRecord | None:
+        """How the dense network was trained, if the recipe did it and its record is kept."""
+        record = read_training(self.folder) if self.recipe.model.weights is None and self.trained else None
+        key = weights.read_metadata(self.folder / TRAINED).get("key")
+        return record if record and record.key == key else None
 
     @cached_property
     def dense_digest(self) -> str:
@@ -194,6 +207,7 @@ class Bench:
         if cell.method != "dense":
             pruned = self.prune(cell, self.recipe.prune, self.recipe.fusion)
             model, kept = pruned.model, pruned.kept
+            self.processes.agree_(model)
             groups = tuple(
                 GroupLine(g.name, g.channels_before, g.channels_after, g.cost, g.merged, g.reason, plan)
                 for g in pruned.groups
@@ -201,10 +215,13 @@ class Bench:
             )
         curve = self._finetune_(model, cell) if cell.stage == "finetuned" else None
         if cell.method in self.recipe.kept_methods:
-            self._save(model, cell)
+            self.processes.from_main(lambda: self._save(model, cell))
         batch_size = self.recipe.data.batch_size
-        place = places(model, self.data, "test", batch_size=batch_size, progress=self.progress)
+        place = places(
+            model, self.data, "test", batch_size=batch_size, progress=self.progress, processes=self.processes
+        )
         seconds = round(time.perf_counter() - start, 3)
+        timed = timed and self.processes.is_main
         batches = LATENCY_BATCHES if timed and cell.method != "discard" and not curve else ()
         return Result(
             cell,
@@ -227,8 +244,9 @@ class Bench:
         try:
             discard = cell.method == "discard"
             return prune(
-                self.dense, self.example, settings, fusion, cell.ratio, data=self.data, only=cell.group, discard=discard
-            )
+                self.dense, self.example, settings, fusion, cell.ratio, data=self.data, only=cell.group,
+                discard=discard, progress=self.progress,
+            )  # fmt: skip
         except OutputChanged as error:
             raise self.recipe.error("prune.ignored", str(error)) from None
 
@@ -249,9 +267,10 @@ class Bench:
             teacher=self.dense,
             checkpoint=self.checkpoint(cell),
             progress=self.progress,
+            processes=self.processes,
         )
         test = tuple((epoch, round(score["test"])) for epoch, score in enumerate(history.scores) if "test" in score)
-        return Curve(history.losses, history.validation, history.best, test)
+        return Curve(history.losses, history.validation, history.best, test, history.noise)
 
     @cached_property
     def _ratios(self) -> tuple[float, ...]:
@@ -262,14 +281,18 @@ class Bench:
         quantity, wanted = settings.target.goal
         if quantity != "latency":
             return (self._meeting(self._share_left(quantity), quantity, wanted),)
-        # A ratio that was measured once stays: measured again it would be another, and so would every cell.
-        path, target = self.folder / "target.json", asdict(settings.target)
+        return (self.processes.from_main(lambda: self._measured_ratio(quantity, wanted)),)
+
+    def _measured_ratio(self, quantity: str, wanted: float) -> float:
+        """A ratio that was measured once stays: measured again it would be another, and so would every cell."""
+        settings = self.recipe.prune
+        path, target = self.folder / "target.json", asdict(settings.target) if settings.target else None
         key = key_of_identity({"target": target, "cell": self._common(), "prune": to_mapping(settings)})
         known = json.loads(path.read_text()) if path.is_file() else {}
         if known.get("key") != key:
             known = {"key": key, "ratio": self._meeting(self._share_left(quantity), quantity, wanted)}
             write_atomic(path, json.dumps(known))
-        return (known["ratio"],)
+        return known["ratio"]
 
     def _meeting(self, left: Callable[[float], float], quantity: str, wanted: float) -> float:
         try:
@@ -322,16 +345,19 @@ class Bench:
         path = self.folder / TRAINED
         recipe = {"model": self.recipe.model.name, "train": asdict(settings), "data": self.data.digest("train")}
         key = key_of_identity(recipe | {"classes": self.recipe.model.num_classes, "torch": torch.__version__})
-        if weights.read_metadata(path).get("key") == key:
+        if self.processes.from_main(lambda: weights.read_metadata(path).get("key")) == key:
             weights.load_weights_(model, path)
             return
         self.data.split("validation")  # an empty one shows before the training
         checkpoint = self.folder / "checkpoints" / "dense.pt"
-        train_(model, self.data, settings, checkpoint=checkpoint, progress=self.progress)
-        held_out = evaluate(model, self.data, "validation", progress=self.progress)
+        together: dict[str, Any] = {"progress": self.progress, "processes": self.processes}
+        history = train_(model, self.data, settings, checkpoint=checkpoint, **together)
+        held_out = evaluate(model, self.data, "validation", **together)
         _log.info("validation accuracy of the dense network: %s", held_out)
-        weights.save_weights(model, path, {"key": key, "validation": str(held_out)})
-        forget_checkpoint(checkpoint)
+        record, facts = TrainingRecord(key, history.losses, history.noise), {"key": key, "validation": str(held_out)}
+        self.processes.from_main(lambda: write_training(self.folder, record))
+        self.processes.from_main(lambda: weights.save_weights(model, path, facts))
+        self.processes.from_main(lambda: forget_checkpoint(checkpoint))
 
 
 def forget_checkpoint(path: Path) -> None:

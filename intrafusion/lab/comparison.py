@@ -22,8 +22,10 @@ from intrafusion.lab.report import (
     to_csv,
 )
 from intrafusion.lab.results import Result
+from intrafusion.lab.training_record import mean_noise_scale
 
 Table = tuple[list[str], list[list[str]]]
+NOTHING = "nothing is measured yet"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> str:
     Nothing is written, and a sentence returned, where no point has results.
     """
     if not comparison.points:
-        return "nothing is measured yet"
+        return NOTHING
     rows = [{**settings, **row} for settings, study in comparison.points for row in csv_rows(study)]
     columns = dict.fromkeys([*comparison.keys, *(name for row in rows for name in row)])
     write_atomic(folder / "results.csv", to_csv([{name: row.get(name) for name in columns} for row in rows]))
@@ -141,6 +143,9 @@ def every_row(comparison: Comparison) -> Table:
     columns = {name: [s.get(key, "") for s, _, _ in pairs] for key, name in comparison.keys.items()}
     if any(pair.group != ALL for _, _, pair in pairs):
         columns["group"] = [pair.group for _, _, pair in pairs]
+    scales = [mean_noise_scale(s.training.noise) if s.training and s.training.noise else None for _, s, _ in pairs]
+    if len({f"{scale}" for scale in scales}) > 1:
+        columns["noise scale"] = ["" if scale is None else f"{scale:.4g}" for scale in scales]
     columns |= {
         "removed": [f"{pair.ratio:.4g}" for _, _, pair in pairs],
         "dense": [str(study.dense.accuracy) for _, study, _ in pairs],

@@ -120,14 +120,16 @@ class Dataset:
     def batches(
         self, name: str, batch_size: int, *, generator: torch.Generator | None = None,
         device: torch.device | str = "cpu", augment: Callable[[Tensor], Tensor] | None = None,
+        turn: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
         """Normalised images ``[B, C, H, W]`` and labels ``[B]``; shuffled if a ``generator`` is given.
 
-        augment: changes uint8 images ``[B, C, H, W]`` on the device, before they are normalised.
+        augment: changes uint8 images ``[B, C, H, W]`` on the device, before they are normalised;
+        turn: ``(i, n)`` leaves out all batches but every n-th, from the i-th on.
         """
         split = self.split(name)
         order = None if generator is None else torch.randperm(len(split), generator=generator)
-        for start in range(0, len(split), batch_size):
+        for start in range(0, len(split), batch_size)[turn[0] :: turn[1]]:
             stop = start + batch_size
             part = slice(start, stop) if order is None else order[start:stop]
             images = split.read(part).to(device)

@@ -10,6 +10,7 @@ from statistics import fmean
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.report import Pair, Study
 from intrafusion.lab.results import Result
+from intrafusion.lab.training_record import noise_note, noise_table
 
 METHODS = ("discard", "fused")
 
@@ -93,6 +94,16 @@ def finetuned_note(study: Study) -> str:
         f"{'one seed' if seeds == 1 else f'{seeds} seeds: mean (lowest to highest)'}; the epochs in the table were "
         f"named in advance, and the best epoch is chosen on the validation split of the training images: {chosen}."
     )
+
+
+def finetuned_noise(study: Study) -> tuple[str, tuple[list[str], list[list[str]]]]:
+    """Note and table of how noisy the fine-tuning at the middle ratio was; empty where it was not recorded."""
+    at_middle = [tuned for tuned in finetuned(study) if tuned.pair.ratio == study.middle]
+    for tuned in at_middle[:1]:
+        kept = {name: [r.curve.noise for r in getattr(tuned, name) if r.curve and r.curve.noise] for name in METHODS}
+        if all(kept.values()):
+            return f"{tuned.pair.label}, while fine-tuning. {noise_note(kept['fused'][0])}", noise_table(kept)
+    return "", ([], [])
 
 
 def _epochs(results: Sequence[Result]) -> str:

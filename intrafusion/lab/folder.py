@@ -18,23 +18,44 @@ from intrafusion.lab.measure import device_name
 from intrafusion.lab.recipe import Recipe, read_recipe, read_text, to_yaml
 from intrafusion.lab.report import Study
 from intrafusion.lab.results import Cell, ResultStore
+from intrafusion.lab.training_record import read_training
 
-RESULTS = "results.jsonl"
+RESULTS, SWEEP = "results.jsonl", "sweep.json"
 _RECIPE, _CELLS, _ENVIRONMENT = "recipe.yaml", "cells.json", "environment.json"
 _PACKAGES = ("intrafusion", "torch", "torchvision", "torch-pruning", "POT", "numpy", "scipy", "scikit-learn")
 
 
-def prepare(folder: Path, recipe: Recipe) -> None:
+class NotMeasuredError(LabError):
+    """A run whose dense network has no result yet, so that there is nothing to report on; ``missing`` cells."""
+
+    def __init__(self, folder: Path, missing: int) -> None:
+        super().__init__(f"{folder}: the dense network is not measured yet; run the recipe first")
+        self.missing = missing
+
+
+def prepare(folder: Path, recipe: Recipe, processes: int = 1) -> None:
     """Make the folder, with the resolved recipe and what it runs on.
 
     Raises:
-        RecipeError: the folder cannot be written.
+        RecipeError: the folder cannot be written, or is that of a sweep.
     """
+    if (folder / SWEEP).is_file():
+        raise recipe.error("output", f"'{folder}' holds a sweep: give the run a folder of its own with --output")
     try:
         write_atomic(folder / _RECIPE, to_yaml(replace(recipe, output=str(folder))))
-        write_atomic(folder / _ENVIRONMENT, json.dumps(environment(recipe), indent=2) + "\n")
+        write_atomic(folder / _ENVIRONMENT, json.dumps(environment(recipe, processes), indent=2) + "\n")
     except OSError as error:
         raise recipe.error("output", f"cannot write to '{folder}': {error.strerror or error}") from None
+
+
+def check_free_for_sweep(folder: Path, recipe: Recipe) -> None:
+    """A sweep writes its report where that of a run would be.
+
+    Raises:
+        RecipeError: the folder is that of a run.
+    """
+    if (folder / _CELLS).is_file():
+        raise recipe.error("output", f"'{folder}' holds a run: give the sweep a folder of its own with --output")
 
 
 def write_cells(folder: Path, keys: Mapping[Cell, str], skipped: Sequence[str]) -> None:
@@ -49,9 +70,10 @@ def read_study(folder: Path) -> tuple[Study, int]:
     Neither the network nor the images need to be on this machine.
 
     Raises:
-        LabError: the folder is not that of a run, a file in it is broken, or the dense network was not measured yet.
+        NotMeasuredError: the dense network was not measured yet.
+        LabError: the folder is not that of a run, or a file in it is broken.
     """
-    for name in (_RECIPE, _CELLS, _ENVIRONMENT, RESULTS):
+    for name in (_RECIPE, _CELLS, _ENVIRONMENT):
         if not (folder / name).is_file():
             raise LabError(f"{folder} holds no {name}, so it is not the folder of a run, or of one that never began")
     try:
@@ -67,12 +89,13 @@ def read_study(folder: Path) -> tuple[Study, int]:
         raise LabError(f"{folder / _CELLS} is broken ({error!r}); run the recipe again to write it anew") from None
     results = tuple(result for result in found if result is not None)
     if not any(result.cell.method == "dense" for result in results):
-        raise LabError(f"{folder}: the dense network is not measured yet; run the recipe first")
-    return Study(recipe, results, skipped, versions), len(found) - len(results)
+        raise NotMeasuredError(folder, len(found) - len(results))
+    training = read_training(folder) if recipe.model.weights is None else None
+    return Study(recipe, results, skipped, versions, training), len(found) - len(results)
 
 
-def environment(recipe: Recipe) -> dict[str, str]:
-    """Versions and machine behind a result."""
+def environment(recipe: Recipe, processes: int = 1) -> dict[str, str]:
+    """Versions and machine behind a result, and how many processes share the work on a network."""
     versions: dict[str, str] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
@@ -80,7 +103,8 @@ def environment(recipe: Recipe) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
-    return {**versions, "device": device_name(device), "threads": str(torch.get_num_threads())}
+    together = {"processes": str(processes)} if processes > 1 else {}
+    return {**versions, "device": device_name(device), "threads": str(torch.get_num_threads()), **together}
 
 
 def _read_json(path: Path) -> Any:

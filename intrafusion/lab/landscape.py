@@ -180,7 +180,8 @@ class _Field:
     def at(self, weights: Sequence[float]) -> Score:
         """The score of Σ weights[i]·network i."""
         load_state_(self._network, _combined(self._states, weights))
-        if self._batches is not None and max(weights) < 1 - 1e-9:
+        a_network = max(weights) > 1 - 1e-9 and sum(map(abs, weights)) < 1 + 1e-9
+        if self._batches is not None and not a_network:
             reestimate_(self._network, self._run, self._batches)
         return self._evaluation(self._network)
 

@@ -14,15 +14,15 @@ from intrafusion.lab.landscape import Path, Slice
 _COLOURS = (FUSED, DISCARD, DENSE, "#6a4c93", "#8a9a2b")
 
 
-def draw_paths(paths: Mapping[str, Path], title: str) -> bytes:
-    """A PNG with two panels, loss and accuracy (%) over t, one line per named path."""
+def draw_paths(paths: Mapping[str, Path], title: str, *, split: str = "test") -> bytes:
+    """A PNG with two panels, loss and accuracy (%) on a split over t, one line per named path."""
     figure = _figure((8.4, 3.4))
     panels = figure.subplots(1, 2)
     for number, (name, path) in enumerate(paths.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         for axis, values in zip(panels, (path.loss, 100 * path.accuracy), strict=True):
             axis.plot(path.t, values, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=name)
-    for axis, label in zip(panels, ("test loss", "test accuracy (%)"), strict=True):
+    for axis, label in zip(panels, (f"{split} loss", f"{split} accuracy (%)"), strict=True):
         axis.set_xlabel("t", fontsize=9, color=INK)
         axis.set_ylabel(label, fontsize=9, color=INK)
         axis.grid(axis="y", color=GRID, linewidth=0.8)
@@ -32,7 +32,7 @@ def draw_paths(paths: Mapping[str, Path], title: str) -> bytes:
     return _png(figure, title)
 
 
-def draw_plane(plane: Slice, names: Sequence[str], title: str, *, levels: int = 12) -> bytes:
+def draw_plane(plane: Slice, names: Sequence[str], title: str, *, levels: int = 12, split: str = "test") -> bytes:
     """A PNG of the loss over a plane, as filled contours on a logarithmic scale, the three networks marked."""
     figure = _figure((5.6, 4.4))
     axis = figure.subplots()
@@ -41,7 +41,7 @@ def draw_plane(plane: Slice, names: Sequence[str], title: str, *, levels: int = 
     filled = axis.contourf(plane.x, plane.y, loss, levels=edges, cmap="viridis_r")
     bar = figure.colorbar(filled, ax=axis, ticks=edges[::3])
     bar.ax.set_yticklabels([f"{10**edge:.3g}" for edge in edges[::3]])
-    bar.set_label("test loss", fontsize=9, color=INK)
+    bar.set_label(f"{split} loss", fontsize=9, color=INK)
     bar.ax.tick_params(length=0, labelsize=8, colors=INK)
     axis.plot(*plane.corners.T, linestyle="none", marker="o", markersize=7, markerfacecolor="white", color=INK)
     for name, (x, y) in zip(names, plane.corners, strict=True):

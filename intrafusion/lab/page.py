@@ -7,7 +7,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from intrafusion.lab.finetuned import METHODS, finetuned, finetuned_note, finetuned_table
+from intrafusion.lab.finetuned import METHODS, finetuned, finetuned_noise, finetuned_note, finetuned_table
 from intrafusion.lab.measure import LATENCY_BATCHES
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import to_yaml
@@ -26,6 +26,7 @@ from intrafusion.lab.report import (
 )
 from intrafusion.lab.results import Result
 from intrafusion.lab.svg import Point, accuracy_chart, plan_picture
+from intrafusion.lab.training_record import noise_note, noise_table
 
 LEGEND = (
     '<p class="legend"><span class="fused">fused</span> <span class="discard">discard</span> '
@@ -43,6 +44,7 @@ def to_html(study: Study, folder: Path) -> str:
         *_dense(study),
         *_curves(study),
         *_finetuned(study),
+        *_training(study),
         *_groups(study),
         *_plan(study),
         *_only_selected(study),
@@ -165,7 +167,16 @@ def _finetuned(study: Study) -> list[str]:
         ends = ", ".join(f"{method} {curve[-1][1]:.2f} %" for method, curve in curves.items())
         chart = accuracy_chart(lines, None, alt=f"{name}. At the end: {ends}", x_label="epochs", joined=True)
         parts.append(figure(chart, name))
-    return [*parts, "</div>"]
+    note, rows = finetuned_noise(study)
+    return [*parts, "</div>", *([f"<p>{escape(note)}</p>", html_table(*rows)] if note else [])]
+
+
+def _training(study: Study) -> list[str]:
+    noise = study.training and study.training.noise
+    if not noise:
+        return []
+    heading = "<h2>Training of the dense network</h2>"
+    return [heading, f"<p>{escape(noise_note(noise))}</p>", html_table(*noise_table({"": [noise]}))]
 
 
 def _groups(study: Study) -> list[str]:

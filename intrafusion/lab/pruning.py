@@ -78,7 +78,7 @@ class Coupled:
 
 def prune(
     dense: nn.Module, example: Tensor, settings: PruneSection, fusion: Fusion, ratio: float, *,
-    data: Dataset, only: str = ALL, discard: bool = False,
+    data: Dataset, only: str = ALL, discard: bool = False, progress: bool = True,
 ) -> Pruned:  # fmt: skip
     """Prune a copy of ``dense``; the original is untouched.
 
@@ -88,6 +88,7 @@ def prune(
         data: where the images come from, if the importance or the fusion needs any.
         only: name of the one group to prune, or ``"all"``.
         discard: the honest twin instead: plain torch-pruning, cutting the very channels that ``fusion`` removes.
+        progress: show progress bars (on a terminal only).
 
     Raises:
         LabError: a name matches no layer.
@@ -115,6 +116,7 @@ def prune(
         own_ratios={model.get_submodule(name): own for name, own in own_ratios(model, example, settings).items()},
         calibration=_images(data, settings) if used.correct == "calibrated" else None,
     )
+    pruner.progress = progress
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         for _ in range(settings.iterative_steps):

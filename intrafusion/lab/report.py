@@ -6,7 +6,7 @@ import csv
 import io
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from intrafusion.lab.paper import Published, published
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import Recipe
 from intrafusion.lab.results import GroupLine, Result
+from intrafusion.lab.training_record import TrainingRecord, noise_note, noise_table
 
 _SHOWN_SKIPPED = 20
 _CSV_COLUMNS = ("correct", "total", "top5", "params", "macs", "size", "memory", "seconds", "kept")
@@ -51,12 +52,14 @@ class Study:
     Attributes:
         skipped: the images that were left out of the test.
         environment: versions and machine, by name.
+        training: how the dense network was trained, if the recipe did it.
     """
 
     recipe: Recipe
     results: tuple[Result, ...]
     skipped: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    training: TrainingRecord | None = None
 
     @property
     def dense(self) -> Result:
@@ -83,9 +86,24 @@ class Study:
 
     @property
     def middle_groups(self) -> list[GroupLine]:
-        """What happened to the groups at that ratio, but for those where nothing did."""
-        lines = [line for pair in self.pairs if pair.ratio == self.middle for line in pair.fused.groups]
+        """What happened to the groups at that ratio, all steps together, but for those where nothing did."""
+        lines = [line for pair in self.pairs if pair.ratio == self.middle for line in _all_steps(pair.fused.groups)]
         return [line for line in lines if line.before != line.after or line.reason]
+
+
+def _all_steps(lines: Sequence[GroupLine]) -> list[GroupLine]:
+    """One line per group: its width before the first step and after the last, every remark; a plan only of one step."""
+    steps: dict[str, list[GroupLine]] = {}
+    for line in lines:
+        steps.setdefault(line.name, []).append(line)
+    found = []
+    for of in steps.values():
+        first, last = of[0], of[-1]
+        if len(of) > 1:
+            reasons = dict.fromkeys(line.reason for line in of if line.reason)
+            last = replace(last, before=first.before, cost=None, plan=(), reason="; ".join(reasons))
+        found.append(last)
+    return found
 
 
 def write_report(study: Study, folder: Path) -> str:
@@ -138,6 +156,7 @@ def to_markdown(study: Study, folder: Path) -> str:
         *([published_note(study)] if study.published else []),
         "![Accuracy over the share of channels removed](accuracy.png)",
         *_finetuned_part(study),
+        *_training_part(study),
         *_groups_part(study),
         *_skipped_part(study),
         *([f"## The networks\n\n{networks_note(study)}"] if study.recipe.kept_methods else []),
@@ -251,7 +270,7 @@ def measurements(result: Result) -> dict[str, str]:
 
 
 def _finetuned_part(study: Study) -> list[str]:
-    from intrafusion.lab.finetuned import finetuned_note, finetuned_table
+    from intrafusion.lab.finetuned import finetuned_noise, finetuned_note, finetuned_table
 
     header, rows = finetuned_table(study)
     if not rows:
@@ -261,7 +280,21 @@ def _finetuned_part(study: Study) -> list[str]:
         finetuned_note(study),
         markdown_table(header, rows, "r" * len(header)),
         "![Validation accuracy over the epochs of fine-tuning](finetuned.png)",
+        *_noise_part(*finetuned_noise(study)),
     ]
+
+
+def _training_part(study: Study) -> list[str]:
+    noise = study.training and study.training.noise
+    return (
+        ["## Training of the dense network", *_noise_part(noise_note(noise), noise_table({"": [noise]}))]
+        if noise
+        else []
+    )
+
+
+def _noise_part(note: str, rows: tuple[list[str], list[list[str]]]) -> list[str]:
+    return [note, markdown_table(*rows, "r" * len(rows[0]))] if note else []
 
 
 def _groups_part(study: Study) -> list[str]:

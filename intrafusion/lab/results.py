@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import Accuracy, Latency
+from intrafusion.noise_scale import NoiseHistory
 
 Method = Literal["dense", "discard", "fused"]
 Stage = Literal["pruned", "finetuned"]
@@ -37,13 +38,15 @@ class Curve:
     """How a network was fine-tuned.
 
     losses: mean training loss of epochs 1, 2, ...; validation: per cent, from epoch 0 (before the first step) on;
-    best: the epoch that was chosen on them; test: ``(epoch, correct)`` for the epochs that were to be reported.
+    best: the epoch that was chosen on them; test: ``(epoch, correct)`` for the epochs that were to be reported; noise:
+    of the gradient, ``None`` on older lines.
     """
 
     losses: tuple[float, ...]
     validation: tuple[float, ...]
     best: int
     test: tuple[tuple[int, int], ...] = ()
+    noise: NoiseHistory | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class ResultStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            _write_all(handle, (json.dumps(_finite(line), allow_nan=False) + "\n").encode())
+            _write_all(handle, (json.dumps(finite(line), allow_nan=False) + "\n").encode())
             os.fsync(handle)
         finally:
             os.close(handle)
@@ -169,7 +172,8 @@ def _result(entry: dict[str, Any]) -> Result:
 
 def _curve(entry: dict[str, Any]) -> Curve:
     test = tuple((epoch, correct) for epoch, correct in entry["test"])
-    return Curve(tuple(entry["losses"]), tuple(entry["validation"]), entry["best"], test)
+    noise = NoiseHistory.from_plain(entry["noise"]) if entry.get("noise") else None
+    return Curve(tuple(entry["losses"]), tuple(entry["validation"]), entry["best"], test, noise)
 
 
 def _group_line(group: dict[str, Any]) -> GroupLine:
@@ -181,10 +185,10 @@ def _write_all(handle: int, data: bytes) -> None:
         data = data[os.write(handle, data) :]
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows no nan and no infinity: they become null."""
+def finite(value: Any) -> Any:
+    """The same without nan and infinity, which JSON does not know: they become null."""
     if isinstance(value, dict):
-        return {key: _finite(child) for key, child in value.items()}
+        return {key: finite(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(child) for child in value]
+        return [finite(child) for child in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

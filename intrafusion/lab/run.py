@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import Recipe
 from intrafusion.lab.report import Study, write_report
 from intrafusion.lab.results import Cell, Result, ResultStore, key_of_identity
+from intrafusion.lab.training_record import copy_training
+from intrafusion.processes import ALONE, Processes
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +46,8 @@ class Run:
     Args:
         networks: where a trained network is kept; the folder of the run by default.
         fresh: treat every finished cell as not there.
-        shared: see :class:`Bench`.
+        shared, processes: see :class:`Bench`. Only the main process knows and writes what is in the folder: the
+            methods are its own.
 
     Raises:
         RecipeError: the recipe does not fit the network or the images, or its folder cannot be written.
@@ -52,15 +56,20 @@ class Run:
 
     def __init__(
         self, recipe: Recipe, *, networks: Path | None = None, fresh: bool = False, progress: bool = True,
-        shared: dict[str, Any] | None = None,
+        shared: dict[str, Any] | None = None, processes: Processes = ALONE,
     ) -> None:  # fmt: skip
         self.recipe = recipe
         self.folder = Path(recipe.output).expanduser()
-        prepare(self.folder, recipe)
-        self.bench = Bench(recipe, networks or self.folder, progress, shared=shared)
+        processes.from_main(lambda: prepare(self.folder, recipe, processes.count))
+        self.bench = Bench(recipe, networks or self.folder, progress, shared=shared, processes=processes)
         self.bench.prepare()
+        if self.bench.folder != self.folder:
+            copy_training(self.bench.training, self.folder)
         self.identities = {cell: self.bench.identity(cell) for cell in self.bench.cells()}
         self.keys = {cell: key_of_identity(identity) for cell, identity in self.identities.items()}
+        processes.from_main(lambda: self._open(fresh))
+
+    def _open(self, fresh: bool) -> None:
         self.store = ResultStore(self.folder / RESULTS)
         if fresh:
             self.store.forget()
@@ -88,7 +97,8 @@ class Run:
         found = [self.store.get(key) for key in self.keys.values()]
         results = tuple(result for result in found if result is not None)
         _check_twins(results)
-        study = Study(self.recipe, results, self._skipped, environment(self.recipe))
+        versions = environment(self.recipe, self.bench.processes.count)
+        study = Study(self.recipe, results, self._skipped, versions, self.bench.training)
         return study, write_report(study, self.folder)
 
     @property
@@ -96,40 +106,42 @@ class Run:
         return self.bench.data.split("test").skipped
 
 
-def run(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Finished:
+def run(recipe: Recipe, *, fresh: bool = False, progress: bool = True, processes: Processes = ALONE) -> Finished:
     """Do what a recipe says, resuming what is already in its output folder.
 
     Args:
         fresh: compute every cell again.
         progress: show progress bars (on a terminal only).
+        processes: who trains and evaluates each network together: all of them call this, with the same recipe.
 
     Raises:
         RecipeError: the recipe does not fit the network or the images.
         LabError: files are missing or broken, training diverges, an output folder cannot be used.
         intrafusion.FusionError: a group cannot be pruned.
     """
-    with _threads(recipe.threads):
-        return _run(recipe, fresh, progress)
+    with torch_threads(recipe.threads):
+        return _run(recipe, fresh, progress and processes.is_main, processes)
 
 
-def _run(recipe: Recipe, fresh: bool, progress: bool) -> Finished:
-    opened = Run(recipe, fresh=fresh, progress=progress)
-    missing = opened.missing
+def _run(recipe: Recipe, fresh: bool, progress: bool, processes: Processes) -> Finished:
+    opened = Run(recipe, fresh=fresh, progress=progress, processes=processes)
+    cells, missing = processes.from_main(lambda: (list(opened.keys), opened.missing))
     bar = tqdm(
         missing, desc="cells", delay=1, leave=False, disable=None if progress else True,
-        initial=len(opened.keys) - len(missing), total=len(opened.keys),
+        initial=len(cells) - len(missing), total=len(cells),
     )  # fmt: skip
     for cell in bar:
         bar.set_postfix_str(label(cell))
         result = opened.bench.measure(cell)
-        opened.add(cell, result)
+        processes.from_main(partial(opened.add, cell, result))
         _log.info("%s: %s in %.1f s", label(cell), result.accuracy, result.seconds)
-    _, table = opened.report()
+    table = processes.from_main(lambda: opened.report()[1])
     return Finished(opened.folder, opened.folder / "report.md", table, len(missing))
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch, and afterwards as many as before; ``None`` changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

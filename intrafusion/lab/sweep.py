@@ -14,18 +14,17 @@ from typing import Any
 from tqdm import tqdm
 
 from intrafusion.lab.bench import TRAINED
-from intrafusion.lab.comparison import Comparison, write_comparison
+from intrafusion.lab.comparison import NOTHING, Comparison, write_comparison
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.executors import Executor, Failure, Task
 from intrafusion.lab.files import write_atomic
-from intrafusion.lab.folder import read_study
+from intrafusion.lab.folder import SWEEP, NotMeasuredError, check_free_for_sweep, read_study
 from intrafusion.lab.recipe import Point, Recipe, to_mapping
 from intrafusion.lab.report import Study, write_report
 from intrafusion.lab.results import Cell, Result, key_of_identity
 from intrafusion.lab.run import Finished, Run, label
 
 _log = logging.getLogger(__name__)
-_SWEEP = "sweep.json"
 _LONGEST_NAME = 100
 
 
@@ -48,11 +47,14 @@ def sweep(points: Sequence[Point], executor: Executor, *, fresh: bool = False, p
         progress: show progress bars (on a terminal only).
 
     Raises:
-        RecipeError: a recipe does not fit its network or its images; nothing is computed then.
+        RecipeError: a recipe does not fit its network or its images, or the folder is that of a run; nothing is
+            computed then.
         LabError: a dense network cannot be trained, or workers are lost.
     """
     folder = Path(points[0].recipe.output).expanduser()
     alone = len(points) == 1 and not points[0].settings
+    if not alone:
+        check_free_for_sweep(folder, points[0].recipe)
     names = [""] if alone else _names(points)
     recipes = [replace(p.recipe, output=str(folder / name)) for p, name in zip(points, names, strict=True)]
     networks = [folder if alone else folder / "networks" / _network_key(recipe) for recipe in recipes]
@@ -64,11 +66,11 @@ def sweep(points: Sequence[Point], executor: Executor, *, fresh: bool = False, p
     ]
     if not alone:
         plan = [{"folder": name, "settings": dict(p.settings)} for p, name in zip(points, names, strict=True)]
-        write_atomic(folder / _SWEEP, json.dumps({"points": plan}, indent=1) + "\n")
+        write_atomic(folder / SWEEP, json.dumps({"points": plan}, indent=1) + "\n")
     computed, failed = _compute(runs, executor, progress)
     studies = [run.report() if run.measured else None for run in runs]
     if alone:
-        table = studies[0][1] if studies[0] else ""
+        table = studies[0][1] if studies[0] else NOTHING
     else:
         found = [(p.settings, study[0]) for p, study in zip(points, studies, strict=True) if study]
         table = write_comparison(Comparison(tuple(found), sum(len(run.missing) for run in runs)), folder)
@@ -81,18 +83,22 @@ def report_again(folder: Path) -> Finished:
     Raises:
         LabError: it is not the folder of a run or a sweep, or nothing is finished in it yet.
     """
-    if not (folder / _SWEEP).is_file():
+    if not (folder / SWEEP).is_file():
         study, missing = read_study(folder)
         return Finished(folder, folder / "report.md", _with_missing(write_report(study, folder), missing), 0)
     try:
-        plan = json.loads((folder / _SWEEP).read_text(encoding="utf-8"))["points"]
+        plan = json.loads((folder / SWEEP).read_text(encoding="utf-8"))["points"]
         places = [(dict(entry["settings"]), folder / entry["folder"]) for entry in plan]
     except (ValueError, KeyError, TypeError) as error:
-        raise LabError(f"{folder / _SWEEP} is broken ({error!r}); run the sweep again to write it anew") from None
+        raise LabError(f"{folder / SWEEP} is broken ({error!r}); run the sweep again to write it anew") from None
     found: list[tuple[dict[str, str], Study]] = []
     missing = 0
     for settings, place in places:
-        study, lacking = read_study(place)
+        try:
+            study, lacking = read_study(place)
+        except NotMeasuredError as error:
+            missing += error.missing
+            continue
         write_report(study, place)
         found.append((settings, study))
         missing += lacking
@@ -106,7 +112,7 @@ def _with_missing(table: str, missing: int) -> str:
 
 def _train(recipes: Sequence[Recipe], networks: Sequence[Path], executor: Executor) -> None:
     """Train every dense network that the recipes ask for and that is not there yet, side by side."""
-    asked = {place: r for place, r in zip(networks, recipes, strict=True) if r.weights_path() is None}
+    asked = {place: r for place, r in zip(networks, recipes, strict=True) if r.model.weights is None}
     tasks = [Task(recipe, place, None) for place, recipe in asked.items() if not (place / TRAINED).is_file()]
     if not tasks:
         return
@@ -135,6 +141,7 @@ def _compute(runs: Sequence[Run], executor: Executor, progress: bool) -> tuple[i
         tasks.append(Task(run.recipe, run.bench.folder, cell, timed=executor.alone))
         keys.append(key)
     failed: list[str] = []
+    computed = 0
     bar = tqdm(total=len(tasks), desc="cells", unit="cell", delay=1, leave=False, disable=None if progress else True)
     with bar:
         for number, outcome in executor.compute(tasks):
@@ -142,9 +149,10 @@ def _compute(runs: Sequence[Run], executor: Executor, progress: bool) -> tuple[i
             bar.update()
             if isinstance(outcome, Result):
                 _add(places, outcome)
+                computed += 1
             elif isinstance(outcome, Failure):
                 failed += [f"{run.folder.name}, {label(cell)}: {outcome.message}" for run, cell in places]
-    return len(tasks) - len(failed), failed
+    return computed, failed
 
 
 def _add(places: Sequence[tuple[Run, Cell]], result: Result) -> None:

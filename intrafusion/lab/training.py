@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.sections import FinetuneSection, OptimisationSection, TrainSection
+from intrafusion.noise_scale import HELD_OUT_BATCHES, HELD_OUT_IMAGES
+from intrafusion.processes import ALONE, Processes
 from intrafusion.surgery.batchnorm import recenter_batchnorms_
 from intrafusion.training_loop import DivergedError, History, fit_
 from intrafusion.training_settings import Training
@@ -51,28 +53,33 @@ class TrainingImages:
 
 
 def train_(
-    model: nn.Module, data: Dataset, settings: TrainSection, *, checkpoint: Path | None = None, progress: bool = True
-) -> float:
-    """Train ``model`` in place on the ``train`` split, leave it in eval mode and return the last epoch's mean loss.
+    model: nn.Module, data: Dataset, settings: TrainSection, *, checkpoint: Path | None = None, progress: bool = True,
+    processes: Processes = ALONE,
+) -> History:  # fmt: skip
+    """Train ``model`` in place on the ``train`` split and leave it in eval mode; the history has no scores.
 
-    The order of the images depends on ``settings.seed`` alone. Nothing is selected on any split.
+    The order of the images depends on ``settings.seed`` alone. Nothing is selected on any split; the noise of the
+    gradient is measured on images of the ``validation`` split.
 
     Args:
-        data: anything with the ``split``, ``batches`` and ``digest`` of a :class:`Dataset`.
+        data: anything with the ``split``, ``batches``, ``draw`` and ``digest`` of a :class:`Dataset`.
         checkpoint: file that an interrupted training goes on from; see :func:`intrafusion.training_loop.fit_`. It is
             left there: remove it when the weights are safe.
+        processes: who trains together; see there too.
 
     Raises:
         LabError: the loss is no longer finite, or the settings do not fit the device.
     """
-    history = _fit_(model, data, settings, settings.seed, "train", checkpoint=checkpoint, progress=progress)
+    history = _fit_(
+        model, data, settings, settings.seed, "train", checkpoint=checkpoint, progress=progress, processes=processes
+    )
     _log.info("trained %d epochs, last mean loss %.4f", settings.epochs, history.losses[-1])
-    return history.losses[-1]
+    return history
 
 
 def finetune_(
     model: nn.Module, data: Dataset, settings: FinetuneSection, *, seed: int, teacher: nn.Module | None = None,
-    checkpoint: Path | None = None, progress: bool = True,
+    checkpoint: Path | None = None, progress: bool = True, processes: Processes = ALONE,
 ) -> History:  # fmt: skip
     """Fine-tune a pruned ``model`` in place and leave it in eval mode, at its best epoch on the ``validation`` split.
 
@@ -88,9 +95,9 @@ def finetune_(
     """
 
     def scores(network: nn.Module, epoch: int) -> dict[str, float]:
-        found = {"validation": evaluate(network, data, "validation", progress=False).percent}
+        found = {"validation": evaluate(network, data, "validation", progress=False, processes=processes).percent}
         if epoch in settings.at:
-            found["test"] = evaluate(network, data, "test", progress=False).correct
+            found["test"] = evaluate(network, data, "test", progress=False, processes=processes).correct
         return found
 
     if settings.recenter:
@@ -102,6 +109,7 @@ def finetune_(
     return _fit_(
         model, data, settings, seed, "finetune", objective=objective, evaluation=scores,
         checkpoint=checkpoint, key=f"{key}{settings.at}{data.digest('validation')}", progress=progress,
+        processes=processes,
     )  # fmt: skip
 
 
@@ -115,10 +123,13 @@ def _fit_(
     training = Training(seed=seed, **{name: getattr(settings, name) for name in shared})
     key = f"{key}{data.digest('train')}{settings.batch_size}{settings.augmentation}"
     try:
-        return fit_(model, images, training, key=key, title=section, **options)
+        held_out = data.draw("validation", HELD_OUT_BATCHES * HELD_OUT_IMAGES, seed=seed)
+        history = fit_(model, images, training, held_out=held_out, key=key, title=section, **options)
     except DivergedError as error:
         raise LabError(
             f"training diverged in epoch {error.epoch} (loss {error.loss}); lower {section}.lr ({settings.lr:g})"
         ) from None
     except ValueError as error:
         raise LabError(f"{section}: {error}") from None
+    noise = history.noise and replace(history.noise, augmentation=settings.augmentation)
+    return replace(history, noise=noise)

@@ -21,6 +21,8 @@ _OUTER, _INNER = 5, 5
 _RIDGE = 1e-3
 _SOLVED = 1e-4
 """A start that leaves less than this share of what the readers read is not changed: its channels are duplicates."""
+_FAR = 3.0
+"""Standard deviations beyond which a piecewise linear function of a channel is linear for practically all inputs."""
 _WORK = 2**38
 """About so many multiplications may the descent take; very wide groups get fewer steps, never none."""
 
@@ -51,6 +53,25 @@ def match_spread(rows: Tensor, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tenso
     factor = factor.clamp(max=1e3)
     scaled = factor[:, None] * rows
     return scaled, (rows - scaled) @ mean
+
+
+def bound_means(rows: Tensor, shift: Tensor, start: tuple[Tensor, Tensor], mean: Tensor, cov: Tensor) -> Tensor:
+    """The shift [k] with which no new channel lies farther from 0 than it has to.
+
+    Where a channel is best kept linear, the descent may put its mean as far from the kink as it likes: what reads it
+    takes the constant away again. A mean of many standard deviations is a bad start for training, though: the least
+    change of a reader's weights moves its mean by as many, and running statistics lag behind. So each mean is brought
+    back to 3 standard deviations, or to where the start (rows [k, n], shift [k]) had it if that was farther.
+    """
+
+    def centre_and_spread(r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return r @ mean + s, ((r @ cov) * r).sum(dim=1).clamp(min=0).sqrt()
+
+    centre, spread = centre_and_spread(rows, shift)
+    before, spread_before = centre_and_spread(*start)
+    far = torch.where(spread_before > 0, before.abs() / spread_before, torch.inf).clamp(min=_FAR)
+    limit = torch.where(spread > 0, far * spread, torch.inf)
+    return shift + centre.clamp(-limit, limit) - centre
 
 
 def optimise_rows(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ def synthetic_inputs(
         desc="synthetic inputs",
         delay=2,
         leave=False,
-        disable=not progress,
+        disable=None if progress else True,
     )
     with bar, evaluating(model):
         for start in starts:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from intrafusion.ot import Pair, Plan, selection_pair
 from intrafusion.ot.merge import barycentre
-from intrafusion.ot.rows import Samples, match_spread, optimise_rows, read_back
+from intrafusion.ot.rows import Samples, bound_means, match_spread, optimise_rows, read_back
 from intrafusion.surgery.apply import shift_carrier
 from intrafusion.surgery.groups import GroupTable, Role, Slot, batchnorm_of, module_name
 from intrafusion.surgery.layout import gather, mix_, to_channels
@@ -53,7 +53,8 @@ class Sequential:
         }
         self._rows: dict[str, RowMap] = {}
         self._next = 0
-        self._bar = tqdm(total=len(self.order), desc="refit", unit="layer", delay=2, leave=False, disable=not progress)
+        disable = None if progress else True
+        self._bar = tqdm(total=len(self.order), desc="refit", unit="layer", delay=2, leave=False, disable=disable)
 
     def position(self, table: GroupTable) -> int:
         """When a group's turn comes: where the forward pass first meets one of its producers."""
@@ -89,7 +90,10 @@ class Sequential:
         halfway = (start.rows + selection_pair(plan.kept, table.n).rows.to(start.rows)) / 2
         rows, shift = match_spread(halfway.to(cov), mean, cov)
         may_shift = shift_carrier(table) is not None
-        rows, shift = optimise_rows(rows, shift if may_shift else torch.zeros_like(shift), readers)
+        given = rows, shift if may_shift else torch.zeros_like(shift)
+        rows, shift = optimise_rows(*given, readers)
+        if may_shift:
+            shift = bound_means(rows, shift, given, mean.to(rows), cov.to(rows))
         read = read_back(rows, shift, readers)
         rows, read = (self._inside_classes(side.cpu(), table, plan) for side in (rows, read.T))
         return Pair(rows, start.columns, plan.kept, shift.cpu() if may_shift else None, read.T)

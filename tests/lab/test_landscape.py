@@ -108,6 +108,20 @@ def test_re_estimation_leaves_the_ends_alone_and_changes_the_middle():
     assert plain.loss[1] != repaired.loss[1]
 
 
+def test_the_plane_is_re_estimated_everywhere_but_at_the_networks():
+    """Beyond the triangle too, where the weights are above 1 and below 0."""
+    networks = [PICO[0].model()]
+    for seed in (9, 10):
+        torch.manual_seed(seed)
+        networks.append(randomise_(PICO[0].build()))
+    batches = [torch.randn(32, 3, 8, 8)]
+    evaluation = labelled(PICO[0])
+    plain, repaired = (plane(networks, evaluation, resolution=3, margin=0.25, batches=b) for b in (None, batches))
+    assert not np.isclose(plain.loss, repaired.loss).any()
+    corner = plane(networks, evaluation, resolution=2, margin=0.0, batches=batches).loss[0, 0]
+    assert corner == pytest.approx(evaluation(networks[0]).loss, rel=1e-5)
+
+
 def test_networks_are_not_touched():
     first, second = Point(0, 0), Point(1, 1)
     interpolate(first, second, bowl, steps=3)

@@ -54,6 +54,21 @@ def test_the_text_table() -> None:
     )
 
 
+def test_the_steps_of_a_group_are_one_line() -> None:
+    shown = study(ratios=(0.5,))
+    plan = ((0, 1.0), (0, 1.0))
+    steps = (
+        GroupLine("conv", 8, 6, 1.0, "paper", "odd shape", plan),
+        GroupLine("other", 9, 9, None, "untouched", ""),
+        GroupLine("conv", 6, 4, 2.0, "paper", "", plan),
+        GroupLine("other", 9, 5, 3.0, "paper", "", plan),
+    )
+    fused = replace(shown.results[-1], groups=steps)
+    assert replace(shown, results=(*shown.results[:-1], fused)).middle_groups == [
+        GroupLine("conv", 8, 4, None, "paper", "odd shape"), GroupLine("other", 9, 5, None, "paper", ""),
+    ]  # fmt: skip
+
+
 def test_the_text_table_of_single_groups_names_them() -> None:
     lines = to_text(study(("layer1.conv", "layer2.conv"), (0.5,))).splitlines()
     assert lines[2].split()[0] == "group"

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import Latency
 from intrafusion.lab.results import Cell, Curve, GroupLine, Result, ResultStore, key_of_identity
+from intrafusion.noise_scale import NoiseHistory, NoisyEpoch
 
 LINE = GroupLine("features.0", 8, 4, 1.5, "paper", "", ((0, 1.0), (0, 0.75), (-1, 0.0)))
 TIME = Latency(64, 0.001, 0.0001, "a processor", 1)
 ONE = Result(Cell("discard", 0.5, "all"), 9, 10, 100, 1000, "abc", (LINE,), 0.1)
-CURVE = Curve((0.5, 0.25), (10.0, 80.0, 85.5), 2, ((1, 9), (2, 8)))
+NOISE = NoiseHistory("lr / batch", 0.1, "flip", (NoisyEpoch(1, 0.1, 0.01, 3.5), NoisyEpoch(2, 0.05, 0.005)))
+CURVE = Curve((0.5, 0.25), (10.0, 80.0, 85.5), 2, ((1, 9), (2, 8)), NOISE)
 TUNED = Result(Cell("fused", 0.5, "all", "finetuned", 3), 10, 10, 100, 1000, "abc", (LINE,), 0.2, curve=CURVE)
 TWO = Result(Cell("fused", 0.5, "all"), 10, 10, 100, 1000, "abc", (LINE,), 0.2, 10, 500, None, (TIME,))
 
@@ -32,6 +34,16 @@ def test_what_is_added_is_read_back(tmp_path: Path) -> None:
     store.add("k3", TUNED, {})
     assert ResultStore(path).get("k3") == TUNED
     assert json.loads(path.read_text().splitlines()[1])["identity"] == {"a": 2}
+
+
+def test_a_curve_of_an_older_version_has_no_noise(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path / "r.jsonl")
+    store.add("k", TUNED, {})
+    line = json.loads(store.path.read_text())
+    del line["curve"]["noise"]
+    store.path.write_text(json.dumps(line) + "\n")
+    found = ResultStore(store.path).get("k")
+    assert found == replace(TUNED, curve=replace(CURVE, noise=None))
 
 
 @given(st.integers(1, 10_000))

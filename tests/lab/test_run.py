@@ -15,12 +15,14 @@ from intrafusion.lab import run as run_module
 from intrafusion.lab.bench import Bench
 from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError, RecipeError
+from intrafusion.lab.folder import read_study
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.models import DigitsCNN, build_model
 from intrafusion.lab.recipe import Recipe, load_recipe, read_recipe
 from intrafusion.lab.results import Result
 from intrafusion.lab.run import run
-from intrafusion.lab.weights import save_weights
+from intrafusion.lab.training_record import read_training, write_training
+from intrafusion.lab.weights import read_metadata, save_weights
 
 TEXT = """\
 model: {name: digits_cnn}
@@ -57,7 +59,7 @@ def test_everything_is_in_the_folder(recipe: Recipe, measured: list[str]) -> Non
     folder = Path(recipe.output)
     assert sorted(path.name for path in folder.iterdir()) == [
         "accuracy.png", "cells.json", "dense.safetensors", "environment.json", "networks", "recipe.yaml",
-        "report.html", "report.md", "results.csv", "results.jsonl",
+        "report.html", "report.md", "results.csv", "results.jsonl", "training.json",
     ]  # fmt: skip
     assert measured == ["dense 0.0 all"] + [f"{m} {r} all" for r in (0.25, 0.5) for m in ("discard", "fused")]
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
@@ -115,6 +117,25 @@ def test_the_pruned_networks_stay(tmp_path: Path, extra: list[str], names: list[
         method, *group = file.stem.removesuffix("-0.5").split("-")
         assert evaluate(load(file), data, progress=False).correct == measured[method, *(group or ["all"])]
     assert ("`networks/`" in (tmp_path / "report.md").read_text()) == bool(names)
+
+
+def test_the_training_of_the_dense_network_is_recorded_and_reported(recipe: Recipe) -> None:
+    run(recipe, progress=False)
+    folder = Path(recipe.output)
+    record = read_training(folder)
+    assert record is not None
+    assert record.key == read_metadata(folder / "dense.safetensors")["key"]
+    assert len(record.losses) == 1
+    noise = record.noise
+    assert noise is not None
+    assert (noise.definition, noise.augmentation) == ("lr / (batch (1 - momentum))", "none")
+    assert (noise.epochs[0].trace or 0) > 0
+    assert "## Training of the dense network" in (folder / "report.md").read_text()
+    assert read_study(folder)[0].training == record
+    # The weights of an older version have no record, and those of another training have one that is not theirs.
+    write_training(folder, replace(record, key="other"))
+    run(recipe, progress=False)
+    assert "## Training of the dense network" not in (folder / "report.md").read_text()
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from intrafusion.lab.executors import Failure, Outcome, Task, work
 from intrafusion.lab.grid import parse_grid
 from intrafusion.lab.recipe import Point, read_points, read_recipe
 from intrafusion.lab.run import run
-from intrafusion.lab.sweep import report_again, sweep
+from intrafusion.lab.sweep import _train, report_again, sweep
+from intrafusion.lab.training_record import read_training
 
 TEXT = """\
 model: {name: digits_cnn}
@@ -67,6 +69,7 @@ def test_every_point_is_a_run_and_equals_it(tmp_path: Path) -> None:
         run(read_recipe(TEXT, "r.yaml", given), progress=False)
         assert table(folder) == table(tmp_path / name)
         assert run(read_recipe((folder / "recipe.yaml").read_text()), progress=False).computed == 0
+        assert read_training(folder) == read_training(tmp_path / name) is not None
     both = table(tmp_path / "s")
     assert [row["prune.importance"] for row in both] == ["l1"] * 5 + ["l2"] * 5
     head = swept.table.splitlines()
@@ -123,7 +126,40 @@ def test_a_dense_network_that_fails_leaves_its_point_out(tmp_path: Path) -> None
     executor = Here(broken=["l1 dense 0.0", "l2 dense 0.0"])
     swept = sweep(points(tmp_path, "prune.importance=l1,l2"), executor, progress=False)
     assert len(swept.failed) == 2
+    assert swept.computed == 8  # one task failed, for both points
     assert swept.table == "nothing is measured yet"
+    again = report_again(tmp_path)
+    assert again.table == "nothing is measured yet\n\nnot finished: 2 cells"
+    assert not again.report.exists()
+
+
+def test_the_report_of_a_sweep_leaves_out_what_has_not_begun(tmp_path: Path) -> None:
+    sweep(points(tmp_path, "data.test_images=100,50"), Here(), progress=False)
+    (tmp_path / "data.test_images=50" / "results.jsonl").unlink()
+    text = report_again(tmp_path).table
+    assert text.endswith("not finished: 5 cells")
+    assert [line.split()[0] for line in text.splitlines()[4:6]] == ["100", "100"]
+
+
+def test_a_run_and_a_sweep_keep_out_of_each_others_folder(tmp_path: Path) -> None:
+    grid = points(tmp_path, "prune.importance=l1,l2")
+    recipe = read_recipe(TEXT, "r.yaml", [f"output={tmp_path}"])
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(RecipeError, match="holds a sweep: give the run a folder of its own with --output"):
+        run(recipe, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.json"]
+    (tmp_path / "sweep.json").rename(tmp_path / "cells.json")
+    with pytest.raises(RecipeError, match="holds a run: give the sweep a folder of its own with --output"):
+        sweep(grid, Here(), progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cells.json"]
+
+
+def test_weights_of_a_library_are_not_trained(tmp_path: Path) -> None:
+    recipe = read_recipe(TEXT, "r.yaml", [f"output={tmp_path}"])
+    given = replace(recipe, model=replace(recipe.model, weights="pretrained"))
+    executor = Here()
+    _train([given], [tmp_path], executor)
+    assert executor.done == []
 
 
 def test_networks_are_trained_once_for_each_setting_of_theirs(tmp_path: Path) -> None:
