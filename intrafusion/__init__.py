@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 if _TYPE_CHECKING:
     from intrafusion.averaging import fuse
     from intrafusion.checkpoint import CheckpointError, load, save
+    from intrafusion.during_training import FusionSchedule
     from intrafusion.finetuning import finetune
     from intrafusion.fusion import PRESETS, Fusion
     from intrafusion.importance import CHIPImportance, ReconstructionImportance
     from intrafusion.onnx_export import ExportError, export
+    from intrafusion.optimizer_state import transfer_optimizer_state
     from intrafusion.pruner import (
         FusedGroup,
         FusionError,
@@ -18,6 +20,7 @@ if _TYPE_CHECKING:
         IntraFusionGrowingRegPruner,
         IntraFusionPruner,
     )
+    from intrafusion.ratios import cosine_scheduler, cubic_scheduler, linear_scheduler, one_shot_scheduler
     from intrafusion.report import GroupReport, Report
     from intrafusion.surgery.align import Alignment, align
     from intrafusion.surgery.batchnorm import recenter_batchnorms_
@@ -36,6 +39,7 @@ __all__ = [
     "FusedGroup",
     "Fusion",
     "FusionError",
+    "FusionSchedule",
     "GroupReport",
     "History",
     "IntraFusionBNScalePruner",
@@ -46,12 +50,17 @@ __all__ = [
     "Report",
     "Training",
     "align",
+    "cosine_scheduler",
+    "cubic_scheduler",
     "export",
     "finetune",
     "fuse",
+    "linear_scheduler",
     "load",
+    "one_shot_scheduler",
     "recenter_batchnorms_",
     "save",
+    "transfer_optimizer_state",
 ]
 
 # Loaded on first use: whoever only loads a pruned network needs neither the pruner nor torch-pruning.
@@ -62,6 +71,7 @@ _HOME = {
         "load",
         "save",
     ),
+    "during_training": ("FusionSchedule",),
     "finetuning": ("finetune",),
     "fusion": (
         "PRESETS",
@@ -75,6 +85,7 @@ _HOME = {
         "ExportError",
         "export",
     ),
+    "optimizer_state": ("transfer_optimizer_state",),
     "pruner": (
         "FusedGroup",
         "FusionError",
@@ -82,6 +93,12 @@ _HOME = {
         "IntraFusionGroupNormPruner",
         "IntraFusionGrowingRegPruner",
         "IntraFusionPruner",
+    ),
+    "ratios": (
+        "cosine_scheduler",
+        "cubic_scheduler",
+        "linear_scheduler",
+        "one_shot_scheduler",
     ),
     "report": (
         "GroupReport",

@@ -20,8 +20,10 @@ from intrafusion.surgery.batchnorm import folded
 from intrafusion.surgery.corrector import Corrector
 from intrafusion.surgery.fuse import Outcome, fuse
 from intrafusion.surgery.groups import GroupTable, batchnorm_of, module_name, tabulate
+from intrafusion.surgery.lineage import Lineage
 from intrafusion.surgery.observe import run_model
 from intrafusion.surgery.probes import synthetic_count, synthetic_inputs
+from intrafusion.surgery.replay import GroupCut
 from intrafusion.surgery.selfcheck import inconsistent_groups
 from intrafusion.surgery.sequential import Sequential
 from intrafusion.surgery.snapshot import Snapshot, frozen_parameters
@@ -122,6 +124,9 @@ class FusionMixin:
         self._scores: dict[tuple[Any, Callable], Tensor] = {}
         self._quiet = False
         self._inconsistent: set[str] = set()
+        self._lineage = Lineage(self.DG)
+        self._cuts: tuple[GroupCut, ...] = ()
+        self._tracing = self._how_traced(bound.arguments)
         checks.warn_if_nothing_prunable(self)
 
     def step(self, interactive: bool = False) -> Iterator[Group] | None:
@@ -190,6 +195,7 @@ class FusionMixin:
     def _prune(self) -> Iterator[Group]:
         checks.check_finite(self.model)
         self._corrector = None  # the one of the step before compares with a network that is gone
+        self._cuts = ()
         self._scores.clear()
         self._inconsistent = self._find_inconsistent()
         seen, first = set(), len(self.report.groups)
@@ -247,7 +253,8 @@ class FusionMixin:
             return
         snapshot = Snapshot(self.DG, self.model.modules())
         try:
-            self._corrector.finish()
+            with self._lineage.recording():
+                self._corrector.finish()
         except Exception as error:
             snapshot.restore()
             raise FusionError(f"while refitting the layers after the cut: {error}") from error
@@ -295,18 +302,22 @@ class FusionMixin:
         try:
             if not 0 <= removed[0] <= removed[-1] < table.n:
                 raise ValueError(f"channels {removed[0]}..{removed[-1]} are to be removed of {table.n}")
-            outcome = self._fuse(group, table, kept)
-            Group.prune(group, record_history=record_history)
-            for module, name in frozen:  # torch-pruning makes a cut parameter trainable
-                module.get_parameter(name).requires_grad_(False)
-            if self._corrector is not None and not self._quiet:
-                self._corrector.finish()
+            with self._lineage.recording() as change:
+                outcome = self._fuse(group, table, kept)
+                change.mixed(table, outcome.pair)
+                with change.cutting(group):
+                    Group.prune(group, record_history=record_history)
+                for module, name in frozen:  # torch-pruning makes a cut parameter trainable
+                    module.get_parameter(name).requires_grad_(False)
+                if self._corrector is not None and not self._quiet:
+                    self._corrector.finish()
         except Exception as error:
             snapshot.restore()
             where = f"while fusing group {table.name!r} ({table.n} -> {len(kept)} channels)"
             raise FusionError(f"{where}: {error}") from error
         cost, plan = (outcome.plan.cost, outcome.plan.main_targets) if outcome.plan else (None, ())
         width = (table.n, len(kept))
+        self._cuts = (*self._cuts, GroupCut.of(self.DG, group, self._get_channel_groups(group), outcome.pair))  # type: ignore[attr-defined]
         entry = GroupReport(table.name, self.current_step, *width, outcome.merged, cost, outcome.reason, plan)
         self.report.groups.append(entry)
         if not self._quiet and outcome.merged == "selection" and outcome.reason:
@@ -336,6 +347,30 @@ class FusionMixin:
         if groups:
             listed = "; ".join(f"{group.name}: {group.reason}" for group in groups)
             warnings.warn(f"{len(groups)} of the groups could only be cut, not fused: {listed}", stacklevel=3)
+
+    def _cut_again(self, history: Iterable[tuple[str, bool, Iterable[int]]]) -> None:
+        """Cut the channels of a torch-pruning history again, fusing nothing and reporting nothing: structure only."""
+        settings, corrector, reported = self.fusion, self._corrector, len(self.report.groups)
+        self.fusion, self._corrector = settings.discarded(), None
+        try:
+            for name, outputs, removed in history:
+                root = self.model.get_submodule(name)
+                pruner: Any = self.DG.get_pruner_of_module(root)
+                handler = pruner.prune_out_channels if outputs else pruner.prune_in_channels
+                group = self.DG.get_pruning_group(root, handler, [int(i) for i in removed])
+                FusedGroup.wrap(group, self).prune()
+        finally:
+            self.fusion, self._corrector = settings, corrector
+            del self.report.groups[reported:]
+
+    def _how_traced(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What it takes to trace another network of the same architecture; parameters by name."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {
+            "unwrapped": [(self.DG._param_to_name[p], dim) for p, dim in self.DG.unwrapped_parameters],
+            "ignored": [names[p] for p in self.DG.ignored_params],
+            **{k: arguments.get(k) for k in ("forward_fn", "output_transform", "customized_pruners")},
+        }
 
     def _state(self) -> list[dict]:
         return [

@@ -19,6 +19,11 @@ MAY_IMPORT = {
     "checks": {"surgery"},
     "importance": {"ot", "surgery", "checks"},
     "pruner": {"ot", "surgery", "fusion", "report", "checks"},
+    "ratios": set(),
+    "distributed": set(),
+    "optimizer_state": {"surgery"},
+    "twin": {"surgery", "pruner"},
+    "during_training": {"surgery", "report", "distributed", "optimizer_state", "twin"},
     "averaging": {"surgery", "checks"},
     "checkpoint": {"checkpoint", "files", "surgery"},
     "onnx_export": {"checkpoint", "files", "surgery"},
@@ -30,7 +35,7 @@ MAY_IMPORT = {
     "finetuning": {"surgery", "training_settings", "training_state", "training_loop"},
     "__init__": {
         "fusion", "report", "importance", "pruner", "averaging", "surgery", "checkpoint", "onnx_export", "finetuning",
-        "training_loop", "training_settings",
+        "training_loop", "training_settings", "ratios", "optimizer_state", "during_training",
     },
     "lab": {
         "ot", "surgery", "files", "fusion", "report", "checks", "importance", "pruner", "averaging", "checkpoint",

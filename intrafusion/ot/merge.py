@@ -24,13 +24,15 @@ from intrafusion.ot.plan import Plan
 class Pair:
     """rows R: [k, n] and columns S: [n, k], float64; kept: [k] the channels whose places the new ones take.
 
-    shift: [k] is added to what the new rows produce (None: nothing).
+    shift: [k] is added to what the new rows produce (None: nothing). read: [n, k] how the old channels come from the
+    new ones where the readers will be refitted to that (None: by the columns); gradients travel by it.
     """
 
     rows: Tensor
     columns: Tensor
     kept: Tensor
     shift: Tensor | None = None
+    read: Tensor | None = None
 
     @property
     def is_selection(self) -> bool:

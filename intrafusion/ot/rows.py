@@ -116,6 +116,14 @@ def optimise_rows(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> tu
     return best[1], best[2].detach()
 
 
+@torch.no_grad()
+def read_back(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> Tensor:
+    """S: [n, k] float64, by which the new channels of rows [k, n], shift [k] give the old ones best, least squares."""
+    everything = [torch.ones_like(reader.held_out) for reader in readers]
+    new = [_forward(r, rows.to(r.z), shift.to(r.z), chosen) for r, chosen in zip(readers, everything, strict=True)]
+    return _read_back(torch.cat(new), torch.cat([reader.h for reader in readers]))[0]
+
+
 def _forward(reader: Samples, rows: Tensor, shift: Tensor, chosen: Tensor) -> Tensor:
     """h' = f(R z + r) for the chosen samples: [p, k]."""
     z = reader.z[chosen]

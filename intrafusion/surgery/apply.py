@@ -1,8 +1,7 @@
 """Apply a pair (R, S) to a group: every slot in place at full size, then torch-pruning cuts.
 
 Only the kept places are written, and of those only the ones that a merge changes, so that a selection leaves every
-tensor bit for bit as torch-pruning would cut it. Gradients travel by the dual map (rows by S^T, columns by R), which is
-the exact gradient of the fused network when the merged channels are duplicates.
+tensor bit for bit as torch-pruning would cut it. Gradients are not written here: `lineage.py` carries them.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ class Draft:
     values: dict[tuple[Any, str], Tensor] = field(default_factory=dict)
 
     def of(self, owner: Any, attribute: str) -> Tensor:
-        """The present value of owner.attribute in float64 (a free parameter's attributes are `data`, `grad`)."""
+        """The present value of owner.attribute in float64 (a free parameter's attribute is `data`)."""
         known = self.values.get((owner, attribute))
-        return _look_up(owner, attribute).detach().double() if known is None else known
+        return getattr(owner, attribute).detach().double() if known is None else known
 
     def put(self, owner: Any, attribute: str, value: Tensor) -> None:
         self.values[owner, attribute] = value
@@ -48,17 +47,13 @@ class Draft:
         """Write all values in the dtype they had. Raises ValueError, and writes none, if one is not finite."""
         ready = []
         for (owner, attribute), value in self.values.items():
-            old = _look_up(owner, attribute)
+            old = getattr(owner, attribute)
             new = value.to(old.dtype)
             if not torch.isfinite(new).all():
                 raise ValueError(f"the fused {attribute} of {type(owner).__name__} would not be finite in {old.dtype}")
             ready.append((owner, attribute, new))
         for owner, attribute, new in ready:
-            if isinstance(owner, nn.Parameter):
-                setattr(owner, attribute, new)
-            elif attribute.endswith(".grad"):
-                getattr(owner, attribute.removesuffix(".grad")).grad = new
-            elif attribute in owner._buffers:
+            if isinstance(owner, nn.Parameter) or attribute in owner._buffers:
                 setattr(owner, attribute, new)
             else:
                 _replace_parameter(owner, attribute, new)
@@ -108,59 +103,48 @@ def _changed(weights: Tensor, selection: Tensor, kept: Tensor) -> _Map:
     return _Map(weights[moved], kept.to(weights.device)[moved])
 
 
-def _mix(draft: Draft, slot: Slot, attribute: str, forward: _Map, dual: _Map, axis: int = 0, chunks: int = 1) -> None:
-    """Mix a tensor's channels by `forward` and its gradient's, if there is one, by `dual`."""
-    tensor = _look_up(slot.owner, attribute)
-    if tensor is None:
+def _mix(draft: Draft, slot: Slot, attribute: str, by: _Map, axis: int = 0, chunks: int = 1) -> None:
+    if getattr(slot.owner, attribute) is None:
         return
-    work = [(attribute, forward)]
-    if isinstance(slot.owner, nn.Parameter):
-        grad_name, grad = "grad", slot.owner.grad
-    else:
-        grad_name, grad = f"{attribute}.grad", tensor.grad
-    if grad is not None:
-        work.append((grad_name, dual))
-    for name, side in work:
-        matrix = to_channels(draft.of(slot.owner, name), axis, chunks).clone()
-        local, places, weights = (t.to(matrix.device) for t in (slot.local, side.places, side.weights))
-        mix_(matrix, local, weights, places)
-        draft.put(slot.owner, name, from_channels(matrix, draft.of(slot.owner, name), axis, chunks))
+    matrix = to_channels(draft.of(slot.owner, attribute), axis, chunks).clone()
+    local, places, weights = (t.to(matrix.device) for t in (slot.local, by.places, by.weights))
+    mix_(matrix, local, weights, places)
+    draft.put(slot.owner, attribute, from_channels(matrix, draft.of(slot.owner, attribute), axis, chunks))
 
 
 def _producer(draft: Draft, table: GroupTable, slot: Slot, rows: _Map, columns: _Map) -> None:
     if slot.partner is not None:
-        _with_batchnorm(draft, slot, rows, columns)
+        _with_batchnorm(draft, slot, rows)
         return
-    _mix(draft, slot, "weight", rows, columns, slot.axis, slot.chunks)
-    _mix(draft, slot, "bias", rows, columns)
+    _mix(draft, slot, "weight", rows, slot.axis, slot.chunks)
+    _mix(draft, slot, "bias", rows)
 
 
 def _consumer(draft: Draft, table: GroupTable, slot: Slot, rows: _Map, columns: _Map) -> None:
-    _mix(draft, slot, "weight", columns, rows, slot.axis, slot.chunks)
+    _mix(draft, slot, "weight", columns, slot.axis, slot.chunks)
 
 
 def _depthwise(draft: Draft, table: GroupTable, slot: Slot, rows: _Map, columns: _Map) -> None:
     """A depthwise filter is a gain on a channel that was mixed already: averaged, not summed."""
     if slot.partner is not None:
-        _with_batchnorm(draft, slot, rows, columns, average=True)
+        _with_batchnorm(draft, slot, rows, average=True)
         return
-    _mix(draft, slot, "weight", rows.average(), columns)
-    _mix(draft, slot, "bias", rows, columns)
+    _mix(draft, slot, "weight", rows.average())
+    _mix(draft, slot, "bias", rows)
 
 
 def _norm(draft: Draft, table: GroupTable, slot: Slot, rows: _Map, columns: _Map) -> None:
     """A normalisation forgets the scale of what it reads, so its weight carries the scale of the merge."""
-    _mix(draft, slot, "weight", rows, columns, slot.axis)
-    _mix(draft, slot, "bias", rows, columns, slot.axis)
+    _mix(draft, slot, "weight", rows, slot.axis)
+    _mix(draft, slot, "bias", rows, slot.axis)
 
 
 def _free(draft: Draft, table: GroupTable, slot: Slot, rows: _Map, columns: _Map) -> None:
-    forward = rows.average() if slot.role is Role.GAIN else rows
-    name = "data" if isinstance(slot.owner, nn.Parameter) else "weight"
-    _mix(draft, slot, name, forward, columns, slot.axis)
+    by = rows.average() if slot.role is Role.GAIN else rows
+    _mix(draft, slot, "data" if isinstance(slot.owner, nn.Parameter) else "weight", by, slot.axis)
 
 
-def _with_batchnorm(draft: Draft, slot: Slot, rows: _Map, columns: _Map, average: bool = False) -> None:
+def _with_batchnorm(draft: Draft, slot: Slot, rows: _Map, average: bool = False) -> None:
     """A producer and its batch-norm: merged as one affine map, split again into two real layers."""
     layer, bn = slot.owner, slot.partner
     assert bn is not None
@@ -176,7 +160,6 @@ def _with_batchnorm(draft: Draft, slot: Slot, rows: _Map, columns: _Map, average
     matrix[at] = new.rows
     draft.put(layer, "weight", from_channels(matrix, layer.weight, slot.axis, slot.chunks))
     _put_entries(draft, bn, at, new, fold_bias=layer)
-    _dual_gradients(draft, slot, columns, stats.scale)
 
 
 def _put_entries(draft: Draft, bn: Any, at: Tensor, new, fold_bias: Any = None) -> None:
@@ -189,28 +172,6 @@ def _put_entries(draft: Draft, bn: Any, at: Tensor, new, fold_bias: Any = None) 
         vector = draft.of(owner, name).clone()
         vector[at] = values
         draft.put(owner, name, vector)
-
-
-def _dual_gradients(draft: Draft, slot: Slot, columns: _Map, scale: Tensor) -> None:
-    """Gradients of a producer with a batch-norm: the layer's in folded coordinates, where dL/d(aW) = dL/dW / a."""
-    layer, bn = slot.owner, slot.partner
-    local, weights, places = (t.to(scale.device) for t in (slot.local, columns.weights, columns.places))
-    at = local[:, 0][places]
-    gamma = draft.of(bn, "weight") if bn.affine else torch.ones_like(scale)
-    to_folded = torch.where(scale == 0, 0.0, 1.0 / scale)
-    from_folded = gamma / (draft.of(bn, "running_var") + bn.eps).sqrt()
-    one = torch.ones_like(scale)
-    fields = ((layer, "weight", to_folded, from_folded), (layer, "bias", to_folded, from_folded))
-    for owner, name, before, after in (*fields, (bn, "weight", one, one), (bn, "bias", one, one)):
-        parameter = getattr(owner, name)
-        if parameter is None or parameter.grad is None:
-            continue
-        axis, chunks = (slot.axis, slot.chunks) if name == "weight" and owner is layer else (0, 1)
-        matrix = to_channels(draft.of(owner, f"{name}.grad"), axis, chunks).clone()
-        folded = before[:, None] * matrix
-        mix_(folded, local, weights, places)
-        matrix[at] = after[at, None] * folded[at]
-        draft.put(owner, f"{name}.grad", from_channels(matrix, parameter, axis, chunks))
 
 
 def _batchnorm(draft: Draft, table: GroupTable, slot: Slot, rows: _Map, columns: _Map) -> None:
@@ -229,10 +190,6 @@ def _batchnorm(draft: Draft, table: GroupTable, slot: Slot, rows: _Map, columns:
         there = copy[places] >= 0
         new = merge_alone(stats.at(copy), mix[there], rho, affine=bn.affine)
         _put_entries(draft, bn, copy[places][there], new)
-    if bn.affine:
-        for name in ("weight", "bias"):
-            if getattr(bn, name).grad is not None:
-                _mix(draft, slot, name, _Map(rows.weights[:0], rows.places[:0]), columns)
 
 
 def _input_correlation(table: GroupTable, device: torch.device) -> Tensor:
@@ -258,12 +215,6 @@ _APPLY = {
     Role.GAIN: _free,
     Role.SHIFT: _free,
 }
-
-
-def _look_up(owner: Any, attribute: str) -> Any:
-    if attribute.endswith(".grad"):
-        return getattr(owner, attribute.removesuffix(".grad")).grad
-    return getattr(owner, attribute)
 
 
 def _replace_parameter(owner: nn.Module, name: str, value: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch_pruning as tp
 from torch import Tensor
 
 from intrafusion.fusion import Fusion
-from intrafusion.ot import MERGE_RULES, Plan, selection_pair, transport_plan
+from intrafusion.ot import MERGE_RULES, Pair, Plan, selection_pair, transport_plan
 from intrafusion.surgery.apply import apply_pair
 from intrafusion.surgery.corrector import Corrector
 from intrafusion.surgery.features import channel_features
@@ -18,11 +18,14 @@ from intrafusion.surgery.groups import GroupTable, Role
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened to a group before it is cut: how it was merged, the plan if there was one, and why not if not."""
+    """What happened to a group before it is cut: how it was merged, the plan and the pair if there was one, and why not
+    if not.
+    """
 
     merged: str
     plan: Plan | None = None
     reason: str = ""
+    pair: Pair | None = None
 
 
 def fuse(
@@ -72,7 +75,7 @@ def fuse(
         note = plan.status.value
     elif plan.stranded.any():
         note = f"{int(plan.stranded.sum())} channels are not transported to any kept channel, and were discarded"
-    return Outcome(settings.merge if corrector is None else settings.correct, plan, note)
+    return Outcome(settings.merge if corrector is None else settings.correct, plan, note, pair)
 
 
 def uneven_chunks(table: GroupTable, kept: Tensor) -> str:

@@ -212,7 +212,7 @@ def _write_(layer: Any, bn: Any, fit: Fit) -> None:
     elif layer.bias is not None:
         _set(layer, "bias", bias)
     else:
-        layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
+        layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
     _set(layer, "weight", from_channels(weight, layer.weight))
 
 

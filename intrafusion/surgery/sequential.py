@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from intrafusion.ot import Pair, Plan, selection_pair
 from intrafusion.ot.merge import barycentre
-from intrafusion.ot.rows import Samples, bound_means, match_spread, optimise_rows
+from intrafusion.ot.rows import Samples, bound_means, match_spread, optimise_rows, read_back
 from intrafusion.surgery.apply import shift_carrier
 from intrafusion.surgery.groups import GroupTable, Role, Slot, batchnorm_of, module_name
 from intrafusion.surgery.layout import gather, mix_, to_channels
@@ -94,8 +94,9 @@ class Sequential:
         rows, shift = optimise_rows(*given, readers)
         if may_shift:
             shift = bound_means(rows, shift, given, mean.to(rows), cov.to(rows))
-        rows = self._inside_classes(rows.cpu(), table, plan)
-        return Pair(rows, start.columns, plan.kept, shift.cpu() if may_shift else None)
+        read = read_back(rows, shift, readers)
+        rows, read = (self._inside_classes(side.cpu(), table, plan) for side in (rows, read.T))
+        return Pair(rows, start.columns, plan.kept, shift.cpu() if may_shift else None, read.T)
 
     def note(self, table: GroupTable, pair: Pair) -> None:
         """Remember what the outputs of the group's layers stand for, once torch-pruning has cut them."""

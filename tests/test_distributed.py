@@ -1,0 +1,102 @@
+"""Several processes prune one network alike, or all of them fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import intrafusion
+from intrafusion.distributed import broadcast_, together, world_size
+
+ROOT = Path(intrafusion.__file__).parent.parent
+
+SCRIPT = """
+import sys, warnings, torch, torch.distributed as dist, torch_pruning as tp
+from torch.nn.parallel import DistributedDataParallel
+import intrafusion
+from tests.nets import PICO
+rank, mode = int(sys.argv[1]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+case = PICO[0]
+model = case.model()
+wrapped = DistributedDataParallel(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+def train():
+    wrapped.train()
+    wrapped(torch.randn(8, *case.shape, generator=torch.Generator().manual_seed(rank))).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+train()  # every process has seen other images: its batch-norm statistics are its own
+metric = tp.importance.GroupMagnitudeImportance(p=1)
+if mode == "differ":
+    metric = lambda group: torch.arange(len(group[0].idxs)).float() * (1 if rank else -1)
+if mode == "fail" and rank == 1:
+    def metric(group):
+        raise ValueError("no score on this one")
+pruner = intrafusion.IntraFusionPruner(model, case.example(), metric, ignored_layers=[model.fc2], fusion="barycentre")
+schedule = intrafusion.FusionSchedule(pruner, optimizer, at=[1])
+before = str(model)
+try:
+    schedule.step()
+except Exception as error:
+    assert str(model) == before
+    print("error", error)
+else:
+    wrapped = DistributedDataParallel(model)
+    train()
+    print("sum", sum(float(p.double().abs().sum()) for p in model.parameters()).hex(), model.conv1.out_channels)
+dist.destroy_process_group()
+"""
+
+
+def two_processes(tmp_path: Path, mode: str) -> list[str]:
+    command = [sys.executable, "-c", SCRIPT]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store"), mode],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in range(2)
+    ]
+    outputs = []
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-3000:]
+        outputs.append(out.strip())
+    return outputs
+
+
+def test_two_processes_prune_alike_and_train_on(tmp_path):
+    first, second = two_processes(tmp_path, "agree")
+    assert first == second
+    assert first.startswith("sum")
+    assert first.endswith(" 4")
+
+
+def test_different_choices_fail_in_both_processes_and_change_nothing(tmp_path):
+    for output in two_processes(tmp_path, "differ"):
+        assert "the processes chose different channels" in output
+
+
+def test_a_failure_in_one_process_fails_in_both(tmp_path):
+    first, second = two_processes(tmp_path, "fail")
+    assert "pruning failed in another process (rank 1: no score on this one)" in first
+    assert "no score on this one" in second
+
+
+def test_in_one_process_nothing_is_exchanged():
+    assert world_size() == 1
+    value = torch.ones(3)
+    broadcast_([value])
+    done = []
+    together(lambda: done.append(1), result=lambda: 0)
+    assert done == [1]
+    with pytest.raises(ZeroDivisionError):
+        together(lambda: 1 / 0, result=lambda: 0)
