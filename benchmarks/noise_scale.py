@@ -37,7 +37,7 @@ from intrafusion.lab.sections import TrainSection
 from intrafusion.lab.sources import digits
 from intrafusion.lab.training import train_
 from intrafusion.lab.training_record import mean_noise_scale
-from intrafusion.training_loop import History
+from intrafusion.training.loop import History
 
 RESULTS = Path(__file__).parent / "results"
 RATES, BATCHES = (0.003, 0.01, 0.03, 0.1, 0.3), (32, 128)

@@ -6,26 +6,25 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 if _TYPE_CHECKING:
     from intrafusion.averaging import fuse
     from intrafusion.checkpoint import CheckpointError, load, save
-    from intrafusion.during_training import FusionSchedule
-    from intrafusion.finetuning import finetune
+    from intrafusion.fused_group import FusedGroup, FusionError
     from intrafusion.fusion import PRESETS, Fusion
     from intrafusion.importance import CHIPImportance, ReconstructionImportance
     from intrafusion.onnx_export import ExportError, export
-    from intrafusion.optimizer_state import transfer_optimizer_state
     from intrafusion.pruner import (
-        FusedGroup,
-        FusionError,
         IntraFusionBNScalePruner,
         IntraFusionGroupNormPruner,
         IntraFusionGrowingRegPruner,
         IntraFusionPruner,
     )
-    from intrafusion.ratios import cosine_scheduler, cubic_scheduler, linear_scheduler, one_shot_scheduler
     from intrafusion.report import GroupReport, Report
     from intrafusion.surgery.align import Alignment, align
     from intrafusion.surgery.batchnorm import recenter_batchnorms_
-    from intrafusion.training_loop import DivergedError, History
-    from intrafusion.training_settings import Training
+    from intrafusion.training.finetuning import finetune
+    from intrafusion.training.fusion_schedule import FusionSchedule
+    from intrafusion.training.loop import DivergedError, History
+    from intrafusion.training.optimizer_state import transfer_optimizer_state
+    from intrafusion.training.ratios import cosine_scheduler, cubic_scheduler, linear_scheduler, one_shot_scheduler
+    from intrafusion.training.settings import Training
 
 __version__ = "0.1.0"
 
@@ -71,8 +70,12 @@ _HOME = {
         "load",
         "save",
     ),
-    "during_training": ("FusionSchedule",),
-    "finetuning": ("finetune",),
+    "training.fusion_schedule": ("FusionSchedule",),
+    "training.finetuning": ("finetune",),
+    "fused_group": (
+        "FusedGroup",
+        "FusionError",
+    ),
     "fusion": (
         "PRESETS",
         "Fusion",
@@ -85,16 +88,14 @@ _HOME = {
         "ExportError",
         "export",
     ),
-    "optimizer_state": ("transfer_optimizer_state",),
+    "training.optimizer_state": ("transfer_optimizer_state",),
     "pruner": (
-        "FusedGroup",
-        "FusionError",
         "IntraFusionBNScalePruner",
         "IntraFusionGroupNormPruner",
         "IntraFusionGrowingRegPruner",
         "IntraFusionPruner",
     ),
-    "ratios": (
+    "training.ratios": (
         "cosine_scheduler",
         "cubic_scheduler",
         "linear_scheduler",
@@ -109,11 +110,11 @@ _HOME = {
         "align",
     ),
     "surgery.batchnorm": ("recenter_batchnorms_",),
-    "training_loop": (
+    "training.loop": (
         "DivergedError",
         "History",
     ),
-    "training_settings": ("Training",),
+    "training.settings": ("Training",),
 }
 
 

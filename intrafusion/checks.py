@@ -33,6 +33,18 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         )
 
 
+def complete(arguments: dict[str, Any]) -> None:
+    """Put right, in place, what torch-pruning would do to a pruner's arguments."""
+    for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
+        arguments.setdefault(name, {})  # its defaults are shared between all pruners
+    if isinstance(arguments["example_inputs"], Tensor) and arguments.get("forward_fn") is None:
+        arguments["example_inputs"] = (arguments["example_inputs"],)  # or its batch axis is stripped
+    if arguments.get("unwrapped_parameters") is not None:
+        arguments["unwrapped_parameters"] = list(arguments["unwrapped_parameters"])
+    if arguments.get("ignored_layers") is not None:
+        arguments["ignored_layers"] = expand_types(arguments["model"], arguments["ignored_layers"])
+
+
 def calibration_batches(calibration: Any, correct: str) -> list:
     """The batches of inputs, as a list. Raises ValueError if they are missing, empty, or given for nothing."""
     if correct != "calibrated":

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch_pruning.dependency.group import Group
 
 from intrafusion import checks
+from intrafusion.fused_group import FusedGroup, FusionError
 from intrafusion.fusion import Fusion
 from intrafusion.report import GroupReport, Report
 from intrafusion.surgery.batchnorm import folded
 from intrafusion.surgery.corrector import Corrector
 from intrafusion.surgery.fuse import Outcome, fuse
-from intrafusion.surgery.groups import GroupTable, batchnorm_of, module_name, tabulate
+from intrafusion.surgery.groups import GroupTable, foldable_pairs, module_name, tabulate
 from intrafusion.surgery.lineage import Lineage
 from intrafusion.surgery.observe import run_model
 from intrafusion.surgery.probes import synthetic_count, synthetic_inputs
@@ -27,40 +28,7 @@ from intrafusion.surgery.replay import GroupCut
 from intrafusion.surgery.selfcheck import inconsistent_groups
 from intrafusion.surgery.sequential import Sequential
 from intrafusion.surgery.snapshot import Snapshot, frozen_parameters
-
-_SHARED_DEFAULTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
-
-
-class FusionError(RuntimeError):
-    """Fusing a group failed; the message names the group, and the network is as it was before."""
-
-
-class FusedGroup(Group):
-    """A torch-pruning group whose `prune()` fuses the channels that go into those that stay, then cuts."""
-
-    _pruner: FusionMixin
-    _DG: Any
-
-    @classmethod
-    def wrap(cls, group: Group, pruner: FusionMixin) -> FusedGroup:
-        wrapped = cls()
-        wrapped._group, wrapped._DG, wrapped._pruner = group._group, group._DG, pruner
-        return wrapped
-
-    def prune(self, idxs: Any = None, record_history: bool = True) -> None:
-        """Fuse and cut, all or nothing.
-
-        idxs: other root channels to remove than the ones the group was made for.
-        Raises FusionError, naming the group, if it fails; the network is then unchanged.
-        """
-        if idxs is not None:
-            root = self._group[0].dep
-            group = self._DG.get_pruning_group(root.target.module, root.handler, [int(i) for i in idxs])
-            FusedGroup.wrap(group, self._pruner).prune(record_history=record_history)
-            return
-        if not self._group or not len(self._group[0][1]):
-            return
-        self._pruner._prune_group(self, record_history)
+from intrafusion.surgery.tracing import Tracing
 
 
 class FusionMixin:
@@ -102,19 +70,10 @@ class FusionMixin:
         self._corrector: Corrector | None = None
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         checks.check_arguments(bound.arguments)
-        model = bound.arguments["model"]
-        for name in _SHARED_DEFAULTS:  # torch-pruning's defaults are shared between all pruners
-            bound.arguments.setdefault(name, {})
-        forward_fn = bound.arguments.get("forward_fn")
-        if isinstance(bound.arguments["example_inputs"], Tensor) and forward_fn is None:
-            bound.arguments["example_inputs"] = (bound.arguments["example_inputs"],)  # or its batch axis is stripped
-        if bound.arguments.get("unwrapped_parameters") is not None:
-            bound.arguments["unwrapped_parameters"] = list(bound.arguments["unwrapped_parameters"])
-        if bound.arguments.get("ignored_layers") is not None:
-            bound.arguments["ignored_layers"] = checks.expand_types(model, bound.arguments["ignored_layers"])
-        self._run = partial(run_model, forward_fn=forward_fn)
+        checks.complete(bound.arguments)
+        self._run = partial(run_model, forward_fn=bound.arguments.get("forward_fn"))
         self._example = bound.arguments["example_inputs"]
-        modes = [(module, module.training) for module in model.modules()]
+        modes = [(module, module.training) for module in bound.arguments["model"].modules()]
         try:
             super().__init__(*bound.args, **bound.kwargs)
         finally:  # tracing switches the network to eval mode
@@ -126,7 +85,7 @@ class FusionMixin:
         self._inconsistent: set[str] = set()
         self._lineage = Lineage(self.DG)
         self._cuts: tuple[GroupCut, ...] = ()
-        self._tracing = self._how_traced(bound.arguments)
+        self._tracing = Tracing.of(self.DG, bound.arguments)
         checks.warn_if_nothing_prunable(self)
 
     def step(self, interactive: bool = False) -> Iterator[Group] | None:
@@ -154,7 +113,7 @@ class FusionMixin:
         """
         score = None
         if self.fusion.score_on == "folded" and not getattr(self.importance, "sees_activations", False):
-            with folded(self._foldable(group)):
+            with folded(foldable_pairs(self.DG, group)):
                 score = self.importance(group)
         if score is None:
             score = self.importance(group)
@@ -335,11 +294,6 @@ class FusionMixin:
             reason = "queries and keys meet in a product, which a linear merge cannot keep"
         return fuse(self.DG, table, kept, importance, self.fusion, self._corrector, veto=reason)
 
-    def _foldable(self, group: Group) -> list[tuple[nn.Module, nn.Module, int]]:
-        layers = dict.fromkeys(item[0].target.module for item in group)
-        pairs = [(layer, batchnorm_of(self.DG, layer)) for layer in layers]
-        return [(layer, bn, int(getattr(layer, "transposed", False))) for layer, bn in pairs if bn is not None]
-
     def _note(self, name: str, n: int, reason: str) -> None:
         self.report.groups.append(GroupReport(name, self.current_step, n, n, "untouched", None, reason))
 
@@ -363,23 +317,9 @@ class FusionMixin:
             self.fusion, self._corrector = settings, corrector
             del self.report.groups[reported:]
 
-    def _how_traced(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What it takes to trace another network of the same architecture; parameters by name."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        return {
-            "unwrapped": [(self.DG._param_to_name[p], dim) for p, dim in self.DG.unwrapped_parameters],
-            "ignored": [names[p] for p in self.DG.ignored_params],
-            **{k: arguments.get(k) for k in ("forward_fn", "output_transform", "customized_pruners")},
-        }
-
     def _state(self) -> list[dict]:
-        return [
-            self.__dict__,
-            self.num_heads,
-            self.in_channel_groups,
-            self.out_channel_groups,
-            self._scope_initial_channels,
-        ]
+        own = (self.num_heads, self.in_channel_groups, self.out_channel_groups, self._scope_initial_channels)
+        return [self.__dict__, *own]
 
 
 class IntraFusionPruner(FusionMixin, tp.pruner.BasePruner):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,11 @@ from torch import Tensor, nn
 from intrafusion.checkpoint import save
 from intrafusion.fusion import Fusion
 from intrafusion.lab import weights
+from intrafusion.lab.code_digest import TRAINING_CODE, code_digest
 from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.files import write_atomic
+from intrafusion.lab.folder import network_file
 from intrafusion.lab.measure import (
     LATENCY_BATCHES,
     count_macs,
@@ -53,18 +53,9 @@ from intrafusion.lab.sources import open_data
 from intrafusion.lab.target import UnreachableTarget, find_ratio
 from intrafusion.lab.training import finetune_, train_once_
 from intrafusion.lab.training_record import TrainingRecord, read_training, write_training
-from intrafusion.processes import ALONE, Processes
+from intrafusion.training.processes import ALONE, Processes
 
 _log = logging.getLogger(__name__)
-_CODE = (
-    "ot", "surgery", "pruner.py", "checks.py", "fusion.py", "importance.py", "lab/pruning.py", "lab/measure.py",
-    "lab/models.py",
-)  # fmt: skip
-TRAINING_CODE = (
-    "processes.py", "training_loop.py", "training_settings.py", "training_state.py", "noise_scale.py", "finetuning.py",
-    "lab/training.py", "lab/augmentation.py",
-)  # fmt: skip
-
 TRAINED = "dense.safetensors"
 """Where a network that the recipe trains is kept, inside the bench's folder."""
 
@@ -352,26 +343,8 @@ class Bench:
         )  # fmt: skip
 
 
-def network_file(folder: Path, cell: Cell) -> Path:
-    """Where a run keeps the network of a cell, for :func:`intrafusion.load`."""
-    group = "" if cell.group == ALL else f"-{cell.group}"
-    stage = "" if cell.stage == "pruned" else f"-finetuned-{cell.seed}"
-    return folder / "networks" / f"{cell.method}{group}-{cell.ratio:.4g}{stage}.safetensors"
-
-
 def _device(recipe: Recipe) -> torch.device:
     available = torch.cuda.is_available()
     if recipe.device == "cuda" and not available:
         raise recipe.error("device", "there is no GPU that torch can use; allowed here: auto, cpu")
     return torch.device("cuda" if available and recipe.device != "cpu" else "cpu")
-
-
-def code_digest(names: Sequence[str] = _CODE) -> str:
-    """Changes with every edit of the code a result depends on, so that a stale result is never taken for a new one."""
-    package = Path(__file__).resolve().parent.parent
-    total = hashlib.sha256(metadata.version("torch-pruning").encode())
-    for name in names:
-        path = package / name
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            total.update(file.read_bytes())
-    return total.hexdigest()[:16]

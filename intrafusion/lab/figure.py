@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from intrafusion.lab.pruning import ALL
-from intrafusion.lab.report import Pair, Study
+from intrafusion.lab.study import Pair, Study
 
 FUSED, DISCARD, DENSE, INK, GRID = "#0b6e8f", "#d1603d", "#7a7a7a", "#222222", "#e4e4e4"
 

@@ -8,8 +8,8 @@ from functools import cached_property
 from statistics import fmean
 
 from intrafusion.lab.pruning import ALL
-from intrafusion.lab.report import Pair, Study
 from intrafusion.lab.results import Result
+from intrafusion.lab.study import Pair, Study
 from intrafusion.lab.training_record import noise_note, noise_table
 
 METHODS = ("discard", "fused")

@@ -15,9 +15,10 @@ import torch
 from intrafusion.lab.errors import LabError, UsageError
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.measure import device_name
+from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import Recipe, read_recipe, read_text, to_yaml
-from intrafusion.lab.report import Study
 from intrafusion.lab.results import Cell, ResultStore
+from intrafusion.lab.study import Study
 from intrafusion.lab.training_record import read_training
 
 RESULTS, SWEEP = "results.jsonl", "sweep.json"
@@ -102,6 +103,13 @@ def read_study(folder: Path) -> tuple[Study, int]:
         raise NotMeasuredError(folder, len(found) - len(results))
     training = read_training(folder) if recipe.model.weights is None else None
     return Study(recipe, results, skipped, versions, training), len(found) - len(results)
+
+
+def network_file(folder: Path, cell: Cell) -> Path:
+    """Where a run keeps the network of a cell, for :func:`intrafusion.load`."""
+    group = "" if cell.group == ALL else f"-{cell.group}"
+    stage = "" if cell.stage == "pruned" else f"-finetuned-{cell.seed}"
+    return folder / "networks" / f"{cell.method}{group}-{cell.ratio:.4g}{stage}.safetensors"
 
 
 def environment(recipe: Recipe, processes: int = 1) -> dict[str, str]:

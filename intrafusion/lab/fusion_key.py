@@ -7,7 +7,8 @@ from typing import Any, get_type_hints
 
 from intrafusion.fusion import PRESETS, Fusion
 from intrafusion.lab.nodes import Node
-from intrafusion.lab.schema import FAILED, Reader, Rule, type_schema, unknown
+from intrafusion.lab.reader import FAILED, Reader, unknown
+from intrafusion.lab.schema import Rule, type_schema
 
 
 def read_fusion(reader: Reader, node: Node, path: str) -> Any:

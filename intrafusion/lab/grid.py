@@ -10,7 +10,7 @@ import yaml
 
 from intrafusion.lab.errors import Problem, RecipeError
 from intrafusion.lab.nodes import Node, parse_assignment
-from intrafusion.lab.schema import FAILED, Reader, plain
+from intrafusion.lab.reader import FAILED, Reader, plain
 
 GRID_SCHEMA: Mapping[str, Any] = {
     "type": "object",

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from intrafusion.lab.data import Dataset
 from intrafusion.lab.weights import to_bytes
-from intrafusion.processes import ALONE, Processes
+from intrafusion.training.processes import ALONE, Processes
 
 LATENCY_BATCHES = (1, 64)
 MEMORY_BATCH = 64

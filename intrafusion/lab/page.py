@@ -13,8 +13,6 @@ from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import to_yaml
 from intrafusion.lab.report import (
     TIMED_ONCE,
-    Pair,
-    Study,
     command,
     measurements,
     networks_note,
@@ -25,6 +23,7 @@ from intrafusion.lab.report import (
     verdict,
 )
 from intrafusion.lab.results import Result
+from intrafusion.lab.study import Pair, Study
 from intrafusion.lab.svg import Point, accuracy_chart, plan_picture
 from intrafusion.lab.training_record import noise_note, noise_table
 

@@ -19,7 +19,8 @@ from intrafusion.lab.grid import GRID_SCHEMA, Grid, combinations, grids_of, read
 from intrafusion.lab.models import build_model, find_layers
 from intrafusion.lab.nodes import Node, override, parse, parse_assignment
 from intrafusion.lab.pretrained import WrongClasses, find_pretrained
-from intrafusion.lab.schema import Reader, json_schema, key_of, option, options
+from intrafusion.lab.reader import Reader
+from intrafusion.lab.schema import json_schema, key_of, option, options
 from intrafusion.lab.sections import (
     DataSection,
     FinetuneSection,

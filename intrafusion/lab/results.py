@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import Accuracy, Latency
-from intrafusion.noise_scale import NoiseHistory
+from intrafusion.training.noise_scale import NoiseHistory
 
 Method = Literal["dense", "discard", "fused"]
 Stage = Literal["pruned", "finetuned"]

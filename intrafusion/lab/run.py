@@ -22,11 +22,12 @@ from intrafusion.lab.errors import LabError
 from intrafusion.lab.folder import RESULTS, environment, prepare, write_cells
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import Recipe
-from intrafusion.lab.report import Study, write_report
+from intrafusion.lab.report import write_report
 from intrafusion.lab.results import Cell, Result, ResultStore, key_of_identity
+from intrafusion.lab.study import Study
 from intrafusion.lab.training import forget_checkpoint
 from intrafusion.lab.training_record import copy_training
-from intrafusion.processes import ALONE, Processes
+from intrafusion.training.processes import ALONE, Processes
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from intrafusion.lab.nodes import Node
-from intrafusion.lab.schema import Reader, Rule, option
+from intrafusion.lab.reader import Reader
+from intrafusion.lab.schema import Rule, option
 
 ImportanceName = Literal[
     "l1", "l2", "taylor", "lamp", "bn_scale", "random", "fpgm", "chip", "reconstruction", "reconstruction_data_free"

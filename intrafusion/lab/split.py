@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import intrafusion
-from intrafusion.lab.bench import TRAINING_CODE, code_digest
+from intrafusion.lab.code_digest import TRAINING_CODE, code_digest
 from intrafusion.lab.data import SPLITS, Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.executors import threads_of

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from intrafusion import FusionError
 from intrafusion.lab import weights
-from intrafusion.lab.bench import TRAINING_CODE, Bench, code_digest
+from intrafusion.lab.bench import Bench
+from intrafusion.lab.code_digest import TRAINING_CODE, code_digest
 from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.executors import Failure, Local, gpus_of, make_executor, threads_of

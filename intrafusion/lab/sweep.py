@@ -20,11 +20,12 @@ from intrafusion.lab.executors import Executor, Failure, Task
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.folder import SWEEP, NotMeasuredError, check_free_for_sweep, read_study
 from intrafusion.lab.recipe import Point, Recipe, to_mapping
-from intrafusion.lab.report import Study, write_report
+from intrafusion.lab.report import write_report
 from intrafusion.lab.results import Cell, Result, key_of_identity
 from intrafusion.lab.run import Finished, Run, label
 from intrafusion.lab.split import SPLIT, read_split
 from intrafusion.lab.split_report import write_split_report
+from intrafusion.lab.study import Study
 
 _log = logging.getLogger(__name__)
 _LONGEST_NAME = 100

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from intrafusion.finetuning import distillation
 from intrafusion.lab import weights
 from intrafusion.lab.augmentation import augmentation
 from intrafusion.lab.data import Dataset
@@ -19,12 +18,13 @@ from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.sections import FinetuneSection, OptimisationSection, TrainSection
 from intrafusion.lab.stopwatch import Stopwatch, times_beside
-from intrafusion.noise_scale import HELD_OUT_BATCHES, HELD_OUT_IMAGES
-from intrafusion.processes import ALONE, Processes
 from intrafusion.surgery.batchnorm import recenter_batchnorms_
-from intrafusion.training_loop import DivergedError, History, fit_
-from intrafusion.training_settings import Training
-from intrafusion.training_state import digest
+from intrafusion.training.finetuning import distillation
+from intrafusion.training.loop import DivergedError, History, fit_
+from intrafusion.training.noise_scale import HELD_OUT_BATCHES, HELD_OUT_IMAGES
+from intrafusion.training.processes import ALONE, Processes
+from intrafusion.training.settings import Training
+from intrafusion.training.state import digest
 
 _log = logging.getLogger(__name__)
 _RECENTRED_ON = 1000
@@ -66,7 +66,7 @@ def train_(
 
     Args:
         data: anything with the ``split``, ``batches``, ``draw`` and ``digest`` of a :class:`Dataset`.
-        checkpoint: file that an interrupted training goes on from; see :func:`intrafusion.training_loop.fit_`. It is
+        checkpoint: file that an interrupted training goes on from; see :func:`intrafusion.training.loop.fit_`. It is
             left there: remove it when the weights are safe.
         processes: who trains together; see there too.
 

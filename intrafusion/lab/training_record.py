@@ -10,7 +10,7 @@ from statistics import fmean
 
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.files import write_atomic
-from intrafusion.noise_scale import NoiseHistory
+from intrafusion.training.noise_scale import NoiseHistory
 
 TRAINING = "training.json"
 _SHOWN = 12

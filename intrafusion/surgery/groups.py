@@ -138,6 +138,13 @@ def batchnorm_of(graph: tp.DependencyGraph, layer: Owner) -> Any:
     return bn if sources == {layer} else None
 
 
+def foldable_pairs(graph: tp.DependencyGraph, group: Any) -> list[tuple[nn.Module, nn.Module, int]]:
+    """``(layer, batch-norm that can be folded into it, axis of the layer's output channels)`` of a group."""
+    layers = dict.fromkeys(item[0].target.module for item in group)
+    pairs = [(layer, batchnorm_of(graph, layer)) for layer in layers]
+    return [(layer, bn, int(getattr(layer, "transposed", False))) for layer, bn in pairs if bn is not None]
+
+
 def _walk(graph: tp.DependencyGraph, root: Owner, handler: Callable, n: int) -> dict:
     """All (local, root) index pairs that each (layer, handler) of the group receives.
 

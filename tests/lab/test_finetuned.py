@@ -14,8 +14,9 @@ from intrafusion.lab.figure import draw_finetuning
 from intrafusion.lab.finetuned import finetuned, finetuned_note, finetuned_table
 from intrafusion.lab.page import to_html
 from intrafusion.lab.recipe import read_recipe
-from intrafusion.lab.report import Study, csv_rows, table, to_csv, to_markdown, to_text
+from intrafusion.lab.report import csv_rows, table, to_csv, to_markdown, to_text
 from intrafusion.lab.results import Cell, Curve, Result
+from intrafusion.lab.study import Study
 from tests.lab.test_report import Page, study
 
 RECIPE = read_recipe(

@@ -19,8 +19,9 @@ from intrafusion.lab.figure import draw
 from intrafusion.lab.measure import Latency
 from intrafusion.lab.page import to_html
 from intrafusion.lab.recipe import read_recipe
-from intrafusion.lab.report import Study, csv_rows, table, to_csv, to_markdown, to_text, verdict
+from intrafusion.lab.report import csv_rows, table, to_csv, to_markdown, to_text, verdict
 from intrafusion.lab.results import Cell, GroupLine, Result
+from intrafusion.lab.study import Study
 from intrafusion.lab.svg import _ticks
 
 RECIPE = read_recipe(

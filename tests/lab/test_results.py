@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import Latency
 from intrafusion.lab.results import Cell, Curve, GroupLine, Result, ResultStore, key_of_identity
-from intrafusion.noise_scale import NoiseHistory, NoisyEpoch
+from intrafusion.training.noise_scale import NoiseHistory, NoisyEpoch
 
 LINE = GroupLine("features.0", 8, 4, 1.5, "paper", "", ((0, 1.0), (0, 0.75), (-1, 0.0)))
 TIME = Latency(64, 0.001, 0.0001, "a processor", 1)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from intrafusion import cli, training_loop
+from intrafusion import cli
 from intrafusion.lab import split_training
 from intrafusion.lab.errors import LabError, RecipeError
 from intrafusion.lab.executors import Failure
@@ -18,6 +18,7 @@ from intrafusion.lab.recipe import Recipe, read_points, read_recipe
 from intrafusion.lab.results import LineStore
 from intrafusion.lab.split import Item, SplitRun, _measured, run_split
 from intrafusion.lab.sweep import sweep
+from intrafusion.training import loop
 from tests.lab.test_sweep import Here
 
 TEXT = """\
@@ -120,13 +121,13 @@ def test_the_baseline_sees_as_many_images_as_the_parts_together(
     overlap: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    update = training_loop._Run._update
+    update = loop._Run._update
 
     def counted(self: Any, group: Any) -> float:
         seen.append(sum(len(labels) for _, labels in group))
         return update(self, group)
 
-    monkeypatch.setattr(training_loop._Run, "_update", counted)
+    monkeypatch.setattr(loop._Run, "_update", counted)
     run = SplitRun(recipe(tmp_path, f"split.overlap={overlap}", "split.parts=3"), progress=False)
     totals = []
     for stages in (run.networks.of_parts(0, "same"), [run.networks.of_all(0)]):
@@ -150,7 +151,7 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(
     settings = ("split.budgets=0,2", "split.schedules=paf,whole")
     whole = run_split(recipe(tmp_path / "whole", *settings), progress=False)
     done, stop_at = [0], [0]
-    update = training_loop._Run._update
+    update = loop._Run._update
 
     def stopping(self: Any, group: Any) -> float:
         done[0] += 1
@@ -158,7 +159,7 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(
             raise KeyboardInterrupt
         return update(self, group)
 
-    monkeypatch.setattr(training_loop._Run, "_update", stopping)
+    monkeypatch.setattr(loop._Run, "_update", stopping)
     interruptions = 0
     while True:
         done[0], stop_at[0] = 0, 7 + interruptions  # in the second epoch of a part, of the whole, of a fine-tuning

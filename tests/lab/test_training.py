@@ -18,8 +18,8 @@ from intrafusion.lab.sections import FinetuneSection, TrainSection
 from intrafusion.lab.sources import digits
 from intrafusion.lab.training import finetune_, train_
 from intrafusion.lab.weights import digest
-from intrafusion.training_loop import History
-from intrafusion.training_settings import Training
+from intrafusion.training.loop import History
+from intrafusion.training.settings import Training
 
 QUICK = TrainSection(epochs=2)
 

@@ -12,7 +12,8 @@ from intrafusion.lab.comparison import Comparison, every_row
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.finetuned import finetuned_noise
 from intrafusion.lab.page import to_html
-from intrafusion.lab.report import Study, to_markdown
+from intrafusion.lab.report import to_markdown
+from intrafusion.lab.study import Study
 from intrafusion.lab.training_record import (
     TRAINING,
     TrainingRecord,
@@ -22,7 +23,7 @@ from intrafusion.lab.training_record import (
     read_training,
     write_training,
 )
-from intrafusion.noise_scale import NoiseHistory, NoisyEpoch
+from intrafusion.training.noise_scale import NoiseHistory, NoisyEpoch
 from tests.lab.test_finetuned import tuned
 from tests.lab.test_report import Page, study
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from intrafusion.finetuning import finetune
-from intrafusion.noise_scale import NoiseHistory, NoisyEpoch, gradient_trace, held_out_batches, noise_scale
-from intrafusion.training_loop import fit_
-from intrafusion.training_settings import Training
-from tests.test_training_loop import QUICK, Interrupted, Net, images, loader, same, scores, state
+from intrafusion.training.finetuning import finetune
+from intrafusion.training.loop import fit_
+from intrafusion.training.noise_scale import NoiseHistory, NoisyEpoch, gradient_trace, held_out_batches, noise_scale
+from intrafusion.training.settings import Training
+from tests.training.test_loop import QUICK, Interrupted, Net, images, loader, same, scores, state
 
 
 def half_square(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from intrafusion.training_loop import DivergedError, fit_
-from intrafusion.training_settings import Training, lr_factor
+from intrafusion.training.loop import DivergedError, fit_
+from intrafusion.training.settings import Training, lr_factor
 
 QUICK = Training(epochs=3, lr=0.05)
 

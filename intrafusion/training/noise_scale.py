@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.training_settings import Training
+from intrafusion.training.settings import Training
 
 HELD_OUT_BATCHES, HELD_OUT_IMAGES = 4, 16
 """How many batches, of how many images each, the covariance of the gradient is measured on."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch_pruning as tp
 from torch import Tensor, nn
 
-from intrafusion.pruner import FusionError, FusionMixin
+from intrafusion.fused_group import FusionError
+from intrafusion.pruner import FusionMixin
 from intrafusion.surgery.replay import replay_
 from intrafusion.surgery.sequential import Sequential
 from intrafusion.surgery.snapshot import Snapshot
@@ -41,7 +39,7 @@ def prune_twin_(pruner: FusionMixin, twin: nn.Module, buffers: Mapping[str, Tens
     if not cuts:
         return
     modes = [(module, module.training) for module in twin.modules()]
-    graph = _trace(pruner, twin)
+    graph = pruner._tracing.trace(twin, pruner._example)
     snapshot = Snapshot(graph, twin.modules())
     try:
         for name, value in (buffers or {}).items():
@@ -54,33 +52,5 @@ def prune_twin_(pruner: FusionMixin, twin: nn.Module, buffers: Mapping[str, Tens
         snapshot.restore()
         raise FusionError(f"while pruning the averaged network as the network was: {error}") from error
     finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _trace(pruner: Any, twin: nn.Module) -> tp.DependencyGraph:
-    """The dependency graph of `twin`, traced as that of the pruner's network was."""
-    tracing = dict(pruner._tracing)
-    free: Any = [(twin.get_parameter(name), dim) for name, dim in tracing.pop("unwrapped")]
-    ignored = [twin.get_parameter(name) for name in tracing.pop("ignored")]
-    with _trainable(twin), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
-        return tp.DependencyGraph().build_dependency(
-            twin, pruner._example, unwrapped_parameters=free, ignored_params=ignored, **tracing
-        )
-
-
-@contextmanager
-def _trainable(network: nn.Module) -> Iterator[None]:
-    """Torch-pruning follows gradients, and averaged weights often want none."""
-    frozen = [p for p in network.parameters() if not p.requires_grad and p.is_floating_point()]
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
         for module, training in modes:
             module.training = training

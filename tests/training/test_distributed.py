@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import intrafusion
-from intrafusion.distributed import broadcast_, together, world_size
+from intrafusion.training.distributed import broadcast_, together, world_size
 
 ROOT = Path(intrafusion.__file__).parent.parent
 
@@ -49,8 +49,8 @@ else:
     wrapped = DistributedDataParallel(model)
     train()
     print("sum", sum(float(p.double().abs().sum()) for p in model.parameters()).hex(), model.conv1.out_channels)
-# DistributedDataParallel keeps gloo's threads past destroy_process_group, and one that asks for the interpreter while it
-# is taken down aborts the process (pytorch), so it is not taken down
+# DistributedDataParallel keeps gloo's threads past destroy_process_group, and a thread that asks for the interpreter
+# while it finalizes aborts the process (PyTorch's, not ours): it is not finalized
 sys.stdout.flush()
 os._exit(0)
 """

@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from intrafusion import FusionError, FusionSchedule, IntraFusionPruner
-from intrafusion.twin import prune_twin_
+from intrafusion.training.averaged_weights import prune_twin_
 from tests.nets import PICO, Case
-from tests.test_optimizer_state import BIASLESS, held
+from tests.training.test_optimizer_state import BIASLESS, held
 
 PLAIN = PICO[0]
 
@@ -165,7 +165,7 @@ def test_a_failure_leaves_network_average_optimizer_and_count_as_they_were(broke
     if broken == "network":
         monkeypatch.setattr("intrafusion.surgery.sequential.Sequential.finish", lambda self: 1 / 0)
     elif broken == "average":
-        monkeypatch.setattr("intrafusion.twin.replay_", lambda *args: 1 / 0)
+        monkeypatch.setattr("intrafusion.training.averaged_weights.replay_", lambda *args: 1 / 0)
     else:
         loop.optimizer.state[loop.model.conv1.weight]["odd"] = torch.zeros_like(loop.model.conv1.weight)
         before = state(loop)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.distributed import broadcast_, check_unsharded, together
-from intrafusion.optimizer_state import transfer_optimizer_state
 from intrafusion.report import Report
 from intrafusion.surgery.snapshot import Snapshot
-from intrafusion.twin import check_twin, prune_twin_
+from intrafusion.training.averaged_weights import check_twin, prune_twin_
+from intrafusion.training.distributed import broadcast_, check_unsharded, together
+from intrafusion.training.optimizer_state import transfer_optimizer_state
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
@@ -25,7 +25,7 @@ class FusionSchedule:
     """Calls `pruner.step()` at the scheduled steps of a training loop, and takes optimizer and averages along.
 
     pruner: an `IntraFusionPruner` (or a sibling) of the network that is trained; with `iterative_steps=len(at)` and, as
-    `iterative_pruning_ratio_scheduler`, one of torch-pruning's or of `intrafusion.ratios`.
+    `iterative_pruning_ratio_scheduler`, one of torch-pruning's or of `intrafusion.training.ratios`.
     optimizer: over that network's parameters; it is changed in place, so a scheduler of the learning rate goes on with
     it. None: there is none yet.
     at: after which calls of `step()` to prune, increasing, counted from 1: call it after every `optimizer.step()` to

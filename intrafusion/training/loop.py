@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from intrafusion.noise_scale import (
+from intrafusion.training.noise_scale import (
     NoiseHistory,
     NoisyEpoch,
     definition,
@@ -27,9 +24,10 @@ from intrafusion.noise_scale import (
     held_out_batches,
     noise_scale,
 )
-from intrafusion.processes import ALONE, Processes
-from intrafusion.training_settings import Training, lr_factor, make_optimizer
-from intrafusion.training_state import TrainingFile, copied, digest
+from intrafusion.training.processes import ALONE, Processes
+from intrafusion.training.seeds import as_before, seeded
+from intrafusion.training.settings import Training, lr_factor, make_optimizer
+from intrafusion.training.state import TrainingFile, copied, digest
 
 _log = logging.getLogger(__name__)
 Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -172,7 +170,7 @@ class _Run:
         self.noise: list[NoisyEpoch] = []
         self.held_out: list[tuple[Tensor, Tensor]] = []
         if held_out is not None:
-            with _as_before(held_out, training.seed, device):
+            with as_before(held_out, training.seed, device):
                 self.held_out = [(x.to(device), y.to(device)) for x, y in held_out_batches(held_out)]
 
     @property
@@ -328,26 +326,3 @@ def _groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def _identity(model: nn.Module, batches: Batches, training: Training, key: str) -> str:
     settings = {item.name: getattr(training, item.name) for item in fields(training)}
     return digest(model, repr((sorted(settings.items()), len(batches), key, torch.__version__)))
-
-
-@contextmanager
-def seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
-    """Torch's generators as a seed and the number of an epoch decide, and afterwards as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed * 100_003 + epoch)
-        yield
-
-
-@contextmanager
-def _as_before(batches: Iterable[Any], seed: int, device: torch.device) -> Iterator[None]:
-    """Going through batches leaves every random state as it was: torch's, Python's, NumPy's and the batches' own."""
-    generator = getattr(batches, "generator", None)
-    own, plain, arrays = generator and generator.get_state(), random.getstate(), np.random.get_state()
-    try:
-        with seeded(seed, 0, device):
-            yield
-    finally:
-        random.setstate(plain)
-        np.random.set_state(arrays)
-        if generator is not None:
-            generator.set_state(own)

@@ -21,7 +21,8 @@ from intrafusion import cli
 from intrafusion.lab.measure import evaluate, places
 from intrafusion.lab.models import DigitsCNN
 from intrafusion.lab.sources import digits
-from intrafusion.processes import (
+from intrafusion.training.loop import fit_
+from intrafusion.training.processes import (
     ALONE,
     ProcessError,
     Processes,
@@ -29,8 +30,7 @@ from intrafusion.processes import (
     open_processes,
     synchronise_batchnorms_,
 )
-from intrafusion.training_loop import fit_
-from intrafusion.training_settings import Training
+from intrafusion.training.settings import Training
 
 
 def member(index: int, count: int) -> Processes:

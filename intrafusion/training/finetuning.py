@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intrafusion.surgery.batchnorm import recenter_batchnorms_
-from intrafusion.training_loop import Batches, History, Objective, fit_, seeded
-from intrafusion.training_settings import Training
-from intrafusion.training_state import copied, digest
+from intrafusion.training.loop import Batches, History, Objective, fit_
+from intrafusion.training.seeds import seeded
+from intrafusion.training.settings import Training
+from intrafusion.training.state import copied, digest
 
 _RECENTRED_ON = 1000
 

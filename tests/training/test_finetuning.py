@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import intrafusion
 from intrafusion import DivergedError, History, IntraFusionPruner, Training, finetune
-from intrafusion.finetuning import accuracy, distillation
+from intrafusion.training.finetuning import accuracy, distillation
 from tests.nets import PICO, Plain, randomise_
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters")

@@ -1,0 +1,63 @@
+"""How a network was traced, so that another of the same architecture can be traced alike."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """What a dependency graph was told, with parameters by name.
+
+    Attributes:
+        unwrapped: parameters outside of layers, with the dimension that is cut.
+        ignored: parameters that are left alone.
+        options: the other arguments of ``build_dependency``.
+    """
+
+    unwrapped: tuple[tuple[str, int], ...]
+    ignored: tuple[str, ...]
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, graph: tp.DependencyGraph, arguments: Mapping[str, Any]) -> Tracing:
+        """That of a pruner's graph; ``arguments`` are those that the pruner was made with."""
+        names = {parameter: name for name, parameter in graph.model.named_parameters()}
+        return cls(
+            tuple((graph._param_to_name[p], dim) for p, dim in graph.unwrapped_parameters),
+            tuple(names[p] for p in graph.ignored_params),
+            {k: arguments.get(k) for k in ("forward_fn", "output_transform", "customized_pruners")},
+        )
+
+    def trace(self, model: nn.Module, example_inputs: Any) -> tp.DependencyGraph:
+        """The dependency graph of ``model``."""
+        free: Any = [(model.get_parameter(name), dim) for name, dim in self.unwrapped]
+        ignored = [model.get_parameter(name) for name in self.ignored]
+        with _trainable(model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
+            return tp.DependencyGraph().build_dependency(
+                model, example_inputs, unwrapped_parameters=free, ignored_params=ignored, **self.options
+            )
+
+
+@contextmanager
+def _trainable(network: nn.Module) -> Iterator[None]:
+    """Torch-pruning follows gradients, and averaged weights often want none."""
+    frozen = [p for p in network.parameters() if not p.requires_grad and p.is_floating_point()]
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for module, training in modes:
+            module.training = training
