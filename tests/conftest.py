@@ -1,12 +1,27 @@
+"""One thread in every process, and as many processes as there are processors; no number depends on either."""
+
 import os
 from pathlib import Path
+
+# For numpy, scikit-learn and the processes that tests start, all of which read it when they start.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What ``-n auto`` is. Only files or single tests are named: no workers (as with ``-n 0``), so that they start at once."""
+    named = [Path(argument.partition("::")[0]) for argument in config.args]
+    if all(path.is_file() for path in named):
+        return 0
+    processors = os.cpu_count() or 1
+    return min(processors, 8) if processors > 1 else 0
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

@@ -29,10 +29,6 @@ ROOTS = ["features.0", "features.3"]
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("INTRAFUSION_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("INTRAFUSION_DATA", raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
