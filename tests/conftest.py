@@ -11,7 +11,7 @@ import torch
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """What ``-n auto`` is. Only files or single tests are named: no workers (as with ``-n 0``), so that they start at once."""
+    """What ``-n auto`` is: no workers where only files or single tests are named, so that they start at once."""
     named = [Path(argument.partition("::")[0]) for argument in config.args]
     if all(path.is_file() for path in named):
         return 0

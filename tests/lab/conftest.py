@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from intrafusion.lab.bench import Bench
+from intrafusion.lab.recipe import Recipe, read_recipe
+from intrafusion.lab.results import Cell, Result
+from tests.lab.small import TEXT
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -67,3 +72,23 @@ def make_archive(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """The smallest one, with a folder of its own."""
+    return read_recipe(TEXT, "r.yaml", [f"output={tmp_path / 'out'}"])
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The cells that were really computed, in order."""
+    done: list[str] = []
+    real = Bench.measure
+
+    def measure(self: Bench, cell: Cell) -> Result:
+        done.append(f"{cell.method} {cell.ratio} {cell.group}")
+        return real(self, cell)
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    return done

@@ -18,16 +18,10 @@ from intrafusion.lab.grid import parse_grid
 from intrafusion.lab.recipe import Recipe, read_points, read_recipe
 from intrafusion.lab.results import Cell, Result
 from intrafusion.lab.sweep import sweep
+from tests.lab import small
 from tests.lab.test_sweep import Here
 
-TEXT = """\
-model: {name: digits_cnn}
-data: {name: digits, test_images: 100}
-train: {epochs: 1, batch_size: 128}
-prune: {ratios: [0.25, 0.5], ignored: [classifier]}
-fusion: paper
-output: OUT
-"""
+TEXT = small.TEXT.replace("threads: 1\n", "")  # the default
 GRID = "prune.importance=l1,random"
 
 

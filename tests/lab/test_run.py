@@ -1,7 +1,8 @@
+"""A run: what it writes, what it computes again and what not."""
+
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -13,45 +14,15 @@ from intrafusion import load
 from intrafusion.lab import bench, training
 from intrafusion.lab import run as run_module
 from intrafusion.lab.bench import Bench
-from intrafusion.lab.data import Dataset
-from intrafusion.lab.errors import LabError, RecipeError
+from intrafusion.lab.errors import LabError
 from intrafusion.lab.folder import read_study
 from intrafusion.lab.measure import evaluate
-from intrafusion.lab.models import DigitsCNN, build_model
-from intrafusion.lab.recipe import Recipe, load_recipe, read_recipe
+from intrafusion.lab.recipe import Recipe, read_recipe
 from intrafusion.lab.results import Result
 from intrafusion.lab.run import run
 from intrafusion.lab.training_record import read_training, write_training
-from intrafusion.lab.weights import read_metadata, save_weights
-
-TEXT = """\
-model: {name: digits_cnn}
-data: {name: digits, test_images: 100}
-train: {epochs: 1, batch_size: 128}
-prune: {ratios: [0.25, 0.5], ignored: [classifier]}
-fusion: paper
-output: OUT
-threads: 1
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    return read_recipe(TEXT, "r.yaml", [f"output={tmp_path / 'out'}"])
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The cells that were really computed, in order."""
-    done: list[str] = []
-    real = Bench.measure
-
-    def measure(self: Bench, cell) -> Result:
-        done.append(f"{cell.method} {cell.ratio} {cell.group}")
-        return real(self, cell)
-
-    monkeypatch.setattr(Bench, "measure", measure)
-    return done
+from intrafusion.lab.weights import read_metadata
+from tests.lab.small import TEXT
 
 
 def test_everything_is_in_the_folder(recipe: Recipe, measured: list[str]) -> None:
@@ -196,57 +167,6 @@ def test_changed_code_is_not_given_old_results(
     assert len(measured) == 5
 
 
-TUNED = TEXT.replace("[0.25, 0.5]", "[0.5]") + "finetune: {epochs: 2, at: [1], seeds: [0, 1]}\n"
-
-
-def test_both_networks_of_a_pair_are_fine_tuned_and_reported(tmp_path: Path, measured: list[str]) -> None:
-    folder = tmp_path / "out"
-    recipe = read_recipe(TUNED, "r.yaml", [f"output={folder}"])
-    finished = run(recipe, progress=False)
-    assert measured == ["dense 0.0 all"] + ["discard 0.5 all", "fused 0.5 all"] * 3
-    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert [line["cell"].get("seed") for line in lines] == [None] * 3 + [0, 0, 1, 1]
-    assert {line["kept"] for line in lines[1:]} == {lines[1]["kept"]}
-    for line in lines[3:]:
-        curve = line["curve"]
-        assert len(curve["validation"]) == 3
-        assert curve["validation"][curve["best"]] == max(curve["validation"])
-        assert [epoch for epoch, _ in curve["test"]] == [1]
-        assert line["latency"] == []
-    assert "after fine-tuning both alike:" in finished.table
-    assert (folder / "finetuned.png").exists()
-    assert not (folder / "checkpoints").exists()
-    measured.clear()
-    assert run(recipe, progress=False).table == finished.table
-    changed = read_recipe(TUNED, "r.yaml", [f"output={folder}", "finetune.lr=0.02", "finetune.seeds=1"])
-    run(changed, progress=False)
-    assert measured == ["discard 0.5 all", "fused 0.5 all"]  # what was pruned is not pruned and measured again
-
-
-def test_an_interrupted_fine_tuning_goes_on_after_its_last_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = ["finetune.seeds=0", "finetune.epochs=3"]
-    whole = run(read_recipe(TUNED, "r.yaml", [f"output={tmp_path / 'whole'}", *given]), progress=False).table
-    recipe = read_recipe(TUNED, "r.yaml", [f"output={tmp_path / 'cut'}", *given])
-    real, passes = Dataset.batches, []
-
-    def batches(self: Dataset, name: str, *args, **kwargs):
-        passes.append(name)
-        if kwargs.get("generator") is not None and passes.count("train") == 3:
-            raise KeyboardInterrupt
-        return real(self, name, *args, **kwargs)
-
-    monkeypatch.setattr(Dataset, "batches", batches)  # one pass trains the dense network, two more fine-tune
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe, progress=False)
-    assert len(list((tmp_path / "cut" / "checkpoints").iterdir())) == 1
-    passes.clear()
-    monkeypatch.setattr(Dataset, "batches", real)
-    assert run(recipe, progress=False).table == whole
-    assert not (tmp_path / "cut" / "checkpoints").exists()
-
-
 def test_two_runs_give_the_same_numbers(recipe: Recipe, tmp_path: Path) -> None:
     first = run(recipe, progress=False).table
     assert run(replace(recipe, output=str(tmp_path / "other")), progress=False).table == first
@@ -256,90 +176,6 @@ def test_each_group_alone(recipe: Recipe) -> None:
     each = replace(recipe, prune=replace(recipe.prune, groups="each", ratios=(0.5,)))
     table = run(each, progress=False).table.splitlines()
     assert [line.split()[0] for line in table[2:]] == ["group", table[3], "features.0", "features.3", "features.7"]
-
-
-def test_weights_instead_of_training(recipe: Recipe, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    save_weights(build_model("digits_cnn"), tmp_path / "w.safetensors")
-    text = TEXT.replace("train: {epochs: 1, batch_size: 128}\n", "")
-    given = [f"output={recipe.output}", f"model.weights={tmp_path / 'w.safetensors'}"]
-    run(read_recipe(text, "r.yaml", given), progress=False)
-    assert not (Path(recipe.output) / "dense.safetensors").exists()
-    save_weights(DigitsCNN(widths=(2, 2, 2)), tmp_path / "w.safetensors")
-    with pytest.raises(LabError, match="does not fit DigitsCNN"):
-        run(read_recipe(text, "r.yaml", given), progress=False)
-
-
-def test_folders_of_images(image_root: Path, tmp_path: Path) -> None:
-    text = TEXT.replace("digits_cnn", "cifar_resnet20, num_classes: 2")
-    text = text.replace("ignored: [classifier]", "ignored: [conv1, layer*.conv2, linear]")
-    broken = image_root / "test" / "dog" / "0000.png"
-    broken.write_bytes(b"no")
-    given = ["data.name=image_folder", f"data.root={image_root}", f"output={tmp_path / 'out'}", "prune.ratios=0.5",
-             "data.validation=0.2", "train.batch_size=4"]  # fmt: skip
-    with pytest.raises(LabError, match=rf"cannot read {broken}"):
-        run(read_recipe(text, "r.yaml", given), progress=False)
-    table = run(read_recipe(text, "r.yaml", [*given, "data.on_corrupt=skip"]), progress=False).table
-    assert "of 5 test images" in table
-    assert f"* cannot read {broken}: not an image" in (tmp_path / "out" / "report.md").read_text()
-
-
-@pytest.mark.slow
-def test_the_imagenet_recipe_on_images_of_many_sizes(write_image: Callable[..., None], tmp_path: Path) -> None:
-    for split, count in (("train", 4), ("val", 2)):
-        for label, name in enumerate(("n01440764", "n01443537")):
-            for index in range(count):
-                path = tmp_path / "images" / split / name / f"{name}_{index}.JPEG"
-                write_image(path, seed=10 * label + index, size=(70 + 10 * index, 90))
-    torch.manual_seed(0)
-    save_weights(build_model("torchvision:resnet50", 2), tmp_path / "images" / "resnet50.safetensors")
-    recipe = load_recipe(Path(__file__).resolve().parents[2] / "recipes" / "imagenet_resnet50.yaml", [
-        f"data.root={tmp_path / 'images'}", f"output={tmp_path / 'out'}", "model.num_classes=2",
-        "model.weights=resnet50.safetensors", "data.size=32",
-        "data.train_images=6", "prune.ratios=0.5", "prune.images=4", "fusion=barycentre",
-    ])  # fmt: skip
-    table = run(recipe, progress=False).table
-    assert table.startswith("torchvision:resnet50 on ImageNet: dense ")
-    assert "of 4 test images" in table
-
-
-@pytest.mark.parametrize(
-    ("assignment", "message"),
-    [
-        ("model.name=digitscnn", r"model\.name: no network is called 'digitscnn'; did you mean 'digits_cnn'\?"),
-        ("model.name=cifar_resnet20", r"model\.name: 'cifar_resnet20' does not accept images of 1x8x8: "),
-        ("model.num_classes=7", r"model\.num_classes: 7, but the images have 10 classes"),
-        ("prune.ignored=fc", r"prune\.ignored\[0\]: 'fc' matches no layer; closest: "),
-        ("prune.ignored=[]", r"prune\.ignored: pruning changed the network's output"),
-        (f"model.name={__name__}:two_outputs", r"model\.name: .* does not return one logit per class"),
-    ],
-)
-def test_recipes_that_do_not_fit(recipe: Recipe, assignment: str, message: str) -> None:
-    text = TEXT.replace("[classifier]", "[]") if assignment.startswith("model.name") else TEXT
-    with pytest.raises(RecipeError, match=rf"\n  --set {assignment.replace('[]', '..')}: {message}"):
-        run(read_recipe(text, "r.yaml", [f"output={recipe.output}", assignment]), progress=False)
-
-
-def two_outputs(num_classes: int) -> torch.nn.Module:
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, num_classes + 1))
-
-
-def test_mistakes_show_before_training(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "train_", lambda *_, **__: pytest.fail("trained"))
-    with pytest.raises(RecipeError, match="matches no layer"):
-        run(replace(recipe, prune=replace(recipe.prune, ignored=("fc",))), progress=False)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(recipe: Recipe) -> None:
-    with pytest.raises(RecipeError, match="device: there is no GPU that torch can use; allowed here: auto, cpu"):
-        run(replace(recipe, device="cuda"), progress=False)
-
-
-def test_an_output_that_is_a_file(recipe: Recipe) -> None:
-    Path(recipe.output).touch()
-    with pytest.raises(RecipeError, match="output: cannot write to"):
-        run(recipe, progress=False)
 
 
 def test_twins_that_keep_different_channels_stop_the_run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

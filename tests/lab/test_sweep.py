@@ -17,16 +17,7 @@ from intrafusion.lab.recipe import Point, read_points, read_recipe
 from intrafusion.lab.run import run
 from intrafusion.lab.sweep import _train, report_again, sweep
 from intrafusion.lab.training_record import read_training
-
-TEXT = """\
-model: {name: digits_cnn}
-data: {name: digits, test_images: 100}
-train: {epochs: 1, batch_size: 128}
-prune: {ratios: [0.25, 0.5], ignored: [classifier]}
-fusion: paper
-output: OUT
-threads: 1
-"""
+from tests.lab.small import TEXT
 
 
 class Here:

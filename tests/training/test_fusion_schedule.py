@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from intrafusion import FusionError, FusionSchedule, IntraFusionPruner
 from intrafusion.training.averaged_weights import prune_twin_
 from tests.nets import PICO, Case
-from tests.training.test_optimizer_state import BIASLESS, held
+from tests.training.optimizers import BIASLESS, held
 
 PLAIN = PICO[0]
 
