@@ -32,3 +32,17 @@ def shared_data() -> Path:
     if not root or not Path(root).is_dir():
         pytest.skip("INTRAFUSION_DATA does not name a folder with cifar10-jpeg.tar.gz and checkpoints/")
     return Path(root)
+
+
+@pytest.fixture
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latencies are measured as ever, but not for as long."""
+    monkeypatch.setattr("intrafusion.lab.measure._LONGEST_TIMING", 0.02)
+
+
+@pytest.fixture(scope="session")
+def image_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where CIFAR-10 is unpacked, once: the user's cache if one is set, else a folder of all processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    processes = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return Path(os.environ.get("INTRAFUSION_CACHE") or processes / "image-cache")

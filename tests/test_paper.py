@@ -61,7 +61,8 @@ def test_the_kept_channels_are_those_of_torch_pruning_on_the_folded_network(netw
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("group", "ratio", "tolerance"), [("layer3.2.conv1", 0.5, 0.5), ("all at once", 0.3, 2.0)])
-def test_a_published_cell_is_reproduced(group, ratio, tolerance, shared_data):
+def test_a_published_cell_is_reproduced(group, ratio, tolerance, shared_data, image_cache, monkeypatch):
+    monkeypatch.setenv("INTRAFUSION_CACHE", str(image_cache))
     dense, names = load("ResNet-20", shared_data)
     roots = names if group == "all at once" else [group]
     discarded, fused = expected()["ResNet-20"][group][[0.3, 0.5, 0.7].index(ratio)]

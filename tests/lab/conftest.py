@@ -25,8 +25,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("intrafusion.lab.measure._LONGEST_TIMING", 0.02)
+def _short_timing(short_timing: None) -> None: ...
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,9 @@ pytestmark = pytest.mark.slow
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "cifar10_resnet20.yaml"
 
 
-@pytest.fixture(scope="module")
-def cache(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The user's own cache if one is set, so that the archive is unpacked once and not in every session."""
-    return Path(os.environ.get("INTRAFUSION_CACHE") or tmp_path_factory.mktemp("cache"))
-
-
 @pytest.fixture
-def cifar10(shared_data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
-    monkeypatch.setenv("INTRAFUSION_CACHE", str(cache))
+def cifar10(shared_data: Path, image_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    monkeypatch.setenv("INTRAFUSION_CACHE", str(image_cache))
     return image_folder(shared_data, progress=False)
 
 

@@ -298,7 +298,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 def test_a_launched_run_has_the_rows_of_a_plain_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], short_timing: None
 ) -> None:
     pytest.importorskip("accelerate", reason="several processes are tested where accelerate is installed")
     monkeypatch.chdir(tmp_path)
