@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from intrafusion.lab.bench import Bench
 from intrafusion.lab.recipe import Recipe, read_recipe
 from intrafusion.lab.results import Cell, Result
+from intrafusion.lab.run import run
 from tests.lab.small import TEXT
 
 
@@ -77,6 +79,21 @@ def make_archive(tmp_path: Path) -> Callable[..., Path]:
 def recipe(tmp_path: Path) -> Recipe:
     """The smallest one, with a folder of its own."""
     return read_recipe(TEXT, "r.yaml", [f"output={tmp_path / 'out'}"])
+
+
+@pytest.fixture(scope="session")
+def _run_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("intrafusion.lab.measure._LONGEST_TIMING", 0.02)
+        run(read_recipe(TEXT, "r.yaml", [f"output={folder}"]), progress=False)
+    return folder
+
+
+@pytest.fixture
+def finished(recipe: Recipe, _run_once: Path) -> Path:
+    """The folder of ``recipe`` as if it had been run: a copy of a run that is made once for all tests."""
+    return Path(shutil.copytree(_run_once, recipe.output))
 
 
 @pytest.fixture

@@ -90,9 +90,8 @@ def test_the_pruned_networks_stay(tmp_path: Path, extra: list[str], names: list[
     assert ("`networks/`" in (tmp_path / "report.md").read_text()) == bool(names)
 
 
-def test_the_training_of_the_dense_network_is_recorded_and_reported(recipe: Recipe) -> None:
-    run(recipe, progress=False)
-    folder = Path(recipe.output)
+def test_the_training_of_the_dense_network_is_recorded_and_reported(recipe: Recipe, finished: Path) -> None:
+    folder = finished
     record = read_training(folder)
     assert record is not None
     assert record.key == read_metadata(folder / "dense.safetensors")["key"]
@@ -149,19 +148,15 @@ def test_a_failure_in_the_middle_keeps_what_was_done(recipe: Recipe, monkeypatch
     ],
 )
 def test_a_changed_setting_computes_what_depends_on_it(
-    recipe: Recipe, measured: list[str], assignment: str, again: set[str]
+    finished: Path, measured: list[str], assignment: str, again: set[str]
 ) -> None:
-    run(recipe, progress=False)
-    measured.clear()
-    run(read_recipe(TEXT, "r.yaml", [f"output={recipe.output}", assignment]), progress=False)
+    run(read_recipe(TEXT, "r.yaml", [f"output={finished}", assignment]), progress=False)
     assert {cell.split()[0] for cell in measured} == again
 
 
 def test_changed_code_is_not_given_old_results(
-    recipe: Recipe, measured: list[str], monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, finished: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(recipe, progress=False)
-    measured.clear()
     monkeypatch.setattr(bench, "code_digest", lambda: "other")
     run(recipe, progress=False)
     assert len(measured) == 5

@@ -212,17 +212,16 @@ def test_the_report_is_made_again_without_images_network_or_files(tmp_path: Path
     assert "removed" in report_again(single).table
 
 
-def test_the_report_of_an_unfinished_run(tmp_path: Path) -> None:
-    run(read_recipe(TEXT, "r.yaml", [f"output={tmp_path}"]), progress=False)
-    store = tmp_path / "results.jsonl"
+def test_the_report_of_an_unfinished_run(finished: Path) -> None:
+    store = finished / "results.jsonl"
     lines = store.read_bytes().splitlines(keepends=True)
     store.write_bytes(b"".join(lines[:4]))
-    text = report_again(tmp_path).table
+    text = report_again(finished).table
     assert text.endswith("not finished: 1 cells")
     assert [line.split()[0] for line in text.splitlines()[4:5]] == ["0.25"]
     store.write_bytes(b"")
     with pytest.raises(LabError, match="the dense network is not measured yet"):
-        report_again(tmp_path)
+        report_again(finished)
 
 
 @pytest.mark.parametrize(
@@ -237,14 +236,13 @@ def test_the_report_of_an_unfinished_run(tmp_path: Path) -> None:
         ("sweep.json", "[]", "sweep.json is broken"),
     ],
 )
-def test_folders_that_are_broken(tmp_path: Path, name: str, content: str | None, message: str) -> None:
-    run(read_recipe(TEXT, "r.yaml", [f"output={tmp_path}", "prune.ratios=0.5"]), progress=False)
+def test_folders_that_are_broken(finished: Path, name: str, content: str | None, message: str) -> None:
     if content is None:
-        (tmp_path / name).unlink()
+        (finished / name).unlink()
     else:
-        (tmp_path / name).write_text(content)
+        (finished / name).write_text(content)
     with pytest.raises(LabError, match=message):
-        report_again(tmp_path)
+        report_again(finished)
 
 
 def test_the_plan_of_a_sweep_is_plain(tmp_path: Path) -> None:
