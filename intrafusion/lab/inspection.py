@@ -16,7 +16,7 @@ from intrafusion.lab.pruning import ALL, Coupled, Pruned, coupled_layers, withou
 from intrafusion.lab.recipe import Recipe
 from intrafusion.lab.results import Cell
 from intrafusion.lab.sections import PruneSection
-from intrafusion.lab.widths import MULTIPLE, odd_widths, width_note
+from intrafusion.lab.widths import ADVICE, MULTIPLE, odd_note, odd_widths
 
 _OUTCOMES = {"selection": "selected", "untouched": "untouched"}
 _HEADER = ("group", "channels", "outcome", "coupled with", "read by", "why")
@@ -80,7 +80,8 @@ class Inspection:
 
     def __str__(self) -> str:
         head = f"{self.title}: {self.parameters:,} parameters, {self.macs:,} MACs; {self.weights}"
-        return "\n".join([head, *(line for cut in self.cuts for line in self._lines(cut))])
+        advice = [f"\n{ADVICE}"] if any(cut.odd for cut in self.cuts) else []
+        return "\n".join([head, *(line for cut in self.cuts for line in self._lines(cut)), *advice])
 
     def _lines(self, cut: CutPreview) -> Iterator[str]:
         what = "" if cut.group == ALL else f" of {cut.group} alone"
@@ -93,7 +94,11 @@ class Inspection:
         for row in rows:
             yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         if cut.rounded is not None:
-            yield f"{width_note(cut.odd)}\nWith --set prune.round_to={MULTIPLE}: {self._size(cut.rounded)}"
+            yield odd_note(cut.odd)
+            grows = (
+                f"; a group of fewer than {MULTIPLE} channels would stay whole" if cut.rounded.macs > cut.macs else ""
+            )
+            yield f"With --set prune.round_to={MULTIPLE}: {self._size(cut.rounded)}{grows}"
 
     def _size(self, of: CutPreview | Size) -> str:
         return (

@@ -14,7 +14,7 @@ from intrafusion.lab.pruning import ALL
 from intrafusion.lab.results import Result
 from intrafusion.lab.study import Study
 from intrafusion.lab.training_record import noise_note, noise_table
-from intrafusion.lab.widths import MULTIPLE, odd_widths, width_note
+from intrafusion.lab.widths import ADVICE, MULTIPLE, odd_note, odd_widths
 
 _SHOWN_SKIPPED = 20
 _CSV_COLUMNS = ("correct", "total", "top5", "params", "macs", "size", "memory", "seconds", "kept")
@@ -202,11 +202,11 @@ def timing_note(study: Study) -> str:
 
 def rounding_note(study: Study, folder: Path) -> str:
     """Which widths at the middle ratio are no multiples of 8, and what shows the effect of rounding; empty for none."""
-    if study.recipe.prune.round_to is not None:
+    odd = odd_widths((line.name, line.before, line.after) for line in study.middle_groups)
+    if not odd or study.recipe.prune.round_to is not None:
         return ""
-    note = width_note(odd_widths((line.name, line.before, line.after) for line in study.middle_groups))
-    look = f"intrafusion inspect {shlex.quote(str(folder / 'recipe.yaml'))}"
-    return f"{note} `{look}` shows what `--set prune.round_to={MULTIPLE}` would leave." if note else ""
+    look = f"`intrafusion inspect {shlex.quote(str(folder / 'recipe.yaml'))}`"
+    return f"{odd_note(odd)} {ADVICE} {look} shows what `--set prune.round_to={MULTIPLE}` would leave."
 
 
 def _finetuned_part(study: Study) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 MULTIPLE = 8
-"""Channels in multiples of which NVIDIA's tensor cores take fp16 and bf16; docs/deploy.md has what we measured."""
+ADVICE = (
+    f"NVIDIA advises multiples of {MULTIPLE} for fp16 and bf16 on tensor cores; on a CPU rounding gained little in "
+    "fp32, and some in bf16 (docs/deploy.md)."
+)
 _NAMED = 6
 
 
@@ -14,12 +17,7 @@ def odd_widths(groups: Iterable[tuple[str, int, int]]) -> tuple[str, ...]:
     return tuple(f"{name} {after}" for name, before, after in groups if after != before and after % MULTIPLE)
 
 
-def width_note(odd: tuple[str, ...]) -> str:
-    """Which widths are no multiples of 8, and who cares; empty for none."""
-    if not odd:
-        return ""
+def odd_note(odd: Sequence[str]) -> str:
+    """Names the first of them."""
     more = f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
-    return (
-        f"Widths that are no multiples of {MULTIPLE}: {', '.join(odd[:_NAMED])}{more}. NVIDIA's tensor cores want "
-        f"multiples of {MULTIPLE} in fp16 and bf16; on a CPU measure before you round (docs/deploy.md)."
-    )
+    return f"Widths that are no multiples of {MULTIPLE}: {', '.join(odd[:_NAMED])}{more}."

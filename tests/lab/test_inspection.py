@@ -84,9 +84,17 @@ def test_widths_that_are_no_multiples_of_eight_and_what_rounding_leaves() -> Non
     assert cut.rounded is not None
     assert (cut.rounded.macs, cut.rounded.parameters) == (rounded.macs, rounded.parameters)
     assert rounded.macs < cut.macs
-    note, last = str(found).splitlines()[-2:]
-    assert note.startswith("Widths that are no multiples of 8: features.0 22, features.3 44, features.7 44. ")
+    note, last, _, advice = str(found).splitlines()[-4:]
+    assert note == "Widths that are no multiples of 8: features.0 22, features.3 44, features.7 44."
+    assert "docs/deploy.md" in advice
     assert last.startswith(f"With --set prune.round_to=8: {rounded.parameters:,} parameters (")
+    assert "stay whole" not in last
+
+
+def test_rounding_that_leaves_narrow_groups_whole_says_so() -> None:
+    found = look("prune.ratios=0.8")
+    assert [group.after for group in found.cuts[0].groups] == [6, 12, 12]
+    assert "; a group of fewer than 8 channels would stay whole" in str(found)
 
 
 @pytest.mark.parametrize("assignment", ["prune.ratios=0.5", "prune.round_to=4"])
