@@ -30,6 +30,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer as default_timer
 from tqdm import tqdm
 
 from intrafusion.lab.measure import count_macs, device_name
@@ -112,7 +113,6 @@ class Cuts:
 
 def measure(cuts: Cuts, name: str, ratio: float, format: str, batch: int, turns: int) -> Iterator[Row]:
     """One row for each multiple that changes the network; all are timed in the same turns."""
-    cuda = torch.cuda.is_available()
     free = cuts.prune(ratio)
     rounded = {multiple: cuts.prune(ratio, multiple) for multiple in MULTIPLES}
     changed = {multiple: model for multiple, model in rounded.items() if widths(model) != widths(free)}
@@ -121,9 +121,10 @@ def measure(cuts: Cuts, name: str, ratio: float, format: str, batch: int, turns:
     for multiple, model in changed.items():
         networks |= {(multiple, False): model, (multiple, True): cuts.prune(twins[multiple])}
     dtype, memory = FORMATS[format]
-    placed = {key: model.to("cuda" if cuda else "cpu", dtype, memory_format=memory) for key, model in networks.items()}
-    images = torch.randn(batch, *cuts.image.shape[1:]).to("cuda" if cuda else "cpu", dtype, memory_format=memory)
-    times = in_turns({key: timing(model, images, cuda) for key, model in placed.items()}, turns)
+    images = torch.randn(batch, *cuts.image.shape[1:]).to(device=_device(), dtype=dtype, memory_format=memory)
+    for model in networks.values():
+        model.to(device=_device(), dtype=dtype, memory_format=memory)
+    times = in_turns({key: timing(model, images) for key, model in networks.items()}, turns)
     for multiple in changed:
         own, twin, plain = (times[key] for key in ((multiple, False), (multiple, True), (0, False)))
         yield Row(
@@ -137,16 +138,20 @@ def measure(cuts: Cuts, name: str, ratio: float, format: str, batch: int, turns:
         )  # fmt: skip
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def widths(model: nn.Module) -> list[int]:
     """Of every convolution and linear layer but the last."""
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     return [module.weight.shape[0] for module in layers[:-1]]
 
 
-def timing(model: nn.Module, images: Tensor, cuda: bool) -> Callable[[], float]:
+def timing(model: nn.Module, images: Tensor) -> Callable[[], float]:
     """What gives the seconds of one forward pass, from as many as take a twentieth of a second."""
-    clock = {} if cuda else {"timer": time.process_time}
-    timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=1, **clock)
+    clock = default_timer if images.is_cuda else time.process_time
+    timer = Timer("model(images)", timer=clock, globals={"model": model, "images": images}, num_threads=1)
     with torch.inference_mode():
         timer.timeit(1)  # the first pass makes what later ones reuse
         number = math.ceil(_BLOCK / max(timer.timeit(1).mean, 1e-6))
@@ -207,7 +212,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_name(_device())
     chosen.output.mkdir(parents=True, exist_ok=True)
     kept = chosen.output / "round_to.jsonl"
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
@@ -223,6 +228,8 @@ def main() -> None:
             rows += found
             with kept.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(row)) + "\n" for row in found)
+    order = [list(places) for places in (NETWORKS, FORMATS)]
+    rows.sort(key=lambda row: (order[0].index(row.network), order[1].index(row.format), row.batch, row.ratio))
     parts = ["# Latency of pruned networks with `round_to` and without", "`python -m benchmarks.round_to`: " + _NOTE]
     for device in dict.fromkeys(row.device for row in rows):
         own = [row for row in rows if row.device == device]
