@@ -10,7 +10,6 @@ the 539 test digits. `discard`, `data-free` and `calibrated` keep the same chann
 from __future__ import annotations
 
 import argparse
-import copy
 import warnings
 
 import torch
@@ -18,8 +17,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.rivals.base import ignored_layers
-from intrafusion import IntraFusionPruner
+from benchmarks.rivals.methods import ours
+from intrafusion import Fusion
 from intrafusion.lab.data import Dataset
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.sections import TrainSection
@@ -115,21 +114,11 @@ def trained(kind: str, data: Dataset) -> nn.Module:
 
 def pruned(dense: nn.Module, data: Dataset, ratio: float, preset: str, images: int) -> nn.Module:
     """A pruned copy; the classifier, the layer that is called last, keeps its outputs."""
-    model, example = copy.deepcopy(dense), torch.zeros(1, *data.shape)
-    calibration = [batch for batch, _ in data.draw("train", images, seed=0)] if images else None
+    batches = [batch for batch, _ in data.draw("train", images, seed=0)] if images else None
+    l1 = tp.importance.GroupMagnitudeImportance(p=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pruner = IntraFusionPruner(
-            model,
-            example,
-            tp.importance.GroupMagnitudeImportance(p=1),
-            pruning_ratio=ratio,
-            ignored_layers=ignored_layers(model, None, example),
-            fusion=preset,
-            calibration=calibration,
-        )
-        pruner.step()
-    return model
+        return ours(Fusion.preset(preset), dense, None, ratio, l1, torch.zeros(1, *data.shape), images=batches)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ class Method:
     prune: Callable[..., nn.Module]
 
 
-def _ours(
+def ours(
     fusion: Fusion,
     dense: nn.Module,
     roots: Sequence[str] | None,
@@ -83,7 +83,7 @@ def _rival(name: str, source: str, make: Callable, images: bool = False, **setti
 
 
 def _preset(name: str, source: str, fusion: Fusion, images: bool = False) -> Method:
-    return Method(name, images, source, partial(_ours, fusion))
+    return Method(name, images, source, partial(ours, fusion))
 
 
 _TP = "Torch-Pruning (Fang et al., CVPR 2023)"

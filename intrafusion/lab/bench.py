@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from intrafusion.lab import weights
 from intrafusion.lab.code_digest import TRAINING_CODE, code_digest
 from intrafusion.lab.data import Dataset
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.files import write_atomic
 from intrafusion.lab.folder import network_file
 from intrafusion.lab.measure import (
     LATENCY_BATCHES,
@@ -50,7 +49,7 @@ from intrafusion.lab.recipe import Recipe, to_mapping
 from intrafusion.lab.results import Cell, Curve, GroupLine, Result, key_of_identity
 from intrafusion.lab.sections import PruneSection
 from intrafusion.lab.sources import open_data
-from intrafusion.lab.target import UnreachableTarget, find_ratio
+from intrafusion.lab.target import UnreachableTarget, find_ratio, measured_once
 from intrafusion.lab.training import finetune_, train_once_
 from intrafusion.lab.training_record import TrainingRecord, read_training, write_training
 from intrafusion.training.processes import ALONE, Processes
@@ -194,7 +193,7 @@ class Bench:
         start = time.perf_counter()
         model, groups, kept = self.dense, (), ""
         if cell.method != "dense":
-            pruned = self.prune(cell, self.recipe.prune, self.recipe.fusion)
+            pruned = self._pruned(cell)
             model, kept = pruned.model, pruned.kept
             self.processes.agree_(model)
             groups = tuple(
@@ -206,12 +205,9 @@ class Bench:
         if cell.method in self.recipe.kept_methods:
             self.processes.from_main(lambda: self._save(model, cell))
         batch_size = self.recipe.data.batch_size
-        place = places(
-            model, self.data, "test", batch_size=batch_size, progress=self.progress, processes=self.processes
-        )
+        place = places(model, self.data, batch_size=batch_size, progress=self.progress, processes=self.processes)
         seconds = round(time.perf_counter() - start, 3)
-        timed = timed and self.processes.is_main
-        batches = LATENCY_BATCHES if timed and cell.method != "discard" and not curve else ()
+        timed = timed and self.processes.is_main and cell.method != "discard" and not curve
         return Result(
             cell,
             correct=int((place < 1).sum()),
@@ -224,17 +220,25 @@ class Bench:
             top5=int((place < 5).sum()) if len(self.data.classes) > 5 else None,
             size=size_on_disk(model),
             memory=peak_memory(model, self.example),
-            latency=tuple(measure_latency(model, self.example, batch) for batch in batches),
+            latency=tuple(measure_latency(model, self.example, batch) for batch in LATENCY_BATCHES if timed),
             curve=curve,
         )
+
+    def _pruned(self, cell: Cell) -> Pruned:
+        """What a cell starts from; where it is fine-tuned, pruned once for all seeds, each of which gets a copy."""
+        once = replace(cell, stage="pruned", seed=None)
+        make = partial(self.prune, once, self.recipe.prune, self.recipe.fusion)
+        if self.recipe.finetune is None:
+            return make()
+        found = self._once("pruned", make, self.identity(once))
+        return replace(found, model=copy.deepcopy(found.model))
 
     def prune(self, cell: Cell, settings: PruneSection, fusion: Fusion) -> Pruned:
         """The pruned copy that a cell stands for."""
         try:
-            discard = cell.method == "discard"
             return prune(
                 self.dense, self.example, settings, fusion, cell.ratio, data=self.data, only=cell.group,
-                discard=discard, progress=self.progress,
+                discard=cell.method == "discard", progress=self.progress,
             )  # fmt: skip
         except OutputChanged as error:
             raise self.recipe.error("prune.ignored", str(error)) from None
@@ -273,15 +277,11 @@ class Bench:
         return (self.processes.from_main(lambda: self._measured_ratio(quantity, wanted)),)
 
     def _measured_ratio(self, quantity: str, wanted: float) -> float:
-        """A ratio that was measured once stays: measured again it would be another, and so would every cell."""
         settings = self.recipe.prune
-        path, target = self.folder / "target.json", asdict(settings.target) if settings.target else None
+        target = asdict(settings.target) if settings.target else None
         key = key_of_identity({"target": target, "cell": self._common(), "prune": to_mapping(settings)})
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        if known.get("key") != key:
-            known = {"key": key, "ratio": self._meeting(self._share_left(quantity), quantity, wanted)}
-            write_atomic(path, json.dumps(known))
-        return known["ratio"]
+        search = partial(self._meeting, self._share_left(quantity), quantity, wanted)
+        return measured_once(search, self.folder / "target.json", key)
 
     def _meeting(self, left: Callable[[float], float], quantity: str, wanted: float) -> float:
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.page import LEGEND, against_ratio, document, html_table
 from intrafusion.lab.pruning import ALL
-from intrafusion.lab.report import csv_rows, markdown_table, published_note, text_table, to_csv
+from intrafusion.lab.report import UNTIMED, csv_rows, latencies, markdown_table, published_note, text_table, to_csv
 from intrafusion.lab.results import Result
 from intrafusion.lab.study import Pair, Study
 from intrafusion.lab.training_record import mean_noise_scale
@@ -88,7 +88,7 @@ def to_html(comparison: Comparison, folder: Path) -> str:
     ]
     mean = "<p>Means over the groups, each pruned alone.</p>" if comparison.by_group else ""
     parts = [
-        f"<p>{escape(verdict(comparison))}</p><p>{escape(_PROTOCOL)}</p>",
+        f"<p>{escape(verdict(comparison)).replace('`', '')}</p><p>{escape(_PROTOCOL)}</p>",
         "<h2>Accuracy, in % of the test images</h2>" + LEGEND + mean if charts else "",
         f'<div class="figures">{"".join(charts)}</div>' if charts else "",
     ]
@@ -114,7 +114,7 @@ def command(folder: Path) -> str:
 
 
 def verdict(comparison: Comparison) -> str:
-    """How often fusion gained and lost, where, and what is unfinished."""
+    """How often fusion gained and lost, where, what is unfinished, and why latencies are missing."""
     pairs = [(settings, pair) for settings, study in comparison.points for pair in study.pairs]
     parts = []
     if pairs:
@@ -127,11 +127,13 @@ def verdict(comparison: Comparison) -> str:
         )
     if comparison.missing:
         parts.append(f"{comparison.missing} cells are not finished.")
+    if not all(study.dense.latency for _, study in comparison.points):
+        parts.append(UNTIMED)
     return " ".join(parts)
 
 
-def every_row(comparison: Comparison) -> Table:
-    """One row per point, group and ratio."""
+def every_row(comparison: Comparison, *, measured: bool = False) -> Table:
+    """One row per point, group and ratio; ``measured`` adds the latency, where it was measured everywhere."""
     pairs = [(settings, study, pair) for settings, study in comparison.points for pair in study.pairs]
     columns = {name: [s.get(key, "") for s, _, _ in pairs] for key, name in comparison.keys.items()}
     if any(pair.group != ALL for _, _, pair in pairs):
@@ -146,12 +148,15 @@ def every_row(comparison: Comparison) -> Table:
         "fused": [str(pair.fused.accuracy) for _, _, pair in pairs],
         "gain": [f"{pair.gain:+.2f}" for _, _, pair in pairs],
     }
+    timed = [latencies(pair.fused) for _, _, pair in pairs]
+    if measured and timed and all(timed):
+        columns |= {name: [each[name] for each in timed] for name in timed[0]}
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
 def _tables(comparison: Comparison) -> list[tuple[str, Table, str]]:
     """Headings, tables and notes, the ones by group in the layout of the paper."""
-    found = [("Every row", every_row(comparison), "")]
+    found = [("Every row", every_row(comparison, measured=True), "")]
     if not comparison.by_group:
         return found
     ours = {(name, p.group): (p.discard.accuracy.percent, p.fused.accuracy.percent)

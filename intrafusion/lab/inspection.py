@@ -12,9 +12,11 @@ from torch import nn
 from intrafusion import GroupReport
 from intrafusion.lab.bench import Bench
 from intrafusion.lab.measure import count_macs, count_parameters
-from intrafusion.lab.pruning import ALL, Coupled, coupled_layers, without_images
+from intrafusion.lab.pruning import ALL, Coupled, Pruned, coupled_layers, without_images
 from intrafusion.lab.recipe import Recipe
 from intrafusion.lab.results import Cell
+from intrafusion.lab.sections import PruneSection
+from intrafusion.lab.widths import ADVICE, MULTIPLE, odd_note, odd_widths
 
 _OUTCOMES = {"selection": "selected", "untouched": "untouched"}
 _HEADER = ("group", "channels", "outcome", "coupled with", "read by", "why")
@@ -41,14 +43,29 @@ class GroupPreview:
 
 
 @dataclass(frozen=True)
+class Size:
+    """Multiply-accumulates of one image, and parameters."""
+
+    macs: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class CutPreview:
-    """One pruned network: its ratio, the one group that is pruned or ``"all"``, its size, its groups."""
+    """One pruned network: its ratio, the one group that is pruned or ``"all"``, its size, its groups.
+
+    Attributes:
+        odd: groups with widths that are no multiples of 8, where the recipe has no ``round_to``.
+        rounded: its size with ``round_to`` 8, if there are any.
+    """
 
     ratio: float
     group: str
     macs: int
     parameters: int
     groups: tuple[GroupPreview, ...]
+    odd: tuple[str, ...] = ()
+    rounded: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -63,14 +80,12 @@ class Inspection:
 
     def __str__(self) -> str:
         head = f"{self.title}: {self.parameters:,} parameters, {self.macs:,} MACs; {self.weights}"
-        return "\n".join([head, *(line for cut in self.cuts for line in self._lines(cut))])
+        advice = [f"\n{ADVICE}"] if any(cut.odd for cut in self.cuts) else []
+        return "\n".join([head, *(line for cut in self.cuts for line in self._lines(cut)), *advice])
 
     def _lines(self, cut: CutPreview) -> Iterator[str]:
         what = "" if cut.group == ALL else f" of {cut.group} alone"
-        yield (
-            f"\n{cut.ratio:.4g} removed{what}: {cut.parameters:,} parameters ({cut.parameters / self.parameters:.1%}), "
-            f"{cut.macs:,} MACs ({cut.macs / self.macs:.1%})"
-        )
+        yield f"\n{cut.ratio:.4g} removed{what}: {self._size(cut)}"
         rows = [_HEADER] + [
             (g.name, f"{g.before} -> {g.after}", g.outcome, ", ".join(g.producers[1:]), ", ".join(g.readers), g.reason)
             for g in cut.groups
@@ -78,6 +93,18 @@ class Inspection:
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
         for row in rows:
             yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        if cut.rounded is not None:
+            yield odd_note(cut.odd)
+            grows = (
+                f"; a group of fewer than {MULTIPLE} channels would stay whole" if cut.rounded.macs > cut.macs else ""
+            )
+            yield f"With --set prune.round_to={MULTIPLE}: {self._size(cut.rounded)}{grows}"
+
+    def _size(self, of: CutPreview | Size) -> str:
+        return (
+            f"{of.parameters:,} parameters ({of.parameters / self.parameters:.1%}), "
+            f"{of.macs:,} MACs ({of.macs / self.macs:.1%})"
+        )
 
 
 def inspect(recipe: Recipe, *, progress: bool = True) -> Inspection:
@@ -92,19 +119,28 @@ def inspect(recipe: Recipe, *, progress: bool = True) -> Inspection:
     bench = Bench(recipe, Path(recipe.output), progress, trained=False)
     coupled = {group.name: group for group in coupled_layers(bench.dense, bench.example, recipe.prune)}
 
-    def preview(cell: Cell) -> CutPreview:
+    settings = without_images(recipe.prune)
+
+    def cut(cell: Cell, settings: PruneSection) -> Pruned:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is only cut is in the table
-            pruned = bench.prune(cell, without_images(recipe.prune), fusion)
+            return bench.prune(cell, settings, fusion)
+
+    def preview(cell: Cell) -> CutPreview:
+        pruned = cut(cell, settings)
         steps: dict[str, list[GroupReport]] = {}
         for entry in pruned.groups:
             steps.setdefault(entry.name, []).append(entry)
         order = [*(name for name in coupled if name in steps), *(name for name in steps if name not in coupled)]
         groups = tuple(_preview(coupled.get(name) or Coupled(name, (name,), ()), steps[name]) for name in order)
-        return CutPreview(cell.ratio, cell.group, *_size(bench, pruned.model), groups)
+        odd = odd_widths((g.name, g.before, g.after) for g in groups) if settings.round_to is None else ()
+        rounded = _size(bench, cut(cell, replace(settings, round_to=MULTIPLE)).model) if odd else None
+        size = _size(bench, pruned.model)
+        return CutPreview(cell.ratio, cell.group, size.macs, size.parameters, groups, odd, rounded)
 
     cuts = tuple(preview(cell) for cell in bench.cells() if cell.method == "fused")
-    return Inspection(recipe.title, _weights(recipe), *_size(bench, bench.dense), cuts)
+    size = _size(bench, bench.dense)
+    return Inspection(recipe.title, _weights(recipe), size.macs, size.parameters, cuts)
 
 
 def _preview(layers: Coupled, steps: list[GroupReport]) -> GroupPreview:
@@ -114,8 +150,8 @@ def _preview(layers: Coupled, steps: list[GroupReport]) -> GroupPreview:
     return GroupPreview(layers.name, *widths, outcome, last.reason, layers.producers, layers.readers)
 
 
-def _size(bench: Bench, model: nn.Module) -> tuple[int, int]:
-    return count_macs(model, bench.example), count_parameters(model)
+def _size(bench: Bench, model: nn.Module) -> Size:
+    return Size(count_macs(model, bench.example), count_parameters(model))
 
 
 def _weights(recipe: Recipe) -> str:

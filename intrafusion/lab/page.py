@@ -12,14 +12,15 @@ from intrafusion.lab.measure import LATENCY_BATCHES
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe import to_yaml
 from intrafusion.lab.report import (
-    TIMED_ONCE,
     command,
     measurements,
     networks_note,
     published_note,
+    rounding_note,
     shown_skipped,
     si,
     table,
+    timing_note,
     verdict,
 )
 from intrafusion.lab.results import Result
@@ -44,12 +45,12 @@ def to_html(study: Study, folder: Path) -> str:
         *_curves(study),
         *_finetuned(study),
         *_training(study),
-        *_groups(study),
+        *_groups(study, folder),
         *_plan(study),
         *_only_selected(study),
         *_rows(study),
         *_skipped(study),
-        f"<h2>The networks</h2><p>{escape(networks_note(study)).replace('`', '')}</p>" if networks_note(study) else "",
+        f"<h2>The networks</h2><p>{_plain(networks_note(study))}</p>" if networks_note(study) else "",
         f"<h2>Again</h2><pre>{escape(command(folder))}</pre>",
         "<p>Every number with its cell is in <code>results.jsonl</code> and <code>results.csv</code>.</p>",
     ]
@@ -67,6 +68,11 @@ def document(title: str, parts: Iterable[str]) -> str:
         f"<title>{title}: pruned with and without fusion</title>\n<style>\n{style}</style>\n</head>\n"
         f"<body>\n<main>\n<h1>{title}</h1>\n{body}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _plain(text: str) -> str:
+    """Escaped, without the backticks that Markdown has around code."""
+    return escape(text).replace("`", "")
 
 
 def _what_was_run(study: Study) -> list[str]:
@@ -119,8 +125,7 @@ def _curves(study: Study) -> list[str]:
         times = {result: (1e3 * t.median, 1e3 * t.iqr) for result, t in timed.items()}
         parts.append(_against(study, times, f"milliseconds for {images}", caption))
     parts.append("</div>")
-    if study.dense.latency:
-        parts.append(f'<p class="soft">{escape(TIMED_ONCE)}</p>')
+    parts.append(f'<p class="soft">{_plain(timing_note(study))}</p>')
     return parts
 
 
@@ -178,7 +183,7 @@ def _training(study: Study) -> list[str]:
     return [heading, f"<p>{escape(noise_note(noise))}</p>", html_table(*noise_table({"": [noise]}))]
 
 
-def _groups(study: Study) -> list[str]:
+def _groups(study: Study, folder: Path) -> list[str]:
     at = f"{study.middle:.4g} removed"
     if study.recipe.prune.groups == "each":
         pairs = [pair for pair in study.pairs if pair.ratio == study.middle]
@@ -194,7 +199,8 @@ def _groups(study: Study) -> list[str]:
         for line in lines
     ]
     note = '<p class="soft">The bar is what stays, the dashed line the width before.</p>'
-    return [f"<h2>Widths, {at}</h2>", note, _bars(bars)] if bars else []
+    rounding = f"<p>{_plain(rounding_note(study, folder))}</p>"
+    return [f"<h2>Widths, {at}</h2>", note, _bars(bars), rounding] if bars else []
 
 
 def _accuracy_bars(pair: Pair, dense: float) -> str:

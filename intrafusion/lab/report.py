@@ -14,11 +14,16 @@ from intrafusion.lab.pruning import ALL
 from intrafusion.lab.results import Result
 from intrafusion.lab.study import Study
 from intrafusion.lab.training_record import noise_note, noise_table
+from intrafusion.lab.widths import ADVICE, MULTIPLE, odd_note, odd_widths
 
 _SHOWN_SKIPPED = 20
 _CSV_COLUMNS = ("correct", "total", "top5", "params", "macs", "size", "memory", "seconds", "kept")
 
-TIMED_ONCE = "Each pair is timed once, on the fused network: the discarded one has the same shapes."
+_TIMED_ONCE = "Each pair is timed once, on the fused network: the discarded one has the same shapes."
+UNTIMED = (
+    "Latency was not measured: cells that are computed side by side slow each other down. The same sweep with "
+    "`--executor local --workers 1 --fresh` computes one after the other, and times them."
+)
 
 
 def write_report(study: Study, folder: Path) -> str:
@@ -67,12 +72,12 @@ def to_markdown(study: Study, folder: Path) -> str:
         f"fine-tuned here. Fusion: `{recipe.fusion_text()}`. A gain is in points of accuracy.",
         markdown_table(header, rows, "r" * len(header)),
         *([f"The dense network: {'; '.join(f'{name}: {text}' for name, text in dense.items())}."] if dense else []),
-        *([TIMED_ONCE] if study.dense.latency else []),
+        timing_note(study),
         *([published_note(study)] if study.published else []),
         "![Accuracy over the share of channels removed](accuracy.png)",
         *_finetuned_part(study),
         *_training_part(study),
-        *_groups_part(study),
+        *_groups_part(study, folder),
         *_skipped_part(study),
         *([f"## The networks\n\n{networks_note(study)}"] if study.recipe.kept_methods else []),
         "## Again",
@@ -179,9 +184,29 @@ def measurements(result: Result) -> dict[str, str]:
         found["on disk"] = f"{si(result.size)}B"
     if result.memory is not None:
         found[f"memory, batch {MEMORY_BATCH}"] = f"{si(result.memory)}B"
-    for timed in result.latency:
-        found[f"latency, batch {timed.batch}"] = f"{1e3 * timed.median:.3g} ms (IQR {1e3 * timed.iqr:.2g})"
-    return found
+    return found | latencies(result)
+
+
+def latencies(result: Result) -> dict[str, str]:
+    """Median and interquartile range for each batch size, by name; empty where nothing was timed."""
+    return {
+        f"latency, batch {timed.batch}": f"{1e3 * timed.median:.3g} ms (IQR {1e3 * timed.iqr:.2g})"
+        for timed in result.latency
+    }
+
+
+def timing_note(study: Study) -> str:
+    """Which networks were timed, or why none was."""
+    return _TIMED_ONCE if study.dense.latency else UNTIMED
+
+
+def rounding_note(study: Study, folder: Path) -> str:
+    """Which widths at the middle ratio are no multiples of 8, and what shows the effect of rounding; empty for none."""
+    odd = odd_widths((line.name, line.before, line.after) for line in study.middle_groups)
+    if not odd or study.recipe.prune.round_to is not None:
+        return ""
+    look = f"`intrafusion inspect {shlex.quote(str(folder / 'recipe.yaml'))}`"
+    return f"{odd_note(odd)} {ADVICE} {look} shows what `--set prune.round_to={MULTIPLE}` would leave."
 
 
 def _finetuned_part(study: Study) -> list[str]:
@@ -212,7 +237,7 @@ def _noise_part(note: str, rows: tuple[list[str], list[list[str]]]) -> list[str]
     return [note, markdown_table(*rows, "r" * len(rows[0]))] if note else []
 
 
-def _groups_part(study: Study) -> list[str]:
+def _groups_part(study: Study, folder: Path) -> list[str]:
     lines = study.middle_groups
     if not lines:
         return []
@@ -227,7 +252,12 @@ def _groups_part(study: Study) -> list[str]:
         for line in lines
     ]
     header = ["group", "channels", "plan cost", "merged by", "note"]
-    return [f"## Groups at {study.middle:.4g} removed", markdown_table(header, rows, "lrrll")]
+    note = rounding_note(study, folder)
+    return [
+        f"## Groups at {study.middle:.4g} removed",
+        markdown_table(header, rows, "lrrll"),
+        *([note] if note else []),
+    ]
 
 
 def _skipped_part(study: Study) -> list[str]:

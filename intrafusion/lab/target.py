@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 from intrafusion.lab.errors import LabError
+from intrafusion.lab.files import write_atomic
 
 TOLERANCE = 0.02
 _STEPS = 12
@@ -38,3 +41,12 @@ def find_ratio(left: Callable[[float], float], wanted: float) -> float:
             "what is left falls in steps of whole channels (or of round_to), and layers that are ignored stay"
         )
     return ratio
+
+
+def measured_once(search: Callable[[], float], path: Path, key: str) -> float:
+    """A ratio found by measuring stays, in a file: found again it would be another, and so would every cell."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if known.get("key") != key:
+        known = {"key": key, "ratio": search()}
+        write_atomic(path, json.dumps(known))
+    return known["ratio"]

@@ -73,3 +73,32 @@ def tied(num_classes: int) -> nn.Module:
     stem, first, second = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
     second.weight = first.weight
     return nn.Sequential(stem, first, second, nn.Flatten(), nn.Linear(8 * 4, num_classes))
+
+
+def test_widths_that_are_no_multiples_of_eight_and_what_rounding_leaves() -> None:
+    found = look("prune.ratios=0.3")
+    (cut,) = found.cuts
+    assert [group.after for group in cut.groups] == [22, 44, 44]
+    assert cut.odd == ("features.0 22", "features.3 44", "features.7 44")
+    (rounded,) = look("prune.ratios=0.3", "prune.round_to=8").cuts
+    assert cut.rounded is not None
+    assert (cut.rounded.macs, cut.rounded.parameters) == (rounded.macs, rounded.parameters)
+    assert rounded.macs < cut.macs
+    note, last, _, advice = str(found).splitlines()[-4:]
+    assert note == "Widths that are no multiples of 8: features.0 22, features.3 44, features.7 44."
+    assert "docs/deploy.md" in advice
+    assert last.startswith(f"With --set prune.round_to=8: {rounded.parameters:,} parameters (")
+    assert "stay whole" not in last
+
+
+def test_rounding_that_leaves_narrow_groups_whole_says_so() -> None:
+    found = look("prune.ratios=0.8")
+    assert [group.after for group in found.cuts[0].groups] == [6, 12, 12]
+    assert "; a group of fewer than 8 channels would stay whole" in str(found)
+
+
+@pytest.mark.parametrize("assignment", ["prune.ratios=0.5", "prune.round_to=4"])
+def test_round_widths_and_widths_that_were_chosen_are_not_remarked(assignment: str) -> None:
+    found = look("prune.ratios=0.3", assignment)
+    assert (found.cuts[0].odd, found.cuts[0].rounded) == ((), None)
+    assert "multiples" not in str(found)

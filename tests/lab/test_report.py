@@ -209,6 +209,23 @@ def test_measured_columns_are_there_only_where_something_was_measured() -> None:
     assert {"top 5 discard", "top 5 fused", "on disk", "memory, batch 64"} < set(header)
 
 
+def test_why_nothing_was_timed_is_said_and_how_to_do_it() -> None:
+    for page in (to_markdown, to_html):
+        assert "--executor local --workers 1 --fresh" in page(study(), Path("out"))
+        timed = page(measured(study()), Path("out"))
+        assert "--workers 1" not in timed
+        assert "Each pair is timed once" in timed
+
+
+def test_widths_that_are_no_multiples_of_eight_are_named() -> None:
+    for page in (to_markdown, to_html):
+        text = page(study(), Path("my runs"))
+        assert "no multiples of 8: conv 4, odd|one 4. " in text
+        assert "--set prune.round_to=8" in text
+        rounded = replace(RECIPE, prune=replace(RECIPE.prune, round_to=4))
+        assert "no multiples" not in page(replace(study(), recipe=rounded), Path("out"))
+
+
 def test_published_figures_stand_beside_ours_where_the_set_up_is_the_papers() -> None:
     header, rows = table(STUDIES["each"])
     columns = [header.index(name) for name in ("group", "removed", "published discard", "published fused")]
