@@ -8,7 +8,7 @@ from statistics import fmean
 
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.report import command, markdown_table, text_table, to_csv
-from intrafusion.lab.split import OF_WHOLE, Item, Measured, SplitStudy
+from intrafusion.lab.split_study import OF_WHOLE, Item, Measured, SplitStudy
 
 _SHOWN = {
     "whole": "all images", "ensemble": "ensemble of the parts", "naive": "naive average",

@@ -15,8 +15,8 @@ from intrafusion.lab.errors import LabError, RecipeError
 from intrafusion.lab.executors import Failure
 from intrafusion.lab.pruning import prune
 from intrafusion.lab.recipe import Recipe, read_points, read_recipe
-from intrafusion.lab.results import LineStore
-from intrafusion.lab.split import Item, SplitRun, _measured, run_split
+from intrafusion.lab.split import SplitRun, run_split
+from intrafusion.lab.split_study import Item, open_results
 from intrafusion.lab.sweep import sweep
 from intrafusion.training import loop
 from tests.lab.test_sweep import Here
@@ -33,20 +33,15 @@ output: OUT
 """
 
 
-class InProcess:
-    """Does the jobs here, one after another, and lets an interruption through."""
-
-    def __init__(self, workers: int, gpus: int, work: Callable[[Any], Any]) -> None:
-        self.work = work
-
-    def compute(self, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        for number, task in enumerate(tasks):
-            yield number, self.work(task)
+def one_after_another(work: Callable[[Any], Any], jobs: Sequence[Any], **_: int) -> Iterator[tuple[int, Any]]:
+    """Does the jobs here, and lets an interruption through."""
+    for number, job in enumerate(jobs):
+        yield number, work(job)
 
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_training, "Local", InProcess)
+    monkeypatch.setattr(split_training, "in_processes", one_after_another)
 
 
 def recipe(folder: Path, *assignments: str) -> Recipe:
@@ -141,8 +136,7 @@ def test_the_baseline_sees_as_many_images_as_the_parts_together(
 
 
 def finished(folder: Path) -> dict[str, tuple[int, str]]:
-    run = LineStore(folder / "results.jsonl", _measured, dict)
-    return {str(result.item): (result.correct, result.digest) for result in run._results.values()}
+    return {str(result.item): (result.correct, result.digest) for result in open_results(folder)._results.values()}
 
 
 def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(
