@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -60,6 +60,7 @@ def runs(folder: Path) -> int:
     return sum(len(path.read_text().splitlines()) for path in folder.glob("trained-*"))
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 3))
 def test_parts_are_disjoint_stratified_and_together_all(parts: int, seed: int) -> None:
     found = schedule.split(LABELS, parts, seed=seed)
@@ -70,6 +71,7 @@ def test_parts_are_disjoint_stratified_and_together_all(parts: int, seed: int) -
     assert all(torch.equal(a, b) for a, b in zip(found, schedule.split(LABELS.tolist(), parts, seed=seed), strict=True))
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.floats(0.05, 1.0))
 def test_an_overlap_is_a_share_of_the_others(overlap: float) -> None:
     own = schedule.split(LABELS, 2)

@@ -17,12 +17,16 @@ def draw_schedules(title: str, found: Sequence[Curves]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = len({curves.init for curves in found})
-    columns = len(found) // rows
-    figure = Figure(figsize=(3.4 * columns + 0.8, 2.6 * rows + 0.8), layout="constrained")
+    rows = list(dict.fromkeys(curves.init for curves in found))
+    columns = sorted({curves.epochs for curves in found})
+    figure = Figure(figsize=(3.4 * len(columns) + 0.8, 2.6 * len(rows) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axis, curves in zip(axes.flat, found, strict=True):
+    axes = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
+    for axis in axes.flat:
+        axis.set_visible(False)  # where nothing is finished yet
+    for curves in found:
+        axis = axes[rows.index(curves.init), columns.index(curves.epochs)]
+        axis.set_visible(True)
         for method, line in curves.lines.items():
             colour, mark = _LOOK[method]
             ratios = [100 * ratio for ratio in line]
@@ -30,7 +34,7 @@ def draw_schedules(title: str, found: Sequence[Curves]) -> bytes:
         axis.set_title(curves.label, fontsize=9, loc="left", color=INK)
         axis.set_xlim(-2, 101)
         soften(axis)
-    axes.flat[0].legend(fontsize=8, frameon=False)
+    axes[rows.index(found[0].init), columns.index(found[0].epochs)].legend(fontsize=8, frameon=False)
     figure.suptitle(f"{title}, trained in parts", x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     figure.supxlabel("channels removed (%)", fontsize=9, color=INK)
     figure.supylabel("test accuracy (%)", fontsize=9, color=INK)

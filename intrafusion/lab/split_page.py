@@ -49,7 +49,8 @@ def to_html(study: SplitStudy, folder: Path) -> str:
         kept if found and study.recipe.kept_methods else "",
         "<h2>What was run</h2>",
         f"<p>{escape(study.environment['device'])}, threads: {escape(study.environment['threads'])}.</p>",
-        f"<details><summary>Every setting</summary><pre>{escape(to_yaml(study.recipe))}</pre></details>",
+        "<details><summary>The recipe with every setting</summary>"
+        f"<pre>{escape(to_yaml(study.recipe))}</pre></details>",
         f"<h2>Again</h2><pre>{escape(command(folder))}</pre>",
         "<p>Every number is in <code>results.jsonl</code> and <code>results.csv</code>.</p>",
     ]
@@ -82,15 +83,15 @@ def _gains(found: Sequence[Curves]) -> list[str]:
     for each in found:
         methods = [name for name in (*FROM_PARTS, *OF_WHOLE) if name in each.lines]
         ratios = sorted({ratio for line in each.lines.values() for ratio in line if ratio})
-        rows = []
+        rows, gains = [], []
         for ratio in ratios:
             values = {name: each.lines[name][ratio] for name in methods if ratio in each.lines[name]}
-            best = [max((values[n] for n in names if n in values), default=None) for names in (FROM_PARTS, OF_WHOLE)]
-            gain = [] if None in best else [f"{best[0] - best[1]:+.2f}"]  # type: ignore[operator]
-            rows.append(
-                [f"{ratio:.4g}", *(f"{values[n]:.2f}" if n in values else "" for n in methods), *(gain or ["0"])]
-            )
-        header = ["removed", *(SHOWN[name].replace("whole, ", "") for name in methods), "gain"]
+            ours, theirs = ([values[name] for name in names if name in values] for names in (FROM_PARTS, OF_WHOLE))
+            gains += [f"{max(ours) - max(theirs):+.2f}"] if ours and theirs else []
+            rows.append([f"{ratio:.4g}", *(f"{values[name]:.2f}" if name in values else "" for name in methods)])
+        header = ["removed", *(SHOWN[name].replace("whole, ", "") for name in methods)]
+        if len(gains) == len(rows):
+            header, rows = [*header, "gain"], [[*row, gain] for row, gain in zip(rows, gains, strict=True)]
         parts += [f"<h3>{escape(each.label.capitalize())}</h3>", html_table(header, rows)]
     if not parts:
         return []

@@ -145,7 +145,8 @@ def curves(study: SplitStudy) -> list[Curves]:
             means = {ratio: mean_accuracy(by) for ratio, by in line.items() if by}
             if set(means) - {0.0}:
                 lines[name] = means
-        found.append(Curves(init, epochs, lines))
+        if lines:
+            found.append(Curves(init, epochs, lines))
     return found
 
 

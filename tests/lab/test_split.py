@@ -230,9 +230,7 @@ def test_pruning_is_spread_over_the_fine_tuning(tmp_path: Path) -> None:
     before = state(run, replace(tuned["paf"], epochs=0))
     assert all(each == {key: value.shape for key, value in before.items()} for each in widths)
     late = ("split.prune_until=0.5", "prune.iterative_steps=999", "split.budgets=1")
-    with pytest.raises(
-        RecipeError, match=r"split\.prune_until: 0\.5 of 1 epochs is \d+ steps of the optimizer, too few"
-    ):
+    with pytest.raises(RecipeError, match=r"split\.prune_until: 0\.5 of 1 epochs is \d+ steps of the optimizer"):
         SplitRun(recipe(tmp_path / "late", *late), progress=False)
 
 

