@@ -60,24 +60,52 @@ def runs(folder: Path) -> int:
     return sum(len(path.read_text().splitlines()) for path in folder.glob("trained-*"))
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 4), st.integers(0, 3))
-def test_parts_are_disjoint_stratified_and_together_all(parts: int, seed: int) -> None:
-    found = schedule.split(LABELS, parts, seed=seed)
-    assert torch.cat(found).sort().values.tolist() == list(range(60))
-    for part in found:
-        counts = LABELS[part].bincount(minlength=3)
-        assert counts.max() - counts.min() == 0
-    assert all(torch.equal(a, b) for a, b in zip(found, schedule.split(LABELS.tolist(), parts, seed=seed), strict=True))
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=80), st.floats(0.01, 0.99), st.integers(0, 5))
+def test_strata_are_disjoint_complete_and_balanced(labels: list[int], share: float, seed: int) -> None:
+    tensor = torch.tensor(labels)
+    rest, taken = schedule.stratified(tensor, share, seed=seed)
+    assert sorted([*rest.tolist(), *taken.tolist()]) == list(range(len(labels)))
+    for value in set(labels):
+        assert int((tensor[taken] == value).sum()) == round(share * labels.count(value))
+    again = schedule.stratified(tensor, share, seed=seed)
+    assert torch.equal(again[1], taken)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.floats(0.05, 1.0))
-def test_an_overlap_is_a_share_of_the_others(overlap: float) -> None:
-    own = schedule.split(LABELS, 2)
-    for part, alone in zip(schedule.split(LABELS, 2, overlap=overlap), own, strict=True):
-        assert set(alone.tolist()) <= set(part.tolist())
-        assert len(part) == len(alone) + 3 * round(overlap * 10)
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=12, max_size=80), st.integers(2, 4), st.integers(0, 5))
+def test_parts_are_disjoint_complete_seeded_and_have_every_class(labels: list[int], count: int, seed: int) -> None:
+    labels += [0, 1, 2, 3] * count
+    tensor = torch.tensor(labels)
+    parts = schedule.split(tensor, count, seed=seed)
+    assert len(parts) == count
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
+    for part in parts:
+        assert torch.equal(part, part.sort().values)
+        for value in range(4):
+            assert abs(int((tensor[part] == value).sum()) - labels.count(value) / count) <= 1
+    again = schedule.split(labels, count, seed=seed)
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_another_seed_divides_otherwise() -> None:
+    labels = torch.arange(200) % 10
+    first, second = schedule.split(labels, 2, seed=0), schedule.split(labels, 2, seed=1)
+    assert not torch.equal(first[0], second[0])
+
+
+@settings(deadline=None)
+@given(st.floats(0.0, 1.0), st.integers(2, 4))
+def test_overlapping_parts_have_a_share_of_the_others(overlap: float, count: int) -> None:
+    labels = torch.arange(240) % 3
+    own, shared = (schedule.split(labels, count, overlap=share, seed=3) for share in (0.0, overlap))
+    for before, after in zip(own, shared, strict=True):
+        assert set(before.tolist()) <= set(after.tolist())
+        assert len(set(after.tolist())) == len(after)
+        for value in range(3):
+            others = 80 - int((labels[before] == value).sum())
+            added = int((labels[after] == value).sum()) - int((labels[before] == value).sum())
+            assert added == round(overlap * others)
 
 
 def test_what_cannot_be_split() -> None:

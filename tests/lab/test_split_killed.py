@@ -25,7 +25,7 @@ def start(folder: Path, output: str) -> subprocess.Popen[str]:
                             stdout=subprocess.DEVNULL)  # fmt: skip
 
 
-def until(found: Callable[[], object], seconds: float = 240) -> None:
+def until(found: Callable[[], object], seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while not found():
         assert time.monotonic() < deadline
@@ -69,7 +69,7 @@ def test_killed_workers_and_killed_parents_change_nothing_in_the_end(tmp_path: P
     orphans = workers(run.pid)
     run.kill()
     run.communicate()
-    until(lambda: not any(map(is_alive, orphans)), seconds=60)
+    until(lambda: not any(map(is_alive, orphans)))
     left = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*") if path.is_file()}
     time.sleep(0.5)
     assert {path: path.stat().st_mtime_ns for path in left} == left  # nobody goes on
