@@ -129,6 +129,7 @@ def train(
     processors = os.cpu_count() or 1
     workers = workers or min(len(indices), gpus or processors)
     threads = threads or max(1, processors // workers)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     jobs = [
         _Job(fit, copy.deepcopy(network).cpu(), rows, number, seed, threads, Path(folder))
         for number, (network, rows) in enumerate(zip(networks, indices, strict=True))

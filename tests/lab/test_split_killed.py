@@ -10,8 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from intrafusion import cli
-from tests.lab.test_split import TEXT, finished
+from intrafusion.lab import split_training
+from intrafusion.lab.split import run_split
+from tests.lab.test_split import TEXT, finished, one_after_another, recipe
 
 SMALL = ["split.schedules=paf,fap", "train.epochs=3", "split.budgets=0"]
 
@@ -52,7 +56,9 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def test_killed_workers_and_killed_parents_change_nothing_in_the_end(tmp_path: Path) -> None:
+def test_killed_workers_and_killed_parents_change_nothing_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = tmp_path / "killed" / "checkpoints"
 
     run = start(tmp_path, "killed")
@@ -75,5 +81,6 @@ def test_killed_workers_and_killed_parents_change_nothing_in_the_end(tmp_path: P
     assert {path: path.stat().st_mtime_ns for path in left} == left  # nobody goes on
 
     assert start(tmp_path, "killed").wait() == cli.OK
-    assert start(tmp_path, "whole").wait() == cli.OK
+    monkeypatch.setattr(split_training, "in_processes", one_after_another)
+    run_split(recipe(tmp_path / "whole", *SMALL), progress=False)
     assert finished(tmp_path / "killed") == finished(tmp_path / "whole")
