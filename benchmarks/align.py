@@ -20,7 +20,7 @@ from intrafusion.lab.landscape import interpolate, score
 from intrafusion.lab.models import build_model
 from intrafusion.lab.sections import TrainSection
 from intrafusion.lab.sources import digits
-from intrafusion.lab.split import Ensemble
+from intrafusion.lab.split_schedules import Ensemble
 from intrafusion.lab.training import train_
 
 METHODS = ("matching", "weights", "activations")

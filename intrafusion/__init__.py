@@ -109,6 +109,7 @@ _HOME = {
         "Alignment",
         "align",
     ),
+    "schedule": (),
     "surgery.batchnorm": ("recenter_batchnorms_",),
     "training.loop": (
         "DivergedError",

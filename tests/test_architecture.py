@@ -24,13 +24,14 @@ MAY_IMPORT = {
     "checkpoint": {"checkpoint", "files", "surgery"},
     "onnx_export": {"checkpoint", "files", "surgery"},
     "training": {"files", "surgery", "fused_group", "pruner", "report", "training"},
+    "schedule": {"averaging", "training"},
     "__init__": {
         "fused_group", "fusion", "report", "importance", "pruner", "averaging", "surgery", "checkpoint", "onnx_export",
         "training",
     },
     "lab": {
         "ot", "surgery", "files", "fusion", "report", "checks", "importance", "pruner", "averaging", "checkpoint",
-        "training", "lab", "intrafusion",
+        "training", "schedule", "lab", "intrafusion",
     },
     "cli": {"cli_parser", "lab", "training", "intrafusion"},
     "cli_parser": {"intrafusion"},

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from intrafusion import schedule
 from intrafusion.lab.errors import LabError
 
 SPLITS = ("train", "validation", "test")
@@ -148,65 +149,26 @@ class Dataset:
             yield self.normalise(split.read(part)), split.labels[part]
 
     def parts(self, count: int, *, overlap: float = 0.0, seed: int) -> list[Dataset]:
-        """The same data with ``count`` parts of the training images, as :func:`stratified_parts` divides them.
+        """The same data with ``count`` parts of the training images; see :func:`intrafusion.schedule.split`.
 
         Raises:
             LabError: a class has fewer training images than there are parts.
         """
-        labels = self.split("train").labels
-        return [self._trained_on(rows) for rows in stratified_parts(labels, count, overlap=overlap, seed=seed)]
+        return [self._trained_on(rows) for rows in self._rows_of_parts(count, overlap, seed)]
 
     def together(self, count: int, *, overlap: float = 0.0, seed: int) -> Dataset:
         """The same data with the training images of all :meth:`parts`: one in several parts is there several times.
 
         Going through it once presents as many images, and the same ones, as going once through each part.
         """
-        labels = self.split("train").labels
-        return self._trained_on(torch.cat(stratified_parts(labels, count, overlap=overlap, seed=seed)).sort().values)
+        return self._trained_on(torch.cat(self._rows_of_parts(count, overlap, seed)).sort().values)
+
+    def _rows_of_parts(self, count: int, overlap: float, seed: int) -> list[Tensor]:
+        try:
+            return schedule.split(self.split("train").labels, count, overlap=overlap, seed=seed)
+        except ValueError as error:
+            raise LabError(str(error)) from None
 
     def _trained_on(self, rows: Tensor) -> Dataset:
         splits = {name: self.split(name) for name in SPLITS}
         return replace(self, _read=splits | {"train": splits["train"].take(rows)})
-
-
-def stratified_parts(labels: Tensor, count: int, *, overlap: float = 0.0, seed: int) -> list[Tensor]:
-    """Divide indices of ``labels`` (int64 ``[N]``) into ``count`` sorted parts that each have every class.
-
-    Without ``overlap`` the parts are disjoint and together all; with it each part also has that share, in [0, 1], of
-    every class of the images that are not its own. The parts depend on nothing but the arguments.
-
-    Raises:
-        LabError: a class has fewer images than there are parts.
-    """
-    sizes = labels.unique(return_counts=True)
-    for label, size in zip(*(values.tolist() for values in sizes), strict=True):
-        if size < count:
-            raise LabError(f"class {label} has {size} training images, too few for {count} parts")
-    own, rest = [], torch.arange(len(labels))
-    for left in range(count, 1, -1):
-        kept, taken = stratified(labels[rest], 1 / left, seed=seed)
-        own.append(rest[taken])
-        rest = rest[kept]
-    own = [rest, *reversed(own)]
-    if not overlap:
-        return own
-    shared = []
-    for number, part in enumerate(own):
-        others = torch.cat(own[:number] + own[number + 1 :]).sort().values
-        _, taken = stratified(labels[others], overlap, seed=seed + number + 1)
-        shared.append(torch.cat([part, others[taken]]).sort().values)
-    return shared
-
-
-def stratified(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Split indices of ``labels`` (int64 ``[N]``) into two sorted parts, the second with ``share`` of every class.
-
-    The number taken of a class is rounded; it depends on nothing but the labels, the share and the seed.
-    """
-    generator = np.random.default_rng(seed)
-    taken = np.zeros(len(labels), dtype=bool)
-    values = labels.numpy()
-    for value in np.unique(values):
-        members = np.flatnonzero(values == value)
-        taken[generator.permutation(members)[: round(share * len(members))]] = True
-    return torch.from_numpy(np.flatnonzero(~taken)), torch.from_numpy(np.flatnonzero(taken))

@@ -6,9 +6,6 @@ import importlib
 import logging
 import multiprocessing
 import os
-import signal
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +20,7 @@ from intrafusion.lab.bench import Bench
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.recipe import Recipe
 from intrafusion.lab.results import Cell, Result
+from intrafusion.training.workers import start_worker
 
 ExecutorName = Literal["local", "ray"]
 
@@ -151,20 +149,7 @@ class Local:
 def _start_worker(started: Any, gpus: int, level: int) -> None:
     with started.get_lock():
         number, started.value = started.value, started.value + 1
-    if gpus:
-        torch.cuda.set_device(number % gpus)
-    logging.getLogger("intrafusion").setLevel(level)
-    warnings.simplefilter("ignore")  # what was only cut is in the report
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to handle
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: Any) -> None:
-    """A killed parent cannot end its workers."""
-    parent.join()
-    os._exit(1)
+    start_worker(level, number % gpus if gpus else None)
 
 
 def _messages_level() -> int:

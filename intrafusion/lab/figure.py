@@ -41,7 +41,7 @@ def draw(study: Study) -> bytes:
     )  # fmt: skip
     figure.supxlabel("channels removed (%)", fontsize=9, color=INK)
     figure.supylabel("test accuracy (%)", fontsize=9, color=INK)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_finetuning(study: Study) -> bytes:
@@ -76,10 +76,11 @@ def draw_finetuning(study: Study) -> bytes:
     )  # fmt: skip
     figure.supxlabel("epochs of fine-tuning", fontsize=9, color=INK)
     figure.supylabel("validation accuracy (%)", fontsize=9, color=INK)
-    return _png(figure)
+    return png(figure)
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A matplotlib figure as the content of a file."""
     target = io.BytesIO()
     figure.savefig(target, format="png", dpi=160, facecolor="white")
     return target.getvalue()

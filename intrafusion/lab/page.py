@@ -32,7 +32,7 @@ LEGEND = (
     '<p class="legend"><span class="fused">fused</span> <span class="discard">discard</span> '
     '<span class="dense">dense</span></p>'
 )
-_KINDS = {"group": "name", "reason": "text", "kept channel": "name", "made of": "text"}
+_KINDS = {"group": "name", "network": "name", "reason": "text", "kept channel": "name", "made of": "text"}
 _DRAWN_WIDTH = 64
 
 

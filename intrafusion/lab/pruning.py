@@ -96,26 +96,10 @@ def prune(
         intrafusion.FusionError: a group cannot be pruned.
     """
     model = copy.deepcopy(dense).eval()
-    ignored = ignored_layers(model, settings.ignored)
-    if only != ALL:
-        roots = group_roots(model, example, settings)
-        if only not in roots:
-            raise LabError(f"no group starts at '{only}'; groups: {', '.join(roots)}")
-        ignored += [model.get_submodule(name) for name in roots if name != only]
     # With scores from before the only step, a discarding run keeps the same channels, without the work of fusing them.
     scored_once = not fusion.rescore and settings.iterative_steps == 1
     used = fusion.discarded() if discard and scored_once else fusion
-    pruner = _pruner(
-        model,
-        example,
-        settings,
-        used,
-        ratio=ratio,
-        ignored=ignored,
-        importance=IMPORTANCES[settings.importance](lambda: _images(data, settings)),
-        own_ratios={model.get_submodule(name): own for name, own in own_ratios(model, example, settings).items()},
-        calibration=_images(data, settings) if used.correct == "calibrated" else None,
-    )
+    pruner = make_pruner(model, example, settings, used, ratio, data=data, only=only)
     pruner.progress = progress
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -132,6 +116,34 @@ def prune(
     model.zero_grad(set_to_none=True)
     _check_output(model, dense, example)
     return Pruned(model, groups, _digest(history))
+
+
+def make_pruner(
+    model: nn.Module, example: Tensor, settings: PruneSection, fusion: Fusion, ratio: float, *, data: Dataset,
+    only: str = ALL,
+) -> IntraFusionPruner:  # fmt: skip
+    """The pruner of ``model`` that the settings describe, with ``settings.iterative_steps`` to go; see :func:`prune`.
+
+    Raises:
+        LabError: a name matches no layer.
+    """
+    ignored = ignored_layers(model, settings.ignored)
+    if only != ALL:
+        roots = group_roots(model, example, settings)
+        if only not in roots:
+            raise LabError(f"no group starts at '{only}'; groups: {', '.join(roots)}")
+        ignored += [model.get_submodule(name) for name in roots if name != only]
+    return _pruner(
+        model,
+        example,
+        settings,
+        fusion,
+        ratio=ratio,
+        ignored=ignored,
+        importance=IMPORTANCES[settings.importance](lambda: _images(data, settings)),
+        own_ratios={model.get_submodule(name): own for name, own in own_ratios(model, example, settings).items()},
+        calibration=_images(data, settings) if fusion.correct == "calibrated" else None,
+    )
 
 
 def uses_images(settings: PruneSection, fusion: Fusion) -> bool:

@@ -147,6 +147,8 @@ def _split_problems(recipe: Any) -> Iterator[tuple[str, str]]:
         yield "prune.target", "in conflict with split, which takes prune.ratios"
     if prune is not None and prune.groups == "each":
         yield "prune.groups", "each, in conflict with split, which prunes all groups at once"
+    if prune is not None and prune.importance == "taylor" and split.prune_until:
+        yield "prune.importance", "taylor, in conflict with split.prune_until: its gradients are taken before training"
     budgets = [epochs for epochs in split.budgets or () if epochs]
     if not budgets:
         return

@@ -215,6 +215,9 @@ class SplitSection:
     budgets: tuple[int, ...] = option(
         (0,), "epochs of fine-tuning on all images, one run each; they replace finetune.epochs", ge=0, min_length=1
     )
+    prune_until: float = option(
+        0.0, "share of the fine-tuning over which fap and whole make prune.iterative_steps; 0 for before it", ge=0, lt=1
+    )
     seeds: tuple[int, ...] = option(
         (0,), "one run each: of the parts, the first weights and the order of the images", ge=0, min_length=1
     )
@@ -227,6 +230,8 @@ class SplitSection:
                 yield key, "the same value is given twice"
         if self.by == "activations" and self.repair == "data-free":
             yield "repair", "data-free, in conflict with by: activations, which takes images"
+        if self.prune_until and not any(self.budgets or (1,)):
+            yield "prune_until", "needs budgets above 0: it is a share of the fine-tuning"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,129 +7,46 @@ the disk before the next is computed, and nothing that is finished is computed a
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-import intrafusion
+from intrafusion import save
 from intrafusion.lab.code_digest import TRAINING_CODE, code_digest
-from intrafusion.lab.data import SPLITS, Dataset
-from intrafusion.lab.errors import LabError
+from intrafusion.lab.data import SPLITS
 from intrafusion.lab.executors import threads_of
 from intrafusion.lab.files import write_atomic
-from intrafusion.lab.folder import ENVIRONMENT, RESULTS, prepare, read_json, read_recipe_of
-from intrafusion.lab.measure import Accuracy, count_macs, count_parameters, evaluate
-from intrafusion.lab.pruning import OutputChanged, prune
+from intrafusion.lab.folder import prepare
+from intrafusion.lab.measure import count_macs, count_parameters, evaluate
 from intrafusion.lab.recipe import Recipe, to_mapping
-from intrafusion.lab.results import LineStore, key_of_identity
+from intrafusion.lab.results import key_of_identity
 from intrafusion.lab.run import Finished, torch_threads
-from intrafusion.lab.split_training import SplitNetworks, Stage
-from intrafusion.lab.stopwatch import Stopwatch
-from intrafusion.lab.training import finetune_, forget_checkpoint
+from intrafusion.lab.split_schedules import Schedules
+from intrafusion.lab.split_study import (
+    AVERAGES,
+    OF_WHOLE,
+    PRUNED,
+    SPLIT,
+    Item,
+    Measured,
+    Method,
+    network_file,
+    open_results,
+    read_split,
+)
+from intrafusion.lab.split_training import SplitNetworks
+from intrafusion.lab.training import forget_checkpoint
 from intrafusion.lab.weights import digest
 
 _log = logging.getLogger(__name__)
-
-Method = Literal[
-    "part", "whole", "ensemble", "naive", "naive repaired", "aligned", "aligned repaired",
-    "paf", "fap", "whole fused", "whole discard",
-]  # fmt: skip
-AVERAGES: tuple[Method, ...] = ("naive", "naive repaired", "aligned", "aligned repaired")
-OF_WHOLE: tuple[Method, ...] = ("whole fused", "whole discard")
-SPLIT = "split.json"
-"""In the folder of a run: which lines of the results belong to it, in order, and how many images the parts have."""
-_PRUNED: dict[str, tuple[Method, ...]] = {"paf": ("paf",), "fap": ("fap",), "whole": OF_WHOLE}
-
-
-@dataclass(frozen=True)
-class Item:
-    """One network to measure.
-
-    Attributes:
-        method: ``part`` and ``whole`` are trained networks; averages are in the given channels (``naive``) or aligned,
-            with or without their batch-norm statistics repaired; the rest is pruned.
-        init: of the parts' networks, ``same`` or ``different``; ``None`` where there are no parts.
-        epochs: of fine-tuning.
-    """
-
-    method: Method
-    seed: int
-    init: str | None = None
-    part: int | None = None
-    ratio: float = 0.0
-    epochs: int = 0
-
-    def __str__(self) -> str:
-        name = self.method if self.part is None else f"part {self.part}"
-        words = [f"{self.ratio:.0%} {name}" if self.ratio else name, f"seed {self.seed}"]
-        words += [f"{self.init} init"] if self.init else []
-        return ", ".join([*words, *([f"{self.epochs} epochs of fine-tuning"] if self.epochs else [])])
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What an item is worth.
-
-    Attributes:
-        digest: of the network's state dict: equal for equal networks.
-        seconds: wall clock of ``train``, ``prune``, ``fuse`` and ``finetune``, as far as they took part. What is done
-            for every part at the same time counts once, with its slowest.
-    """
-
-    item: Item
-    correct: int
-    total: int
-    params: int
-    macs: int
-    digest: str
-    seconds: Mapping[str, float]
-
-    @property
-    def accuracy(self) -> Accuracy:
-        """Correct and total as one value."""
-        return Accuracy(self.correct, self.total)
-
-    @property
-    def total_seconds(self) -> float:
-        """From the first training step to the network, with a worker for each part."""
-        return sum(self.seconds.values())
-
-
-@dataclass(frozen=True)
-class SplitStudy:
-    """The results of a recipe, as far as they are there, in the order of the items.
-
-    Attributes:
-        parts: training images of each part, for the first seed; together: of all parts, counted with repetitions.
-    """
-
-    recipe: Recipe
-    results: tuple[Measured, ...]
-    parts: tuple[int, ...]
-    together: int
-    environment: Mapping[str, str]
-
-
-class Ensemble(nn.Module):
-    """The mean of the probabilities of several networks."""
-
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``[N, C, H, W]`` to ``[N, classes]``."""
-        return torch.stack([network(images).softmax(1) for network in self.networks]).mean(0)
+_FUSE_CODE = ("averaging.py", "schedule.py", "lab/split_schedules.py")
+_ON_THE_WAY_CODE = ("training/fusion_schedule.py", "training/optimizer_state.py", "training/averaged_weights.py")
 
 
 class SplitRun:
@@ -150,9 +67,9 @@ class SplitRun:
         prepare(self.folder, recipe)
         self.networks = SplitNetworks(recipe, self.folder, progress=progress)
         self.split = self.networks.split
+        self.schedules = Schedules(self.networks)
         self.keys = {item: key_of_identity(self.identity(item)) for item in self.items}
-        self.store = LineStore(self.folder / RESULTS, _measured, asdict)
-        self._made: dict[tuple[Method, str | None], tuple[Item, nn.Module, dict[str, float]]] = {}
+        self.store = open_results(self.folder)
         sizes = [len(data.split("train")) for data in self.networks.parts(self.split.seeds[0])]
         plan = {"keys": list(self.keys.values()), "parts": sizes[:-1], "together": sizes[-1]}
         write_atomic(self.folder / SPLIT, json.dumps(plan, indent=1) + "\n")
@@ -180,7 +97,7 @@ class SplitRun:
         for seed in split.seeds:
             for ratio in self.recipe.prune.ratios or ():
                 for schedule in split.schedules:
-                    for method in _PRUNED[schedule]:
+                    for method in PRUNED[schedule]:
                         inits = (None,) if method in OF_WHOLE else split.init
                         found += [Item(method, seed, init, None, ratio, e) for init in inits for e in split.budgets]
         return found
@@ -195,7 +112,7 @@ class SplitRun:
         split = self.split
         found = {
             "item": asdict(item),
-            "networks": [self.networks.key(stage) for stage in self._stages(item)],
+            "networks": [self.networks.key(stage) for stage in self.schedules.stages(item)],
             "test": self._digests["test"],
             "code": code_digest(),
         }
@@ -211,6 +128,8 @@ class SplitRun:
                 del settings[key]
             found |= {"finetune": settings, "training code": code_digest(TRAINING_CODE)}
             found["validation"] = self._digests["validation"]
+        if self.schedules.prunes_on_the_way(item):
+            found["prune until"] = [self.split.prune_until, code_digest(_ON_THE_WAY_CODE)]
         if item.epochs or "fuse" in found:
             found["train"] = self._digests["train"]
         return found
@@ -225,17 +144,21 @@ class SplitRun:
 
     def network(self, item: Item) -> nn.Module:
         """The network of an item, in eval mode and a copy of one's own. Trainings that are missing are done."""
-        return self._network(item)[0]
+        return self.schedules.network(item, self.checkpoint(item), progress=self.progress)[0]
 
     def measure(self, item: Item) -> Measured:
         """Compute one item and keep its result, which is on the disk on return."""
-        model, seconds = self._network(item)
+        model, seconds = self.schedules.network(item, self.checkpoint(item), progress=self.progress)
         accuracy = evaluate(
             model, self.networks.bench.data, batch_size=self.recipe.data.batch_size, progress=self.progress
         )
         rounded = {name: round(value, 3) for name, value in seconds.items()}
         macs = count_macs(model, self.networks.example)
         result = Measured(item, accuracy.correct, accuracy.total, count_parameters(model), macs, digest(model), rounded)
+        if item.ratio and ("discard" if item.method == "whole discard" else "fused") in self.recipe.kept_methods:
+            source = self.recipe.model
+            path = network_file(self.folder, item)
+            save(model, path, source=source.name, num_classes=source.num_classes, recipe=to_mapping(self.recipe))
         self.store.add(self.keys[item], result, self.identity(item))
         forget_checkpoint(self.checkpoint(item))
         return result
@@ -243,105 +166,6 @@ class SplitRun:
     @cached_property
     def _digests(self) -> dict[str, str]:
         return {name: self.networks.bench.data.digest(name) for name in SPLITS}
-
-    def _stages(self, item: Item) -> list[Stage]:
-        if item.init is None:
-            return [self.networks.of_all(item.seed)]
-        stages = self.networks.of_parts(item.seed, item.init)
-        return stages if item.part is None else [stages[item.part]]
-
-    def _network(self, item: Item) -> tuple[nn.Module, dict[str, float]]:
-        """A copy of an item's network, and the seconds of each step on the way to it."""
-        start = replace(item, epochs=0)
-        known = self._made.get((item.method, item.init))
-        if known is None or known[0] != start:
-            known = self._made[item.method, item.init] = (start, *self._make(start))
-        model, seconds = copy.deepcopy(known[1]), dict(known[2])
-        if item.epochs:
-            seconds["finetune"] = self._finetune_(model, item)
-        return model, seconds
-
-    def _make(self, item: Item) -> tuple[nn.Module, dict[str, float]]:
-        if item.method == "fap":
-            average = "aligned" if self.split.repair == "none" else "aligned repaired"
-            model, seconds = self._network(replace(item, method=average, ratio=0.0))
-            return self._prune([model], [self.networks.bench.data], item, seconds)[0], seconds
-        stages = self._stages(item)
-        networks = [self.networks.network(stage) for stage in stages]
-        seconds = {"train": max(self.networks.seconds(stage) for stage in stages)}
-        if item.ratio:
-            networks = self._prune(networks, [self.networks.data(stage) for stage in stages], item, seconds)
-        if item.method == "ensemble":
-            return Ensemble(networks).eval(), seconds
-        if item.method in AVERAGES or item.method == "paf":
-            return self._fuse(networks, item, seconds), seconds
-        return networks[0], seconds
-
-    def _prune(
-        self, networks: Sequence[nn.Module], datasets: Sequence[Dataset], item: Item, seconds: dict[str, float]
-    ) -> list[nn.Module]:
-        """Each network pruned with the images that it was trained on."""
-        recipe, found, took = self.recipe, [], []
-        for network, data in zip(networks, datasets, strict=True):
-            start = time.perf_counter()
-            try:
-                pruned = prune(
-                    network, self.networks.example, recipe.prune, recipe.fusion, item.ratio,
-                    data=data, discard=item.method == "whole discard",
-                )  # fmt: skip
-            except OutputChanged as error:
-                raise recipe.error("prune.ignored", str(error)) from None
-            took.append(time.perf_counter() - start)
-            found.append(pruned.model)
-        seconds["prune"] = max(took)
-        return found
-
-    def _fuse(self, networks: Sequence[nn.Module], item: Item, seconds: dict[str, float]) -> nn.Module:
-        split = self.split
-        by = "given" if item.method.startswith("naive") else split.by
-        repair = split.repair != "none" and item.method not in ("naive", "aligned")
-        start = time.perf_counter()
-        batches = None
-        if by == "activations" or (repair and split.repair == "images"):
-            batches = [images for images, _ in self.networks.bench.data.draw("train", split.images, seed=item.seed)]
-        fused = intrafusion.fuse(networks, self.networks.example, by=by, batches=batches, repair=repair)
-        seconds["fuse"] = time.perf_counter() - start
-        return fused
-
-    def _finetune_(self, model: nn.Module, item: Item) -> float:
-        """Train on all images and return the wall-clock seconds."""
-        settings = self.recipe.finetune
-        if settings is None:
-            raise ValueError("the recipe has no section 'finetune'")
-        checkpoint = self.checkpoint(item)
-        watch = Stopwatch(checkpoint)
-        finetune_(
-            model, self.networks.bench.data, replace(settings, epochs=item.epochs, at=()), seed=item.seed,
-            checkpoint=checkpoint, progress=self.progress,
-        )  # fmt: skip
-        return watch.seconds()
-
-
-_FUSE_CODE = ("averaging.py", "lab/split.py")
-
-
-def read_split(folder: Path) -> tuple[SplitStudy, int]:
-    """What a folder holds of a run with a section ``split``, finished or not, and how many items it is short of.
-
-    Neither the networks nor the images need to be on this machine.
-
-    Raises:
-        LabError: a file in it is broken.
-    """
-    plan, store = read_json(folder / SPLIT), LineStore(folder / RESULTS, _measured, asdict)
-    try:
-        found = [store.get(key) for key in plan["keys"]]
-        sizes = tuple(plan["parts"]), int(plan["together"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise LabError(f"{folder / SPLIT} is broken ({error!r}); run the recipe again to write it anew") from None
-    results = tuple(result for result in found if result is not None)
-    study = SplitStudy(read_recipe_of(folder), results, *sizes, read_json(folder / ENVIRONMENT))
-    return study, len(found) - len(results)
 
 
 def run_split(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> Finished:
@@ -369,8 +193,3 @@ def run_split(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> 
             write_split_report(read_split(opened.folder)[0], opened.folder)
         table = write_split_report(read_split(opened.folder)[0], opened.folder)
     return Finished(opened.folder, opened.folder / "report.md", table, len(missing))
-
-
-def _measured(entry: dict[str, Any]) -> Measured:
-    return Measured(Item(**entry["item"]), *(entry[name] for name in ("correct", "total", "params", "macs", "digest")),
-                    seconds=dict(entry["seconds"]))  # fmt: skip

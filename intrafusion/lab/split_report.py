@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.report import command, markdown_table, text_table, to_csv
-from intrafusion.lab.split import OF_WHOLE, Item, Measured, SplitStudy
+from intrafusion.lab.split_study import OF_WHOLE, Item, Measured, SplitStudy
 
-_SHOWN = {
+SHOWN = {
     "whole": "all images", "ensemble": "ensemble of the parts", "naive": "naive average",
     "naive repaired": "naive average, repaired", "aligned": "aligned average",
     "aligned repaired": "aligned average, repaired", "paf": "PaF", "fap": "FaP", "whole fused": "whole, fused",
     "whole discard": "whole, discard",
 }  # fmt: skip
-_FUSED_FROM_PARTS = ("paf", "fap")
-_STEPS = ("train", "prune", "fuse", "finetune")
+FROM_PARTS = ("paf", "fap")
+STEPS = ("train", "prune", "fuse", "finetune")
 Table = tuple[list[str], list[list[str]]]
 
 
 def write_split_report(study: SplitStudy, folder: Path) -> str:
-    """Write ``report.md`` and ``results.csv``; return the tables for the terminal."""
+    """Write the report in Markdown and HTML, its figure and ``results.csv``; return the tables for the terminal."""
+    from intrafusion.lab.split_figure import draw_schedules
+    from intrafusion.lab.split_page import to_html
+
+    found = curves(study)
+    if found:
+        write_atomic(folder / "accuracy.png", draw_schedules(study.recipe.title, found))
+    write_atomic(folder / "report.html", to_html(study, folder))
     if study.results:
         write_atomic(folder / "results.csv", to_csv([_csv_row(result) for result in study.results]))
     titles = ["before pruning, accuracy in %:", "pruned, accuracy in %:"]
@@ -31,7 +39,8 @@ def write_split_report(study: SplitStudy, folder: Path) -> str:
     parts = [f"# {study.recipe.title}, trained in {len(study.parts)} parts", summary(study)]
     for title, table in zip(("## Before pruning", "## Pruned"), tables, strict=True):
         parts += [title, markdown_table(*table, "ll" + "r" * (len(table[0]) - 2))] if table[1] else []
-    parts += [*verdicts(study), "## Seconds of each step", _TIMES, markdown_table(*times, "ll" + "r" * 8)]
+    parts += ["![Accuracy over the share of channels removed](accuracy.png)"] if found else []
+    parts += [*verdicts(study), "## Seconds of each step", TIMES, markdown_table(*times, "ll" + "r" * 8)]
     parts += ["## Again", f"```\n{command(folder)}\n```"]
     parts.append(f"Threads: {study.environment['threads']}, on {study.environment['device']}.")
     write_atomic(folder / "report.md", "\n\n".join(parts) + "\n")
@@ -39,7 +48,7 @@ def write_split_report(study: SplitStudy, folder: Path) -> str:
     return "\n\n".join([summary(study), *shown, *verdicts(study)])
 
 
-_TIMES = (
+TIMES = (
     "Wall clock, mean over the seeds, with one worker for each part: what is done for every part at once counts with "
     "its slowest. The speed-up is that of the whole path, from the first training step to the network of the row, "
     "against the network that saw all images, pruned with fusion and fine-tuned as long."
@@ -65,7 +74,7 @@ def networks_table(study: SplitStudy) -> Table:
     seeds = _unique(result.item.seed for result in study.results)
     groups: dict[tuple[str, str], dict[int, float]] = {}
     for result in study.results:
-        if not result.item.ratio and result.item.method in ("part", *_SHOWN):
+        if not result.item.ratio and result.item.method in ("part", *SHOWN):
             key = (result.item.init or "", _name(result.item))
             groups.setdefault(key, {})[result.item.seed] = result.accuracy.percent
     rows = [[init, name, *_with_mean(seeds, found)] for (init, name), found in groups.items()]
@@ -74,12 +83,12 @@ def networks_table(study: SplitStudy) -> Table:
 
 def schedules_table(study: SplitStudy) -> Table:
     """A row per initialisation, ratio, budget and seed; PaF and FaP against the network that saw all images."""
-    methods = [name for name in (*OF_WHOLE, *_FUSED_FROM_PARTS) if any(r.item.method == name for r in study.results)]
-    header = ["init", "removed", "epochs", "seed", *(_SHOWN[name] for name in methods), "best"]
+    methods = [name for name in (*OF_WHOLE, *FROM_PARTS) if any(r.item.method == name for r in study.results)]
+    header = ["init", "removed", "epochs", "seed", *(SHOWN[name] for name in methods), "best"]
     rows = []
-    for init, ratio, epochs in _settings(study):
+    for init, ratio, epochs in settings_of(study):
         seeds = _unique(r.item.seed for r in study.results if r.item.ratio == ratio)
-        found = {name: _of(study, name, init, ratio, epochs) for name in methods}
+        found = {name: of(study, name, init, ratio, epochs) for name in methods}
         for seed in seeds:
             values = {name: by[seed].accuracy.percent for name, by in found.items() if seed in by}
             if values:
@@ -93,27 +102,63 @@ def schedules_table(study: SplitStudy) -> Table:
 def times_table(study: SplitStudy) -> Table:
     """Mean seconds of each step on the way to a pruned network, and how much sooner it is there."""
     rows = []
-    for init, ratio, epochs in _settings(study):
-        whole = _of(study, "whole fused", init, ratio, epochs)
-        for name in ("whole fused", *_FUSED_FROM_PARTS):
-            found = _of(study, name, init, ratio, epochs)
+    for init, ratio, epochs in settings_of(study):
+        whole = of(study, "whole fused", init, ratio, epochs)
+        for name in ("whole fused", *FROM_PARTS):
+            found = of(study, name, init, ratio, epochs)
             if found:
-                steps = [fmean(r.seconds.get(step, 0.0) for r in found.values()) for step in _STEPS]
+                steps = [fmean(r.seconds.get(step, 0.0) for r in found.values()) for step in STEPS]
                 faster = f"{_total(whole) / _total(found):.2f}x" if whole else ""
                 shown = [f"{value:.4g}" for value in (*steps, _total(found))]
-                rows.append([init, _SHOWN[name], f"{ratio:.4g}", str(epochs), *shown, faster])
-    return ["init", "schedule", "removed", "epochs", *_STEPS, "total", "speed-up"], rows
+                rows.append([init, SHOWN[name], f"{ratio:.4g}", str(epochs), *shown, faster])
+    return ["init", "schedule", "removed", "epochs", *STEPS, "total", "speed-up"], rows
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Mean accuracy in per cent over the share removed: ``lines[method][ratio]``, for one initialisation and budget."""
+
+    init: str
+    epochs: int
+    lines: Mapping[str, Mapping[float, float]]
+
+    @property
+    def label(self) -> str:
+        """What they are of."""
+        tuned = f"{self.epochs} epochs of fine-tuning" if self.epochs else "no fine-tuning"
+        return f"{self.init} init, {tuned}" if self.init else tuned
+
+
+def curves(study: SplitStudy) -> list[Curves]:
+    """The pruned networks by initialisation and budget; without fine-tuning each line starts at what was pruned."""
+    found = []
+    settings = settings_of(study)
+    for init, epochs in _unique((init, epochs) for init, _, epochs in settings):
+        lines: dict[str, dict[float, float]] = {}
+        for name in (*OF_WHOLE, *FROM_PARTS):
+            start = ("whole",) if name in OF_WHOLE else ("aligned repaired", "aligned")
+            dense = next((by for by in (of(study, method, init) for method in start) if by), {})
+            line = {0.0: dense} if dense and not epochs else {}
+            line |= {
+                ratio: of(study, name, init, ratio, epochs) for at, ratio, e in settings if (at, e) == (init, epochs)
+            }
+            means = {ratio: mean_accuracy(by) for ratio, by in line.items() if by}
+            if set(means) - {0.0}:
+                lines[name] = means
+        if lines:
+            found.append(Curves(init, epochs, lines))
+    return found
 
 
 def verdicts(study: SplitStudy) -> list[str]:
-    """What alignment recovered, and where training on all images at once was better."""
-    return [*_recovered(study), *_winners(study)]
+    """What alignment recovered, where training on all images at once was better, and how much sooner each is there."""
+    return [*_recovered(study), *_winners(study), *_speedups(study)]
 
 
 def _recovered(study: SplitStudy) -> list[str]:
     lines = []
     for init in study.recipe.split.init if study.recipe.split else ():
-        naive, best = _of(study, "naive", init), _of(study, "aligned repaired", init) or _of(study, "aligned", init)
+        naive, best = of(study, "naive", init), of(study, "aligned repaired", init) or of(study, "aligned", init)
         parts: dict[int, list[float]] = {}
         for result in study.results:
             if result.item.method == "part" and result.item.init == init:
@@ -124,7 +169,7 @@ def _recovered(study: SplitStudy) -> list[str]:
         gap = fmean(max(parts[seed]) - naive[seed].accuracy.percent for seed in seeds)
         won = fmean(best[seed].accuracy.percent - naive[seed].accuracy.percent for seed in seeds)
         share = f", {won / gap:.0%} of it" if min(gap, won) > 0 else ""
-        means = "alignment and repair" if _of(study, "aligned repaired", init) else "alignment"
+        means = "alignment and repair" if of(study, "aligned repaired", init) else "alignment"
         lines.append(
             f"Init {init}: the naive average is {gap:.2f} points below the better part on average; "
             f"{means} change it by {won:+.2f} points{share}."
@@ -134,9 +179,9 @@ def _recovered(study: SplitStudy) -> list[str]:
 
 def _winners(study: SplitStudy) -> list[str]:
     lost, rows = [], 0
-    for init, ratio, epochs in _settings(study):
-        parts = [_of(study, name, init, ratio, epochs) for name in _FUSED_FROM_PARTS]
-        whole = [_of(study, name, init, ratio, epochs) for name in OF_WHOLE]
+    for init, ratio, epochs in settings_of(study):
+        parts = [of(study, name, init, ratio, epochs) for name in FROM_PARTS]
+        whole = [of(study, name, init, ratio, epochs) for name in OF_WHOLE]
         if not any(parts) or not any(whole):
             continue
         rows += 1
@@ -152,15 +197,46 @@ def _winners(study: SplitStudy) -> list[str]:
             f"settings{by}."]  # fmt: skip
 
 
-def _settings(study: SplitStudy) -> list[tuple[str, float, int]]:
+def _speedups(study: SplitStudy) -> list[str]:
+    times: dict[str, list[float]] = {name: [] for name in FROM_PARTS}
+    training = []
+    for init, ratio, epochs in settings_of(study):
+        whole = of(study, "whole fused", init, ratio, epochs)
+        for name, factors in times.items():
+            if (own := of(study, name, init, ratio, epochs)) and whole:
+                factors.append(_total(whole) / _total(own))
+                training.append(_training(whole) / _training(own))
+    if not training:
+        return []
+    told = [f"{SHOWN[name]} {_range(factors)} in all" for name, factors in times.items() if factors]
+    return [
+        f"Speed-up with a worker for each part (below 1 is slower): {_range(training)} in training; {', '.join(told)}."
+    ]
+
+
+def _training(found: dict[int, Measured]) -> float:
+    return fmean(result.seconds["train"] for result in found.values())
+
+
+def _range(factors: Sequence[float]) -> str:
+    low, high = (f"{value:.2f}x" for value in (min(factors), max(factors)))
+    return low if low == high else f"{low} to {high}"
+
+
+def mean_accuracy(found: Mapping[int, Measured]) -> float:
+    """Over the seeds, in per cent."""
+    return fmean(result.accuracy.percent for result in found.values())
+
+
+def settings_of(study: SplitStudy) -> list[tuple[str, float, int]]:
     """Initialisation, ratio and budget of each comparison; one without parts stands for itself."""
-    pruned = [r.item for r in study.results if r.item.method in (*OF_WHOLE, *_FUSED_FROM_PARTS)]
+    pruned = [r.item for r in study.results if r.item.method in (*OF_WHOLE, *FROM_PARTS)]
     inits = _unique(item.init for item in pruned if item.init) or [""]
     places = sorted({(item.ratio, item.epochs) for item in pruned})
     return [(init, ratio, epochs) for init in inits for ratio, epochs in places]
 
 
-def _of(study: SplitStudy, method: str, init: str, ratio: float = 0.0, epochs: int = 0) -> dict[int, Measured]:
+def of(study: SplitStudy, method: str, init: str, ratio: float = 0.0, epochs: int = 0) -> dict[int, Measured]:
     """By seed; what saw all images is the same for every initialisation of the parts."""
     return {
         r.item.seed: r
@@ -175,7 +251,7 @@ def _total(found: dict[int, Measured]) -> float:
 
 def _best(values: dict[str, float]) -> str:
     top = max(values.values())
-    return " = ".join(_SHOWN[name] for name, value in values.items() if value == top)
+    return " = ".join(SHOWN[name] for name, value in values.items() if value == top)
 
 
 def _numbers(methods: Sequence[str], values: dict[str, float]) -> list[str]:
@@ -192,7 +268,7 @@ def _with_mean(seeds: Sequence[int], found: dict[int, float]) -> list[str]:
 
 
 def _name(item: Item) -> str:
-    return _SHOWN[item.method] if item.part is None else f"part {item.part}"
+    return SHOWN[item.method] if item.part is None else f"part {item.part}"
 
 
 def _unique(values: Iterable) -> list:
@@ -205,6 +281,4 @@ def _csv_row(result: Measured) -> dict[str, object]:
         name: getattr(item, name) for name in ("method", "seed", "init", "part", "ratio", "epochs")
     }
     row |= {name: getattr(result, name) for name in ("correct", "total", "params", "macs", "digest")}
-    return (
-        row | {f"{step}_s": result.seconds.get(step) for step in _STEPS} | {"total_s": round(result.total_seconds, 3)}
-    )
+    return row | {f"{step}_s": result.seconds.get(step) for step in STEPS} | {"total_s": round(result.total_seconds, 3)}

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion import FusionError
 from intrafusion.lab import weights
 from intrafusion.lab.bench import Bench
 from intrafusion.lab.code_digest import TRAINING_CODE, code_digest
@@ -27,9 +26,10 @@ from intrafusion.lab.recipe import Recipe
 from intrafusion.lab.results import key_of_identity
 from intrafusion.lab.sections import SplitSection, TrainSection
 from intrafusion.lab.training import train_once_
+from intrafusion.training.workers import WorkerError, in_processes
 
 _log = logging.getLogger(__name__)
-_CODE = (*TRAINING_CODE, "lab/data.py", "lab/models.py")
+_CODE = (*TRAINING_CODE, "schedule.py", "lab/data.py", "lab/models.py")
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class SplitNetworks:
         LabError: files are missing or broken, a class has fewer images than there are parts.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, *, progress: bool, shared: dict[str, Any] | None = None) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, *, progress: bool) -> None:
         if recipe.split is None or recipe.train is None:
             raise ValueError("the recipe needs a section 'split' and a section 'train'")
         self.recipe, self.folder, self.progress = recipe, folder, progress
         self.split: SplitSection = recipe.split
         self._settings: TrainSection = recipe.train
-        self.bench = Bench(recipe, folder, progress, trained=False, shared=shared)
+        self.bench = Bench(recipe, folder, progress, trained=False)
         self._parts: dict[int, list[Dataset]] = {}
         self._keys: dict[Stage, str] = {}
         _ = self.bench.dense  # mistakes show before any training
@@ -170,7 +170,7 @@ class SplitNetworks:
         all images follow one at a time, so that their times can be compared.
 
         Raises:
-            LabError: a training diverged, or a worker was killed; what is finished is kept.
+            LabError: a training diverged, or a worker was killed; the others are ended, and what is finished is kept.
         """
         missing = [stage for stage in self.stages if not self.is_trained(stage)]
         found = make_executor("local", [self.recipe])
@@ -180,30 +180,24 @@ class SplitNetworks:
         return len(missing)
 
     def _train(self, stages: Sequence[Stage], workers: int) -> None:
+        if not stages:
+            return
+        _log.info("networks to train: %d, %d at a time", len(stages), workers)
         jobs = [Job(self.recipe, self.folder, stage) for stage in stages]
-        failed = []
-        if jobs:
-            _log.info("networks to train: %d, %d at a time", len(jobs), workers)
-            for number, outcome in Local(workers, gpus_of([self.recipe]), train_stage).compute(jobs):
-                if isinstance(outcome, Failure):
-                    failed.append(f"{stages[number]}: {outcome.message}")
-                else:
-                    _log.info("trained %s in %.1f s", stages[number], self.seconds(stages[number]))
-        if failed:
-            raise LabError("\n".join(failed))
+        try:
+            for number, failure in in_processes(train_stage, jobs, workers=workers, gpus=gpus_of([self.recipe])):
+                if failure is not None:
+                    raise LabError(f"{stages[number]}: {failure.message}")
+                _log.info("trained %s in %.1f s", stages[number], self.seconds(stages[number]))
+        except WorkerError as error:
+            raise LabError(f"{stages[error.number]}: {error.reason}; run the same command again to go on") from None
 
 
 def train_stage(job: Job) -> Failure | None:
-    """Do one job in this process, which keeps the images for the next one."""
+    """Do one job in this process."""
     torch.set_num_threads(threads_of(job.recipe))
     try:
-        SplitNetworks(job.recipe, job.folder, progress=False, shared=_shared).network(job.stage)
-    except (LabError, FusionError, OSError) as error:
+        SplitNetworks(job.recipe, job.folder, progress=False).network(job.stage)
+    except (LabError, OSError) as error:
         return Failure(str(error))
-    except Exception as error:
-        return Failure(f"{type(error).__name__}: {error}")
     return None
-
-
-_shared: dict[str, Any] = {}
-"""Of a worker process: the images."""

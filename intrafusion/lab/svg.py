@@ -117,11 +117,13 @@ def plan_picture(plan: Sequence[tuple[int, float]], alt: str) -> str:
 
 
 def _mark(x: float, y: float, method: str, point: Point) -> str:
-    """A disc for fused, a square for discard, a diamond for dense: told apart without colours too."""
+    """Shapes that are told apart without colours too: a disc for fused, a square for discard, a diamond for dense."""
     title = f"<title>{escape(point.title)}</title>"
     if method == "fused":
         return f'<circle class="mark fused" cx="{x}" cy="{y}" r="4">{title}</circle>'
-    turn = f' transform="rotate(45 {x} {y})"' if method == "dense" else ""
+    if method == "paf":
+        return f'<path class="mark paf" d="M{x} {y - 5:.1f}l4.5 8h-9z">{title}</path>'
+    turn = f' transform="rotate(45 {x} {y})"' if method in ("dense", "fap") else ""
     place = f'x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7"'
     return f'<rect class="mark {method}" {place}{turn}>{title}</rect>'
 

@@ -20,7 +20,7 @@ from intrafusion.lab.sections import FinetuneSection, OptimisationSection, Train
 from intrafusion.lab.stopwatch import Stopwatch, times_beside
 from intrafusion.surgery.batchnorm import recenter_batchnorms_
 from intrafusion.training.finetuning import distillation
-from intrafusion.training.loop import DivergedError, History, fit_
+from intrafusion.training.loop import DivergedError, History, Scheduling, fit_
 from intrafusion.training.noise_scale import HELD_OUT_BATCHES, HELD_OUT_IMAGES
 from intrafusion.training.processes import ALONE, Processes
 from intrafusion.training.settings import Training
@@ -126,6 +126,7 @@ def forget_checkpoint(path: Path) -> None:
 def finetune_(
     model: nn.Module, data: Dataset, settings: FinetuneSection, *, seed: int, teacher: nn.Module | None = None,
     checkpoint: Path | None = None, progress: bool = True, processes: Processes = ALONE,
+    scheduling: Scheduling | None = None, key: str = "",
 ) -> History:  # fmt: skip
     """Fine-tune a pruned ``model`` in place and leave it in eval mode, at its best epoch on the ``validation`` split.
 
@@ -134,7 +135,9 @@ def finetune_(
 
     Args:
         teacher: the dense network, used if ``settings.teacher`` is set.
-        seed: one of ``settings.seeds``. The rest as in :func:`train_`.
+        seed: one of ``settings.seeds``.
+        scheduling: makes what prunes the network on the way, as ``key`` says; see :func:`fit_`. The rest as in
+            :func:`train_`.
 
     Raises:
         LabError: as :func:`train_`.
@@ -148,14 +151,14 @@ def finetune_(
 
     if settings.recenter:
         recenter_batchnorms_(model, data.draw("train", _RECENTRED_ON, seed=seed))
-    objective, key = None, ""
+    objective = None
     if teacher is not None and settings.teacher:
         objective = distillation(teacher, settings.temperature, settings.alpha, settings.label_smoothing)
-        key = digest(teacher, repr((settings.temperature, settings.alpha)))
+        key += digest(teacher, repr((settings.temperature, settings.alpha)))
     return _fit_(
         model, data, settings, seed, "finetune", objective=objective, evaluation=scores,
         checkpoint=checkpoint, key=f"{key}{settings.at}{data.digest('validation')}", progress=progress,
-        processes=processes,
+        processes=processes, scheduling=scheduling,
     )  # fmt: skip
 
 

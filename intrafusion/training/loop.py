@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from intrafusion.training.fusion_schedule import FusionSchedule
 from intrafusion.training.noise_scale import (
     NoiseHistory,
     NoisyEpoch,
@@ -34,6 +35,8 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``(model, inputs, labels) -> mean loss`` of a batch; the forward pass is its own."""
 Evaluation = Callable[[nn.Module, int], Mapping[str, float]]
 """``(model in eval mode, epochs done) -> scores by name``; the epoch with the largest ``"validation"`` is the best."""
+Scheduling = Callable[[torch.optim.Optimizer, AveragedModel | None], FusionSchedule]
+"""``(optimizer, moving average of the weights) -> `` when the network is pruned, in optimizer steps."""
 
 
 class Batches(Protocol):
@@ -79,6 +82,7 @@ def fit_(
     model: nn.Module, batches: Batches, training: Training, *, objective: Objective | None = None,
     evaluation: Evaluation | None = None, held_out: Iterable[Any] | None = None, checkpoint: Path | None = None,
     key: str = "", progress: bool = True, title: str = "train", processes: Processes = ALONE,
+    scheduling: Scheduling | None = None,
 ) -> History:  # fmt: skip
     """Train ``model`` in place and leave it in eval mode, at its best validation epoch if there is one.
 
@@ -98,9 +102,11 @@ def fit_(
         processes: who trains together. All are given the same ``batches`` and work on a share of each, so that a step
             is that of one process up to rounding; on CPUs each has the batch-norm statistics of its share. They start
             from the main process's network and end with one and the same; ``checkpoint`` is written by the main one.
+        scheduling: makes what prunes ``model`` on the way; epochs before the last pruning step are never the best.
 
     Raises:
         DivergedError: the loss is no longer finite.
+        intrafusion.FusionError: a group cannot be pruned.
         ValueError: nothing can be trained, or ``fp16`` is asked for without a GPU.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -116,7 +122,7 @@ def fit_(
     if training.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
-        run = _Run(model, batches, training, parameters, device, objective, evaluation, held_out, processes)
+        run = _Run(model, batches, training, parameters, device, objective, evaluation, held_out, processes, scheduling)
         with processes.whole_batch_norm(model):
             _train_(run, file, progress and processes.is_main, title)
         return run.finish()
@@ -152,7 +158,7 @@ class _Run:
     def __init__(
         self, model: nn.Module, batches: Batches, training: Training, parameters: list[nn.Parameter],
         device: torch.device, objective: Objective | None, evaluation: Evaluation | None,
-        held_out: Iterable[Any] | None, processes: Processes,
+        held_out: Iterable[Any] | None, processes: Processes, scheduling: Scheduling | None,
     ) -> None:  # fmt: skip
         self.model, self.batches, self.training, self.parameters = model, batches, training, parameters
         self.device, self.evaluation, self.processes = device, evaluation, processes
@@ -163,6 +169,7 @@ class _Run:
         if training.ema is not None:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
             self.average.n_averaged += 1  # the average starts from the network as it is
+        self.schedule = None if scheduling is None else scheduling(self.optimizer, self.average)
         self.epoch, self.best_epoch = 0, 0
         self.losses: list[float] = []
         self.scores: list[dict[str, float]] = []
@@ -195,6 +202,8 @@ class _Run:
                 losses.append(self._update(group))
             if self.average is not None:
                 _average_(self.average, self.model)
+            if self.schedule is not None and self.schedule.step():
+                self._find_parameters()
             bar.update(len(group))
         losses = self.processes.sum(torch.tensor(losses, dtype=torch.float64)).tolist()
         mean = sum(losses) / len(losses)
@@ -206,6 +215,10 @@ class _Run:
         self.losses.append(mean)
         self.epoch += 1
         self.noise.append(NoisyEpoch(self.epoch, sum(rates) / len(rates), sum(scales) / len(scales)))
+
+    def _find_parameters(self) -> None:
+        """Pruning puts others in the place of the network's parameters."""
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _update(self, group: Sequence[tuple[Tensor, Tensor]]) -> float:
         """One step of the optimizer on the mean loss of all images of some batches; this process's part of it."""
@@ -257,8 +270,9 @@ class _Run:
             scores = dict(self.evaluation(network, self.epoch))
         self.scores.append(scores)
         value = scores.get("validation")
-        known = [score["validation"] for score in self.scores[:-1] if "validation" in score]
-        if value is not None and (not known or value >= max(known)):
+        if value is None or (self.schedule is not None and not self.schedule.finished):
+            return
+        if self.best is None or value >= self.scores[self.best_epoch]["validation"]:
             self.best_epoch, self.best = self.epoch, copied(network.state_dict())
 
     def finish(self) -> History:
@@ -287,11 +301,15 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "generator": None if generator is None else generator.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to where :meth:`state_dict` was taken."""
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+            self._find_parameters()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

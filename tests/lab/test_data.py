@@ -7,59 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from intrafusion.lab.data import Split, stratified, stratified_parts
+from intrafusion.lab.data import Split
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.sources import digits, image_folder
-
-
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=80), st.floats(0.01, 0.99), st.integers(0, 5))
-def test_stratified_parts_are_disjoint_complete_and_balanced(labels: list[int], share: float, seed: int) -> None:
-    tensor = torch.tensor(labels)
-    rest, taken = stratified(tensor, share, seed=seed)
-    assert sorted([*rest.tolist(), *taken.tolist()]) == list(range(len(labels)))
-    for value in set(labels):
-        assert int((tensor[taken] == value).sum()) == round(share * labels.count(value))
-    again = stratified(tensor, share, seed=seed)
-    assert torch.equal(again[1], taken)
-
-
-@given(st.lists(st.integers(0, 3), min_size=12, max_size=80), st.integers(2, 4), st.integers(0, 5))
-def test_parts_are_disjoint_complete_seeded_and_have_every_class(labels: list[int], count: int, seed: int) -> None:
-    labels += [0, 1, 2, 3] * count
-    tensor = torch.tensor(labels)
-    parts = stratified_parts(tensor, count, seed=seed)
-    assert len(parts) == count
-    assert sorted(torch.cat(parts).tolist()) == list(range(len(labels)))
-    for part in parts:
-        assert torch.equal(part, part.sort().values)
-        for value in range(4):
-            assert abs(int((tensor[part] == value).sum()) - labels.count(value) / count) <= 1
-    again = stratified_parts(tensor, count, seed=seed)
-    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
-
-
-def test_another_seed_divides_otherwise() -> None:
-    labels = torch.arange(200) % 10
-    first, second = stratified_parts(labels, 2, seed=0), stratified_parts(labels, 2, seed=1)
-    assert not torch.equal(first[0], second[0])
-
-
-@given(st.floats(0.0, 1.0), st.integers(2, 4))
-def test_overlapping_parts_have_a_share_of_the_others(overlap: float, count: int) -> None:
-    labels = torch.arange(240) % 3
-    own, shared = (stratified_parts(labels, count, overlap=share, seed=3) for share in (0.0, overlap))
-    for before, after in zip(own, shared, strict=True):
-        assert set(before.tolist()) <= set(after.tolist())
-        assert len(set(after.tolist())) == len(after)
-        for value in range(3):
-            others = 80 - int((labels[before] == value).sum())
-            added = int((labels[after] == value).sum()) - int((labels[before] == value).sum())
-            assert added == round(overlap * others)
-
-
-def test_a_class_with_fewer_images_than_parts() -> None:
-    with pytest.raises(LabError, match="class 1 has 2 training images, too few for 3 parts"):
-        stratified_parts(torch.tensor([0, 0, 0, 1, 1]), 3, seed=0)
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25])

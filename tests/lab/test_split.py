@@ -3,21 +3,23 @@ from __future__ import annotations
 import copy
 import csv
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from intrafusion import cli
+from intrafusion import cli, load
 from intrafusion.lab import split_training
 from intrafusion.lab.errors import LabError, RecipeError
 from intrafusion.lab.executors import Failure
 from intrafusion.lab.pruning import prune
 from intrafusion.lab.recipe import Recipe, read_points, read_recipe
-from intrafusion.lab.results import LineStore
-from intrafusion.lab.split import Item, SplitRun, _measured, run_split
+from intrafusion.lab.split import SplitRun, run_split
+from intrafusion.lab.split_study import Item, network_file, open_results
 from intrafusion.lab.sweep import sweep
+from intrafusion.lab.weights import digest
 from intrafusion.training import loop
 from tests.lab.test_sweep import Here
 
@@ -33,20 +35,15 @@ output: OUT
 """
 
 
-class InProcess:
-    """Does the jobs here, one after another, and lets an interruption through."""
-
-    def __init__(self, workers: int, gpus: int, work: Callable[[Any], Any]) -> None:
-        self.work = work
-
-    def compute(self, tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        for number, task in enumerate(tasks):
-            yield number, self.work(task)
+def one_after_another(work: Callable[[Any], Any], jobs: Sequence[Any], **_: int) -> Iterator[tuple[int, Any]]:
+    """Does the jobs here, and lets an interruption through."""
+    for number, job in enumerate(jobs):
+        yield number, work(job)
 
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_training, "Local", InProcess)
+    monkeypatch.setattr(split_training, "in_processes", one_after_another)
 
 
 def recipe(folder: Path, *assignments: str) -> Recipe:
@@ -141,8 +138,7 @@ def test_the_baseline_sees_as_many_images_as_the_parts_together(
 
 
 def finished(folder: Path) -> dict[str, tuple[int, str]]:
-    run = LineStore(folder / "results.jsonl", _measured, dict)
-    return {str(result.item): (result.correct, result.digest) for result in run._results.values()}
+    return {str(result.item): (result.correct, result.digest) for result in open_results(folder)._results.values()}
 
 
 def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(
@@ -193,6 +189,9 @@ def test_from_recipe_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     report = (tmp_path / "o" / "report.md").read_text()
     assert "| same | FaP | 0.5 | 1 |" in report
     assert report.count("| mean |") == 1 + 2  # a column of the networks, and every setting of the schedules
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert "Training on all images at once" in page
+    assert (tmp_path / "o" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "o" / "report.md").unlink()
     assert cli.main(["report", str(tmp_path / "o")]) == cli.OK
     assert capsys.readouterr().out == printed
@@ -200,6 +199,61 @@ def test_from_recipe_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     same = recipe(tmp_path / "o", "train.epochs=1", "split.seeds=0,1", "split.budgets=0,1")
     again = run_split(same, progress=False)
     assert again.computed == 0
+
+
+def test_pruned_networks_stay_and_load_anywhere(tmp_path: Path) -> None:
+    settings = ("train.epochs=1", "split.budgets=0,1", "keep=all")
+    opened = SplitRun(recipe(tmp_path, *settings), progress=False)
+    run_split(opened.recipe, progress=False)
+    pruned = [item for item in opened.items if item.ratio]
+    assert {item.method for item in pruned} == {"paf", "fap", "whole fused", "whole discard"}
+    digests = {result.item: result.digest for result in open_results(tmp_path)._results.values()}
+    for item in pruned:
+        assert digest(load(network_file(tmp_path, item))) == digests[item]
+    (tmp_path / "none").mkdir()
+    run_split(recipe(tmp_path / "none", "train.epochs=1", "split.schedules=fap", "keep=none"), progress=False)
+    assert not list((tmp_path / "none" / "networks").glob("fap*"))
+
+
+ON_THE_WAY = ("train.epochs=1", "split.budgets=0,2", "split.prune_until=0.5", "prune.iterative_steps=2",
+              "finetune.batch_size=64")  # fmt: skip
+
+
+def test_pruning_is_spread_over_the_fine_tuning(tmp_path: Path) -> None:
+    run = SplitRun(recipe(tmp_path, *ON_THE_WAY), progress=False)
+    tuned = {method: Item(method, 0, init, None, 0.5, 2) for method, init in (
+        ("paf", "same"), ("fap", "same"), ("whole fused", None), ("whole discard", None))}  # fmt: skip
+    steps = -(-len(run.networks.bench.data.split("train")) // 64)
+    assert run.schedules.pruning_steps(tuned["fap"]) == [steps // 2, steps]
+    assert [name for name, item in tuned.items() if run.schedules.start(item).ratio] == ["paf"]
+    widths = [{key: value.shape for key, value in state(run, item).items()} for item in tuned.values()]
+    before = state(run, replace(tuned["paf"], epochs=0))
+    assert all(each == {key: value.shape for key, value in before.items()} for each in widths)
+    late = ("split.prune_until=0.5", "prune.iterative_steps=999", "split.budgets=1")
+    with pytest.raises(RecipeError, match=r"split\.prune_until: 0\.5 of 1 epochs is \d+ steps of the optimizer"):
+        SplitRun(recipe(tmp_path / "late", *late), progress=False)
+
+
+def test_a_run_that_prunes_on_the_way_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = Item("fap", 0, "same", None, 0.5, 2)
+    expected = digest(SplitRun(recipe(tmp_path, *ON_THE_WAY), progress=False).network(item))
+    run = SplitRun(recipe(tmp_path, *ON_THE_WAY), progress=False)
+    run.checkpoint(item).unlink()
+    steps = run.schedules.pruning_steps(item)[-1]
+    done, update = [0], loop._Run._update
+
+    def stopping(self: Any, group: Any) -> float:
+        done[0] += 1
+        if done[0] == steps + 2:  # after the last pruning, in the second epoch
+            raise KeyboardInterrupt
+        return update(self, group)
+
+    monkeypatch.setattr(loop._Run, "_update", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run.network(item)
+    assert run.checkpoint(item).is_file()
+    assert digest(SplitRun(recipe(tmp_path, *ON_THE_WAY), progress=False).network(item)) == expected
+    assert done[0] == steps + 2 + steps  # the second epoch only
 
 
 def test_no_repair_is_no_row_of_its_own(tmp_path: Path) -> None:
