@@ -56,6 +56,11 @@ def channel_axis(layer: nn.Module) -> int:
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
+def outputs(layer: Any) -> int:
+    """How many channels a linear layer or a convolution gives."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
 def by_channel(value: Tensor, axis: int) -> Tensor:
     """[samples, channels]"""
     return value.movedim(axis, -1).flatten(0, -2)

@@ -23,7 +23,7 @@ from intrafusion.surgery.apply import shift_carrier
 from intrafusion.surgery.groups import GroupTable, Role, Slot, batchnorm_of, module_name
 from intrafusion.surgery.layout import gather, mix_, to_channels
 from intrafusion.surgery.observe import Sight, call_order, evaluating, look
-from intrafusion.surgery.refit import RowMap, by_channel, can_refit, channel_axis, match_statistics_, refit_
+from intrafusion.surgery.refit import RowMap, by_channel, can_refit, channel_axis, match_statistics_, outputs, refit_
 
 _POSITIONS, _PRODUCTS = 16000, 2**32
 """On how many positions of an activation the rows of n channels are chosen: at most `_POSITIONS`, fewer where positions
@@ -139,8 +139,8 @@ class Sequential:
         layer, dense = self.model.get_submodule(name), self.dense.get_submodule(name)
         partner = self._partner[name]
         bn = self.model.get_submodule(partner) if partner else None
-        rows = self._rows.get(name) or RowMap.identity(_outputs(dense))
-        if len(rows.weights) != _outputs(layer):  # cut in a way that the table does not tell
+        rows = self._rows.get(name) or RowMap.identity(outputs(dense))
+        if len(rows.weights) != outputs(layer):  # cut in a way that the table does not tell
             return
         if can_refit(layer):
             dense_bn = self.dense.get_submodule(partner) if partner else None
@@ -186,10 +186,6 @@ class Sequential:
         reads = gather(weight.double(), slot.local.to(weight.device)).to(z)
         held_out = torch.arange(len(z), device=z.device) % 4 == 3
         return Samples(z, h, _chain(calls), reads @ reads.T / len(reads), held_out)
-
-
-def _outputs(layer: Any) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 def _blocks(pruned: Sight, dense: Sight, slot: Slot, n: int) -> tuple[Tensor, Tensor, Sequence[Callable]] | None:
