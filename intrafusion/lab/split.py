@@ -41,10 +41,11 @@ from intrafusion.lab.weights import digest
 _log = logging.getLogger(__name__)
 
 Method = Literal[
-    "part", "whole", "ensemble", "naive", "naive repaired", "aligned", "aligned repaired",
+    "part", "whole", "ensemble", "naive", "naive repaired", "aligned", "aligned statistics", "aligned repaired",
     "paf", "fap", "whole fused", "whole discard",
 ]  # fmt: skip
-AVERAGES: tuple[Method, ...] = ("naive", "naive repaired", "aligned", "aligned repaired")
+AVERAGES: tuple[Method, ...] = ("naive", "naive repaired", "aligned", "aligned statistics", "aligned repaired")
+"""In the order of a report; with their batch-norm statistics put right, or repaired as the recipe says."""
 OF_WHOLE: tuple[Method, ...] = ("whole fused", "whole discard")
 SPLIT = "split.json"
 """In the folder of a run: which lines of the results belong to it, in order, and how many images the parts have."""
@@ -57,7 +58,7 @@ class Item:
 
     Attributes:
         method: ``part`` and ``whole`` are trained networks; averages are in the given channels (``naive``) or aligned,
-            with or without their batch-norm statistics repaired; the rest is pruned.
+            as they are, with their batch-norm statistics put right, or repaired as the recipe says; the rest is pruned.
         init: of the parts' networks, ``same`` or ``different``; ``None`` where there are no parts.
         epochs: of fine-tuning.
     """
@@ -169,7 +170,8 @@ class SplitRun:
         """Everything to measure, in order: the networks before pruning first, seed by seed."""
         split = self.split
         found: list[Item] = []
-        averages: list[Method] = [name for name in AVERAGES if split.repair != "none" or "repaired" not in name]
+        shown = {"none": (), "statistics": ("repaired",), "refit": ("repaired", "statistics")}[split.repair]
+        averages = [name for name in AVERAGES if name in ("naive", "aligned") or name.endswith(shown)]
         for seed in split.seeds:
             for init in split.init:
                 found += [Item("part", seed, init, part) for part in range(split.parts)]
@@ -299,12 +301,13 @@ class SplitRun:
     def _fuse(self, networks: Sequence[nn.Module], item: Item, seconds: dict[str, float]) -> nn.Module:
         split = self.split
         by = "given" if item.method.startswith("naive") else split.by
-        repair = split.repair != "none" and item.method not in ("naive", "aligned")
+        named = {"naive": "none", "aligned": "none", "aligned statistics": "statistics"}
+        repair = named.get(item.method, split.repair)
         start = time.perf_counter()
         batches = None
-        if by == "activations" or (repair and split.repair == "images"):
+        if split.images and (by == "activations" or repair != "none"):
             batches = [images for images, _ in self.networks.bench.data.draw("train", split.images, seed=item.seed)]
-        fused = intrafusion.fuse(networks, self.networks.example, by=by, batches=batches, repair=repair)
+        fused = intrafusion.fuse(networks, self.networks.example, by=by, batches=batches, repair=repair, progress=False)
         seconds["fuse"] = time.perf_counter() - start
         return fused
 
@@ -322,7 +325,7 @@ class SplitRun:
         return watch.seconds()
 
 
-_FUSE_CODE = ("averaging.py", "lab/split.py")
+_FUSE_CODE = ("averaging.py", "ot", "surgery", "lab/split.py")
 
 
 def read_split(folder: Path) -> tuple[SplitStudy, int]:

@@ -13,6 +13,7 @@ from intrafusion.lab.split import OF_WHOLE, Item, Measured, SplitStudy
 _SHOWN = {
     "whole": "all images", "ensemble": "ensemble of the parts", "naive": "naive average",
     "naive repaired": "naive average, repaired", "aligned": "aligned average",
+    "aligned statistics": "aligned average, batch-norm statistics put right",
     "aligned repaired": "aligned average, repaired", "paf": "PaF", "fap": "FaP", "whole fused": "whole, fused",
     "whole discard": "whole, discard",
 }  # fmt: skip
