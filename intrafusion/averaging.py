@@ -18,7 +18,7 @@ from intrafusion import checks
 from intrafusion.surgery.align import BY, align, check_network, check_same_tensors, same_shapes
 from intrafusion.surgery.average import average_states, reestimate_
 from intrafusion.surgery.barycentre import common_orders
-from intrafusion.surgery.consensus import refit_to_mean_
+from intrafusion.surgery.consensus import Consensus
 from intrafusion.surgery.couplings import Couplings, couplings_of
 from intrafusion.surgery.observe import run_model
 from intrafusion.surgery.places import State, load_state_, permuted, state_of
@@ -91,8 +91,7 @@ def fuse(
         parents = [_like(fused, state) for state in states]
         drawn = _synthetic(parents, inputs, run, given, seed, progress)
         if given or drawn:
-            norms = {fold.layer: fold.norm for fold in couplings.folds}
-            refit_to_mean_(fused, parents, shares, norms, run, [*given, *drawn], progress)
+            Consensus(fused, parents, shares, couplings, run, [*given, *drawn]).refit_(progress)
     return fused
 
 

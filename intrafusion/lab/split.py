@@ -170,8 +170,10 @@ class SplitRun:
         """Everything to measure, in order: the networks before pruning first, seed by seed."""
         split = self.split
         found: list[Item] = []
-        shown = {"none": (), "statistics": ("repaired",), "refit": ("repaired", "statistics")}[split.repair]
-        averages = [name for name in AVERAGES if name in ("naive", "aligned") or name.endswith(shown)]
+        shown: tuple[str, ...] = {"none": (), "statistics": ("repaired",), "refit": ("repaired", "statistics")}[
+            split.repair
+        ]
+        averages: list[Method] = [name for name in AVERAGES if name in ("naive", "aligned") or name.endswith(shown)]
         for seed in split.seeds:
             for init in split.init:
                 found += [Item("part", seed, init, part) for part in range(split.parts)]
