@@ -43,16 +43,15 @@ def accuracies(first: nn.Module, second: nn.Module, data: Dataset, *, images: in
     for by in ("given", *METHODS):
         more = {"batches": batches} if by == "activations" else {}
         for kind, options in (
-            ("", {"repair": False}),
-            (" + closed form", {}),
-            (" + re-estimated", {"batches": batches}),
+            ("", {"repair": "none"}),
+            (" + closed form", {"repair": "statistics"}),
+            (" + re-estimated", {"repair": "statistics", "batches": batches}),
+            (" + refitted, no images", {}),
+            (" + refitted", {"batches": batches}),
         ):
-            if by == "activations" and kind == "":
-                fused = intrafusion.fuse([first, second], example, by=by, **{**more, **options})
-            elif by == "activations" and kind != " + re-estimated":
-                continue
-            else:
-                fused = intrafusion.fuse([first, second], example, by=by, **options)
+            if by == "activations" and kind in (" + closed form", " + refitted, no images"):
+                continue  # it takes images
+            fused = intrafusion.fuse([first, second], example, by=by, progress=False, **{**more, **options})
             found[("naive" if by == "given" else by) + kind] = score(fused, data).accuracy
     return {name: 100 * accuracy for name, accuracy in found.items()}
 

@@ -12,19 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_pruning import ops
 
 from intrafusion import checks
 from intrafusion.surgery.align import BY, align, check_network, check_same_tensors, same_shapes
 from intrafusion.surgery.average import average_states, reestimate_
 from intrafusion.surgery.barycentre import common_orders
+from intrafusion.surgery.consensus import Consensus
 from intrafusion.surgery.couplings import Couplings, couplings_of
 from intrafusion.surgery.observe import run_model
-from intrafusion.surgery.places import load_state_, permuted, state_of
+from intrafusion.surgery.places import State, load_state_, permuted, state_of
+from intrafusion.surgery.probes import synthetic_count, synthetic_inputs
 
 _log = logging.getLogger(__name__)
 
 FUSE_BY = (*BY, "given")
 """How :func:`fuse` compares channels; `given` leaves them in the order they have."""
+
+REPAIRS = ("refit", "statistics", "none")
+"""What :func:`fuse` does about the average of filters that differ."""
 
 
 def fuse(
@@ -34,9 +40,10 @@ def fuse(
     *,
     by: str = "matching",
     batches: Iterable | None = None,
-    repair: bool = True,
+    repair: str = "refit",
     forward_fn: Callable | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> nn.Module:
     """One network from several trained copies: each aligned to the mean of the others until no channel moves, averaged.
 
@@ -48,15 +55,20 @@ def fuse(
         to call the networks, if not with the inputs.
     weights: one number >= 0 per network, scaled to sum to 1; None for equal ones.
     by: `weights`, `activations` or `matching`, as for :func:`align`, or `given`: the channels as they are.
-    batches: unlabelled batches of inputs, on which batch-norm statistics are re-estimated (and activations compared).
-        Without them the variances follow from those of the networks and the filters (`surgery.average`).
-    repair: False leaves the batch-norm statistics at their average.
-    seed: of the order in which groups are visited.
+    batches: unlabelled batches of inputs for the repair (and to compare activations on). Few of them are filled up with
+        synthetic inputs, and none replaced, if the networks have batch-norms that synthetic images can be matched to.
+    repair: `refit`: every layer gives what the aligned networks give on average, by ridge regression, one layer after
+        the other (`surgery.consensus`); without inputs as with `statistics`.
+        `statistics`: batch-norms alone, re-estimated on the batches, or in closed form from the networks and their
+        filters (`surgery.average`). `none`: their statistics are averaged.
+    seed: of the order in which groups are visited, and of synthetic inputs. progress: show bars, on a terminal only.
 
     Returns a new network in eval mode, on the device of the one with the fewest parameters. The networks given are not
     touched. Raises TypeError or ValueError naming the network (by its place in the list), tensor or group: no networks,
     something that is no network, other architectures, NaN, weights that mean nothing.
     """
+    if repair not in REPAIRS:
+        raise ValueError(f"repair is {repair!r}: choose one of {', '.join(map(repr, REPAIRS))}")
     networks, shares, given = _checked(models, weights, by, batches)
     networks, shares = _in_canonical_order(networks, shares)
     networks = _of_one_width(networks, example_inputs, by, given, forward_fn, seed)
@@ -65,16 +77,44 @@ def fuse(
     states = [{key: tensor.to(device) for key, tensor in state_of(network).items()} for network in networks]
     couplings = couplings_of(reference, example_inputs, forward_fn=forward_fn)
     run = partial(run_model, forward_fn=forward_fn)
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if by != "given":
         _log_fixed(couplings)
-        inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
         orders = common_orders(networks, states, shares, couplings, run, given or [inputs], by=by, seed=seed)
         states = [permuted(state, couplings.groups, order) for state, order in zip(states, orders, strict=True)]
     fused = copy.deepcopy(reference).eval()
-    load_state_(fused, average_states(states, shares, couplings, repair=repair))
-    if given and repair:
-        reestimate_(fused, run, [checks.to_device(batch, device) for batch in given])
+    load_state_(fused, average_states(states, shares, couplings, repair=repair != "none"))
+    given = [checks.to_device(batch, device) for batch in given]
+    if given and repair != "none":
+        reestimate_(fused, run, given)
+    if repair == "refit" and len(networks) > 1:
+        parents = [_like(fused, state) for state in states]
+        drawn = _synthetic(parents, inputs, run, given, seed, progress)
+        if given or drawn:
+            Consensus(fused, parents, shares, couplings, run, [*given, *drawn]).refit_(progress)
     return fused
+
+
+def _like(network: nn.Module, state: State) -> nn.Module:
+    made = copy.deepcopy(network)
+    load_state_(made, state)
+    return made.requires_grad_(False)
+
+
+def _synthetic(
+    networks: Sequence[nn.Module], example: Any, run: Callable, given: list, seed: int, progress: bool
+) -> list[Any]:
+    """Inputs that fill up the given ones, as many of each network; none where batch-norms cannot say what they read."""
+    if not any(isinstance(module, ops.TORCH_BATCHNORM) for module in networks[0].modules()):
+        return []
+    count = -(-synthetic_count(networks[0], example, given) // len(networks))
+    if not count:
+        return []
+    return [
+        batch
+        for number, network in enumerate(networks)
+        for batch in synthetic_inputs(network, example, run, count=count, seed=seed + number, progress=progress)
+    ]
 
 
 def _checked(

@@ -52,7 +52,7 @@ def test_a_network_and_its_permuted_copies_fuse_into_the_network(case, by):
 def test_the_order_of_the_networks_does_not_matter(by):
     networks, x = others(RESIDUAL, 3), RESIDUAL.example()
     shares = [0.5, 0.3, 0.2]
-    batches = [torch.randn(16, 3, 6, 6)]
+    batches = [torch.randn(1000, 3, 6, 6)]  # enough for no synthetic ones to be added
     results = [
         intrafusion.fuse([networks[i] for i in order], x, [shares[i] for i in order], by=by, batches=batches)
         for order in itertools.permutations(range(3))
@@ -96,7 +96,7 @@ def test_one_network_is_itself_and_weights_choose():
 
 def test_parameters_are_the_weighted_average():
     first, second = others(PLAIN, 2)
-    fused = intrafusion.fuse([first, second], PLAIN.example(), [3, 1], by="given", repair=False)
+    fused = intrafusion.fuse([first, second], PLAIN.example(), [3, 1], by="given", repair="none")
     for name, tensor in state_of(fused).items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, 0.75 * state_of(first)[name] + 0.25 * state_of(second)[name])
@@ -111,22 +111,56 @@ def test_the_closed_form_is_the_variance_of_averaged_filters_on_white_inputs():
     noise = [(torch.randn(400, 4, 9, 9),)]
     for network in networks:
         reestimate_(network, lambda net, batch: net(*batch), noise)
-    fused = intrafusion.fuse(networks, noise[0][0][:2], by="given")
+    fused = intrafusion.fuse(networks, noise[0][0][:2], by="given", repair="statistics")
     measured = copy.deepcopy(fused)
     reestimate_(measured, lambda net, batch: net(*batch), noise)
     torch.testing.assert_close(fused[1].running_var, measured[1].running_var, rtol=0.03, atol=0)
-    collapsed = intrafusion.fuse(networks, noise[0][0][:2], by="given", repair=False)
+    collapsed = intrafusion.fuse(networks, noise[0][0][:2], by="given", repair="none")
     assert (collapsed[1].running_var > 1.3 * measured[1].running_var).all()
 
 
 def test_batches_re_estimate_every_batch_norm():
     networks, batch = others(RESIDUAL, 2), torch.randn(64, 3, 6, 6)
-    fused = intrafusion.fuse(networks, RESIDUAL.example(), batches=[batch])
+    fused = intrafusion.fuse(networks, RESIDUAL.example(), batches=[batch], repair="statistics")
     seen = {}
     fused.bn0.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     fused(batch)
     torch.testing.assert_close(fused.bn0.running_mean, seen["x"].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fused.bn0.running_var, seen["x"].var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def far_from_the_mean(fused: nn.Module, networks: list[nn.Module], x) -> float:
+    """Squared distance of the network's output from the mean of its parents', as a share of the mean's own square."""
+    with torch.no_grad():
+        mean = torch.stack([network(x) for network in networks]).mean(dim=0)
+        return float((fused(x) - mean).square().sum() / mean.square().sum())
+
+
+@pytest.mark.parametrize("case", PICO, ids=lambda case: case.name)
+def test_refitted_layers_bring_the_output_to_the_mean_of_the_parents(case):
+    networks, batches = others(case, 2), [torch.randn(64, *case.shape) for _ in range(4)]
+    options = {"batches": batches, "progress": False}
+    statistics, refitted = (
+        intrafusion.fuse(networks, case.example(), repair=repair, **options) for repair in ("statistics", "refit")
+    )
+    x = torch.randn(256, *case.shape)
+    before, after = (far_from_the_mean(fused, networks, x) for fused in (statistics, refitted))
+    assert after < 0.6 * before
+
+
+def test_without_inputs_layers_are_refitted_on_what_batch_norms_remember():
+    """And without batch-norms, which remember, the weights are averaged as they are."""
+    networks, x = others(RESIDUAL, 2), torch.randn(256, *RESIDUAL.shape)
+    for network in networks:
+        reestimate_(network, lambda net, batch: net(*batch), [(x,)])
+    statistics, refitted = (
+        intrafusion.fuse(networks, RESIDUAL.example(), repair=repair, progress=False)
+        for repair in ("statistics", "refit")
+    )
+    assert far_from_the_mean(refitted, networks, x) < far_from_the_mean(statistics, networks, x)
+    plain = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)) for _ in range(2)]
+    averaged, kept = (intrafusion.fuse(plain, torch.randn(2, 4), repair=repair) for repair in ("none", "refit"))
+    assert furthest(averaged, kept) == 0
 
 
 def test_networks_of_different_widths_meet_at_the_narrowest_in_any_order():
@@ -194,6 +228,10 @@ class TestErrors:
     def test_settings(self):
         with pytest.raises(ValueError, match="by is 'magic'"):
             intrafusion.fuse(others(PLAIN, 2), self.x, by="magic")
+        with pytest.raises(ValueError, match="repair is 'yes': choose one of 'refit', 'statistics', 'none'"):
+            intrafusion.fuse(others(PLAIN, 2), self.x, repair="yes")
+        with pytest.raises(ValueError, match="calibration batch 0 holds NaN"):
+            intrafusion.fuse(others(PLAIN, 2), self.x, batches=[torch.full((4, *PLAIN.shape), torch.nan)])
         with pytest.raises(ValueError, match="the calibration iterable is empty"):
             intrafusion.fuse(others(PLAIN, 2), self.x, batches=[])
         with pytest.raises(ValueError, match="different widths"):

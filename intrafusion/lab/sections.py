@@ -207,11 +207,14 @@ class SplitSection:
         min_length=1,
     )
     by: Literal["matching", "weights", "activations"] = option("matching", "how channels are aligned")
-    repair: Literal["images", "data-free", "none"] = option(
-        "images",
-        "how the fused network's batch-norm statistics are put right: re-estimated, in closed form, not at all",
+    repair: Literal["refit", "statistics", "none"] = option(
+        "refit",
+        "what is put right in an average of networks: every layer, to give what theirs give on average; the batch-norm "
+        "statistics alone; nothing",
     )
-    images: int = option(1000, "unlabelled training images behind repair and activations", ge=1)
+    images: int = option(
+        1000, "unlabelled training images behind repair and activations; 0 for a repair without images", ge=0
+    )
     budgets: tuple[int, ...] = option(
         (0,), "epochs of fine-tuning on all images, one run each; they replace finetune.epochs", ge=0, min_length=1
     )
@@ -223,15 +226,15 @@ class SplitSection:
     )
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """Nothing is given twice; the closed form has no images."""
+        """Nothing is given twice; activations need images."""
         for key in ("init", "schedules", "budgets", "seeds"):
             values = getattr(self, key) or ()
             if len(set(values)) < len(values):
                 yield key, "the same value is given twice"
-        if self.by == "activations" and self.repair == "data-free":
-            yield "repair", "data-free, in conflict with by: activations, which takes images"
         if self.prune_until and not any(self.budgets or (1,)):
             yield "prune_until", "needs budgets above 0: it is a share of the fine-tuning"
+        if self.by == "activations" and self.images == 0:
+            yield "images", "0, in conflict with by: activations, which takes images"
 
 
 @dataclass(frozen=True, kw_only=True)

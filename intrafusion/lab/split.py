@@ -45,7 +45,7 @@ from intrafusion.lab.training import forget_checkpoint
 from intrafusion.lab.weights import digest
 
 _log = logging.getLogger(__name__)
-_FUSE_CODE = ("averaging.py", "schedule.py", "lab/split_schedules.py")
+_FUSE_CODE = ("averaging.py", "ot", "surgery", "schedule.py", "lab/split_schedules.py")
 _ON_THE_WAY_CODE = ("training/fusion_schedule.py", "training/optimizer_state.py", "training/averaged_weights.py")
 
 
@@ -86,7 +86,8 @@ class SplitRun:
         """Everything to measure, in order: the networks before pruning first, seed by seed."""
         split = self.split
         found: list[Item] = []
-        averages: list[Method] = [name for name in AVERAGES if split.repair != "none" or "repaired" not in name]
+        left_out = {"none": ("repaired", "statistics"), "statistics": ("aligned statistics",), "refit": ("none",)}
+        averages: list[Method] = [name for name in AVERAGES if not name.endswith(left_out[split.repair])]
         for seed in split.seeds:
             for init in split.init:
                 found += [Item("part", seed, init, part) for part in range(split.parts)]

@@ -14,6 +14,7 @@ from intrafusion.lab.split_study import OF_WHOLE, Item, Measured, SplitStudy
 SHOWN = {
     "whole": "all images", "ensemble": "ensemble of the parts", "naive": "naive average",
     "naive repaired": "naive average, repaired", "aligned": "aligned average",
+    "aligned statistics": "aligned average, batch-norm statistics put right",
     "aligned repaired": "aligned average, repaired", "paf": "PaF", "fap": "FaP", "whole fused": "whole, fused",
     "whole discard": "whole, discard",
 }  # fmt: skip

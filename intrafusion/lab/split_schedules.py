@@ -135,11 +135,12 @@ class Schedules:
         """How the networks of an item are fused, as :func:`intrafusion.fuse` takes it."""
         split = self.split
         by = "given" if item.method.startswith("naive") else split.by
-        repair = split.repair != "none" and item.method not in ("naive", "aligned")
+        named = {"naive": "none", "aligned": "none", "aligned statistics": "statistics"}
+        repair = named.get(item.method, split.repair)
         batches = None
-        if by == "activations" or (repair and split.repair == "images"):
+        if split.images and (by == "activations" or repair != "none"):
             batches = [images for images, _ in self.networks.bench.data.draw("train", split.images, seed=item.seed)]
-        return {"by": by, "batches": batches, "repair": repair}
+        return {"by": by, "batches": batches, "repair": repair, "progress": False}
 
     def _finetuning(self, item: Item) -> FinetuneSection:
         if self.recipe.finetune is None:

@@ -14,10 +14,11 @@ from intrafusion.lab.recipe import Recipe
 from intrafusion.lab.results import LineStore
 
 Method = Literal[
-    "part", "whole", "ensemble", "naive", "naive repaired", "aligned", "aligned repaired",
+    "part", "whole", "ensemble", "naive", "naive repaired", "aligned", "aligned statistics", "aligned repaired",
     "paf", "fap", "whole fused", "whole discard",
 ]  # fmt: skip
-AVERAGES: tuple[Method, ...] = ("naive", "naive repaired", "aligned", "aligned repaired")
+AVERAGES: tuple[Method, ...] = ("naive", "naive repaired", "aligned", "aligned statistics", "aligned repaired")
+"""In the order of a report; as they are, with their batch-norm statistics put right, repaired as the recipe says."""
 OF_WHOLE: tuple[Method, ...] = ("whole fused", "whole discard")
 SPLIT = "split.json"
 """In the folder of a run: which lines of the results belong to it, in order, and how many images the parts have."""
@@ -30,7 +31,7 @@ class Item:
 
     Attributes:
         method: ``part`` and ``whole`` are trained networks; averages are in the given channels (``naive``) or aligned,
-            with or without their batch-norm statistics repaired; the rest is pruned.
+            as they are, with their batch-norm statistics put right, or repaired as the recipe says; the rest is pruned.
         init: of the parts' networks, ``same`` or ``different``; ``None`` where there are no parts.
         epochs: of fine-tuning.
     """

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 MULTIPLE = 8
 ADVICE = (
-    f"NVIDIA advises multiples of {MULTIPLE} for fp16 and bf16 on tensor cores; on a CPU, at equal size, {MULTIPLE} gains "
-    "little in fp32 and 16 gains more, above all in bf16 (docs/deploy.md)."
+    f"NVIDIA advises multiples of {MULTIPLE} for fp16 and bf16 on tensor cores; on a CPU, at equal size, {MULTIPLE} "
+    "gains little in fp32 and 16 gains more, above all in bf16 (docs/deploy.md)."
 )
 _NAMED = 6
 

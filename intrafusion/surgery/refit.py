@@ -56,6 +56,11 @@ def channel_axis(layer: nn.Module) -> int:
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
+def outputs(layer: Any) -> int:
+    """How many channels a linear layer or a convolution gives."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
 def by_channel(value: Tensor, axis: int) -> Tensor:
     """[samples, channels]"""
     return value.movedim(axis, -1).flatten(0, -2)
@@ -100,9 +105,9 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Iterable[tupl
             if narrow and groups == 1:
                 reads.add(fold, by_channel(now.inputs[chosen], axis), by_channel(before.inputs[chosen], axis))
     if groups > 1:
-        prior = _folded_weight(layer, bn)
+        prior = folded_weight(layer, bn)
     else:
-        weight = _folded_weight(dense, dense_bn)
+        weight = folded_weight(dense, dense_bn)
         if narrow:
             read_from = ridge(reads.sums, torch.zeros_like(reads.sums[0].xy.mT)).weight
             weight = torch.einsum("mn...,nk->mk...", weight, read_from)
@@ -189,7 +194,8 @@ def _padding(layer: Any) -> tuple[int, ...]:
     return layer.padding
 
 
-def _folded_weight(layer: Any, bn: Any) -> Tensor:
+def folded_weight(layer: Any, bn: Any) -> Tensor:
+    """The weight in float64, with the scale of its batch-norm (or None)."""
     weight = layer.weight.detach().double()
     return weight if bn is None else weight * read(bn).scale.reshape(-1, *[1] * (weight.dim() - 1))
 

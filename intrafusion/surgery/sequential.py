@@ -21,13 +21,11 @@ from intrafusion.ot.merge import barycentre
 from intrafusion.ot.rows import Samples, bound_means, match_spread, optimise_rows, read_back
 from intrafusion.surgery.apply import shift_carrier
 from intrafusion.surgery.groups import GroupTable, Role, Slot, batchnorm_of, module_name
-from intrafusion.surgery.layout import gather, mix_, to_channels
+from intrafusion.surgery.layout import mix_
 from intrafusion.surgery.observe import Sight, call_order, evaluating, look
-from intrafusion.surgery.refit import RowMap, by_channel, can_refit, channel_axis, match_statistics_, refit_
+from intrafusion.surgery.refit import RowMap, by_channel, can_refit, match_statistics_, outputs, refit_
+from intrafusion.surgery.samples import blocks_of, collect, reads_of
 
-_POSITIONS, _PRODUCTS = 16000, 2**32
-"""On how many positions of an activation the rows of n channels are chosen: at most `_POSITIONS`, fewer where positions
-times n^2 would be more than `_PRODUCTS`, but at least 2 n."""
 _MOST_READERS = 4
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -139,8 +137,8 @@ class Sequential:
         layer, dense = self.model.get_submodule(name), self.dense.get_submodule(name)
         partner = self._partner[name]
         bn = self.model.get_submodule(partner) if partner else None
-        rows = self._rows.get(name) or RowMap.identity(_outputs(dense))
-        if len(rows.weights) != _outputs(layer):  # cut in a way that the table does not tell
+        rows = self._rows.get(name) or RowMap.identity(outputs(dense))
+        if len(rows.weights) != outputs(layer):  # cut in a way that the table does not tell
             return
         if can_refit(layer):
             dense_bn = self.dense.get_submodule(partner) if partner else None
@@ -165,68 +163,5 @@ class Sequential:
 
     def _samples(self, table: GroupTable, slot: Slot) -> Samples | None:
         """What a reader of the group sees, at positions spread over all batches; None if that is not understood."""
-        zs, hs = [], []
-        calls: Sequence[Callable] = ()
-        positions = min(_POSITIONS, max(2 * table.n, _PRODUCTS // table.n**2))
-        share = max(1, positions // len(self.batches))
-        generator = torch.Generator().manual_seed(0)
-        for dense, pruned in self._sights(slot.name, add=False):
-            blocks = _blocks(pruned, dense, slot, table.n)
-            if blocks is None:
-                return None
-            z, h, calls = blocks
-            chosen = torch.randperm(len(z), generator=generator)[:share].to(z.device)
-            zs.append(z[chosen])
-            hs.append(h[chosen])
-        z, h = torch.cat(zs), torch.cat(hs)
-        precise = torch.promote_types(z.dtype, torch.float32)
-        z, h = z.to(precise), h.to(precise)
-        layer: Any = self.dense.get_submodule(slot.name)
-        weight = to_channels(layer.weight.detach(), slot.axis)
-        reads = gather(weight.double(), slot.local.to(weight.device)).to(z)
-        held_out = torch.arange(len(z), device=z.device) % 4 == 3
-        return Samples(z, h, _chain(calls), reads @ reads.T / len(reads), held_out)
-
-
-def _outputs(layer: Any) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-
-
-def _blocks(pruned: Sight, dense: Sight, slot: Slot, n: int) -> tuple[Tensor, Tensor, Sequence[Callable]] | None:
-    """Positions of an activation as z [P, n, ...], h [P, n] and the calls from one to the other."""
-    z, h, calls = pruned.before, dense.inputs, pruned.chain
-    axis = channel_axis(slot.owner)
-    copies = slot.local.shape[1]
-    plain = torch.equal(slot.local, torch.arange(n * copies).reshape(n, copies)) and slot.size == n * copies
-    if not plain or dense.inputs.shape != pruned.inputs.shape:
-        return None
-    sides = [call.block for call in calls]
-    where = axis % z.dim() if z.dim() == h.dim() else 1
-    if z.dim() < 2 or z.shape[where] != n:
-        return None
-    if z.shape == h.shape and copies == 1 and all(side == 1 for side in sides):
-        return by_channel(z, where), by_channel(h, where), calls
-    if where != 1:
-        return None
-    if z.dim() == 4 and h.dim() == 4 and all(side is not None for side in sides):
-        side = 1
-        for one in sides:
-            side *= one or 1
-        rows, columns = h.shape[2:]
-        if z.shape[2] // side != rows or z.shape[3] // side != columns:
-            return None
-        z = z[:, :, : rows * side, : columns * side]
-        z = z.unflatten(3, (columns, side)).unflatten(2, (rows, side)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        return z, h.movedim(1, -1).flatten(0, 2), calls
-    if h.dim() == 2 and copies == 1:
-        return z, h, calls
-    return None
-
-
-def _chain(calls: Sequence[Callable]) -> Callable[[Tensor], Tensor]:
-    def f(value: Tensor) -> Tensor:
-        for call in calls:
-            value = call(value)
-        return value.flatten(1)
-
-    return f
+        blocks = (blocks_of(pruned, dense, slot, table.n) for dense, pruned in self._sights(slot.name, add=False))
+        return collect(blocks, len(self.batches), reads_of(self.dense.get_submodule(slot.name), slot))

@@ -181,7 +181,7 @@ def test_from_recipe_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert words in printed
     with (tmp_path / "o" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    per_seed = 2 + 1 + 4 + 1 + 2 * 4  # parts, ensemble and averages; whole; pruned at two budgets
+    per_seed = 2 + 1 + 5 + 1 + 2 * 4  # parts, ensemble and averages; whole; pruned at two budgets
     assert len(rows) == 2 * per_seed
     tuned = [row for row in rows if row["epochs"] == "1"]
     assert {row["method"] for row in tuned} == {"paf", "fap", "whole fused", "whole discard"}
