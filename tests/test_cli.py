@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from intrafusion import cli
+from tests.killing import kill_as_soon_as
 
 QUICK = [
     "--set", "train.epochs=1", "--set", "data.test_images=100", "--set", "prune.ratios=0.5", "--set", "threads=1",
@@ -158,11 +157,7 @@ def test_a_killed_process_resumes(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).resolve().parents[1])}
     results = tmp_path / "out" / "results.jsonl"
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (results.exists() and results.read_bytes().count(b"\n") >= 3):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_as_soon_as(lambda: results.exists() and results.read_bytes().count(b"\n") >= 3, process)
     before = results.read_bytes()
     finished = before[: before.rfind(b"\n") + 1]
     assert 3 <= finished.count(b"\n") < 11

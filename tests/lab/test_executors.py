@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from intrafusion.lab.grid import parse_grid
 from intrafusion.lab.recipe import Recipe, read_points, read_recipe
 from intrafusion.lab.results import Cell, Result
 from intrafusion.lab.sweep import sweep
+from tests.killing import kill_as_soon_as
 from tests.lab import small
 from tests.lab.test_sweep import Here
 
@@ -66,11 +66,7 @@ def test_a_sweep_killed_twice_ends_as_if_it_had_not_been(tmp_path: Path) -> None
         process = subprocess.Popen(
             command("killed"), cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and lines() < stop:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_as_soon_as(lambda stop=stop: lines() >= stop, process)
         assert stop <= lines() < 18
     subprocess.run(command("killed"), cwd=tmp_path, env=environment, capture_output=True, check=True)
     text = (tmp_path / "r.yaml").read_text()
