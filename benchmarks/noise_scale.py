@@ -75,7 +75,7 @@ def measure(data: Dataset, lr: float, batch: int, seed: int, epochs: int) -> Ite
     test = partial(score, data=data)
     for start, apart in STARTS.items():
         second, other = _trained(right, settings, seed + apart)
-        fused = intrafusion.fuse([first, second], images[0][:2], batches=images)
+        fused = intrafusion.fuse([first, second], images[0][:2], batches=images, repair="statistics")
         aligned = intrafusion.align(second, first, images[0][:2]).apply(second)
         yield Pairing(
             start, epochs, lr, batch, seed,
