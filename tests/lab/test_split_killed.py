@@ -56,9 +56,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def test_killed_workers_and_killed_parents_change_nothing_in_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_workers_and_parents_change_nothing_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = tmp_path / "killed" / "checkpoints"
 
     run = start(tmp_path, "killed")
