@@ -18,6 +18,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,11 @@ def train(
         for number, (network, rows) in enumerate(zip(networks, indices, strict=True))
     ]
     missing = [job for job in jobs if job.trained() is None]
+    finished = in_processes(_train_part, missing, workers=workers, gpus=gpus)
     try:
-        for number, _ in in_processes(_train_part, missing, workers=workers, gpus=gpus):
-            _log.info("part %d of %d is trained", missing[number].part, len(jobs))
+        with closing(finished):
+            for number, _ in finished:
+                _log.info("part %d of %d is trained", missing[number].part, len(jobs))
     except WorkerError as error:
         raise TrainingError(missing[error.number].part, error.reason) from None
     for network, job in zip(networks, jobs, strict=True):

@@ -22,6 +22,7 @@ from intrafusion.lab.split_report import (
     of,
     schedules_table,
     settings_of,
+    shown_epochs,
     summary,
     times_table,
     verdicts,
@@ -133,7 +134,7 @@ def _times(study: SplitStudy) -> list[str]:
             if own := of(study, name, init, ratio, epochs):
                 seconds = [fmean(r.seconds.get(step, 0.0) for r in own.values()) for step in STEPS]
                 ahead = fmean(r.total_seconds for r in whole.values()) / sum(seconds) if whole else None
-                where = ", ".join([SHOWN[name], *([f"{init} init"] if init else []), f"{epochs} epochs"])
+                where = ", ".join([SHOWN[name], *([f"{init} init"] if init else []), shown_epochs(epochs)])
                 accuracy = f"{mean_accuracy(own):.2f} %"
                 shown = f"{sum(seconds):.4g} s" + ("" if ahead is None else f", {ahead:.2f}x")
                 bars.append((f"{where}: {accuracy}", seconds, shown))

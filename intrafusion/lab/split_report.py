@@ -126,7 +126,7 @@ class Curves:
     @property
     def label(self) -> str:
         """What they are of."""
-        tuned = f"{self.epochs} epochs of fine-tuning" if self.epochs else "no fine-tuning"
+        tuned = f"{shown_epochs(self.epochs)} of fine-tuning" if self.epochs else "no fine-tuning"
         return f"{self.init} init, {tuned}" if self.init else tuned
 
 
@@ -149,6 +149,11 @@ def curves(study: SplitStudy) -> list[Curves]:
         if lines:
             found.append(Curves(init, epochs, lines))
     return found
+
+
+def shown_epochs(count: int) -> str:
+    """How many epochs, in words."""
+    return f"{count} epoch{'' if count == 1 else 's'}"
 
 
 def verdicts(study: SplitStudy) -> list[str]:

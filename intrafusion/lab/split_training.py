@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -184,11 +185,13 @@ class SplitNetworks:
             return
         _log.info("networks to train: %d, %d at a time", len(stages), workers)
         jobs = [Job(self.recipe, self.folder, stage) for stage in stages]
+        outcomes = in_processes(train_stage, jobs, workers=workers, gpus=gpus_of([self.recipe]))
         try:
-            for number, failure in in_processes(train_stage, jobs, workers=workers, gpus=gpus_of([self.recipe])):
-                if failure is not None:
-                    raise LabError(f"{stages[number]}: {failure.message}")
-                _log.info("trained %s in %.1f s", stages[number], self.seconds(stages[number]))
+            with closing(outcomes):  # after a failure the others are ended at once
+                for number, failure in outcomes:
+                    if failure is not None:
+                        raise LabError(f"{stages[number]}: {failure.message}")
+                    _log.info("trained %s in %.1f s", stages[number], self.seconds(stages[number]))
         except WorkerError as error:
             raise LabError(f"{stages[error.number]}: {error.reason}; run the same command again to go on") from None
 

@@ -10,7 +10,7 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -43,8 +43,10 @@ class _Running:
 
 def in_processes(
     work: Callable[[Any], Any], jobs: Sequence[Any], *, workers: int, gpus: int = 0
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """``(number of a job, work(job))`` as soon as each is there; jobs are begun in their order.
+
+    Closing the generator ends the jobs that are not done.
 
     Args:
         work: a function of a module, so that other processes find it; jobs and what it returns can be pickled.

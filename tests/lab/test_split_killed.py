@@ -56,9 +56,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def test_killed_workers_and_killed_parents_change_nothing_in_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_workers_and_parents_change_nothing_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = tmp_path / "killed" / "checkpoints"
 
     run = start(tmp_path, "killed")
@@ -80,7 +78,9 @@ def test_killed_workers_and_killed_parents_change_nothing_in_the_end(
     time.sleep(0.5)
     assert {path: path.stat().st_mtime_ns for path in left} == left  # nobody goes on
 
-    assert start(tmp_path, "killed").wait() == cli.OK
+    run = start(tmp_path, "killed")
+    told = run.communicate()[1]
+    assert run.returncode == cli.OK, told
     monkeypatch.setattr(split_training, "in_processes", one_after_another)
     run_split(recipe(tmp_path / "whole", *SMALL), progress=False)
     assert finished(tmp_path / "killed") == finished(tmp_path / "whole")
