@@ -1,5 +1,6 @@
 """One thread in every process, and as many processes as there are processors; no number depends on either."""
 
+import math
 import os
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def _deterministic():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where writing is slow, training leaves checkpoints out: no test may depend on how busy the disk is."""
+    monkeypatch.setattr("intrafusion.training.state._SLOW", math.inf)
 
 
 @pytest.fixture(scope="session")
