@@ -19,7 +19,7 @@ from intrafusion.surgery.align import BY, align, check_network, check_same_tenso
 from intrafusion.surgery.average import average_states, reestimate_
 from intrafusion.surgery.barycentre import common_orders
 from intrafusion.surgery.consensus import Consensus
-from intrafusion.surgery.couplings import Couplings, couplings_of
+from intrafusion.surgery.couplings import OUTPUT, Couplings, couplings_of
 from intrafusion.surgery.observe import run_model
 from intrafusion.surgery.places import State, load_state_, permuted, state_of
 from intrafusion.surgery.probes import synthetic_count, synthetic_inputs
@@ -176,5 +176,5 @@ def _of_one_width(
 
 def _log_fixed(couplings: Couplings) -> None:
     for group in couplings.groups:
-        if group.reason:
+        if group.reason and group.reason != OUTPUT:
             _log.info("group %r is averaged in the given order: %s", group.name, group.reason)

@@ -26,7 +26,7 @@ from intrafusion.surgery.padding import PaddingGraph
 from intrafusion.surgery.places import CouplingGroup, Place, State, permuted, random_orders, state_of
 from intrafusion.surgery.selfcheck import is_output
 
-_OUTPUT = "these are the network's outputs: their order is the caller's"
+OUTPUT = "these are the network's outputs: their order is the caller's"
 _ALONE = "no two of its channels may change places"
 _BROKEN = "exchanging its channels changes the network's output"
 
@@ -172,7 +172,7 @@ class _Reader:
 
     def _reason(self, table: GroupTable) -> str:
         if is_output(self.graph, table):
-            return _OUTPUT
+            return OUTPUT
         for owner, _ in table.removable:
             if isinstance(owner, ATTENTION) and owner.in_proj_weight is None:
                 return "an nn.MultiheadAttention in it has keys or values of other widths"
