@@ -42,6 +42,24 @@ class Samples:
     held_out: Tensor
 
 
+def best_rows(start: Tensor, readers: Sequence[Samples], *, may_shift: bool) -> tuple[Tensor, Tensor]:
+    """Rows [k, n] and shift [k], in float64: from `start` [k, n], at matched spread, to where the readers rebuild best.
+
+    may_shift: whether something can carry the shift; otherwise it is 0. Raises ValueError for activations that are not
+    finite.
+    """
+    channels = torch.cat([reader.z.movedim(1, -1).flatten(0, -2) for reader in readers]).double()
+    if not torch.isfinite(channels).all():
+        raise ValueError("the calibration inputs give activations that are not finite")
+    mean, cov = channels.mean(dim=0), torch.cov(channels.T)
+    rows, shift = match_spread(start.to(cov), mean, cov)
+    given = rows, shift if may_shift else torch.zeros_like(shift)
+    rows, shift = optimise_rows(*given, readers)
+    if may_shift:
+        shift = bound_means(rows, shift, given, mean.to(rows), cov.to(rows))
+    return rows, shift
+
+
 def match_spread(rows: Tensor, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
     """Rescale averaged rows [k, n] so that each new channel is as spread out as its members, about their mean.
 

@@ -23,14 +23,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from intrafusion.ot.rows import bound_means, match_spread, optimise_rows
+from intrafusion.ot.rows import best_rows
 from intrafusion.surgery.apply import shift_carrier
 from intrafusion.surgery.couplings import Couplings
 from intrafusion.surgery.groups import GroupTable, Role, Slot
 from intrafusion.surgery.observe import Sight, call_order, evaluating, look
 from intrafusion.surgery.refit import (
     RowMap,
-    by_channel,
     can_refit,
     channel_axis,
     folded_weight,
@@ -120,16 +119,8 @@ class Consensus:
         samples = [sample for sample in samples if sample is not None]
         if not samples:
             return None
-        channels = torch.cat([by_channel(sample.z, 1) for sample in samples]).double()
-        if not torch.isfinite(channels).all():
-            raise ValueError("the inputs give activations that are not finite")
-        mean, cov = channels.mean(dim=0), torch.cov(channels.T)
         average = torch.cat([own * torch.eye(table.n, dtype=torch.float64) for own in self.weights], dim=1)
-        rows, shift = match_spread(average.to(cov), mean, cov)
-        may_shift = shift_carrier(table) is not None
-        given = rows, shift if may_shift else torch.zeros_like(shift)
-        rows, shift = optimise_rows(*given, samples)
-        shift = bound_means(rows, shift, given, mean.to(rows), cov.to(rows)) if may_shift else torch.zeros_like(shift)
+        rows, shift = best_rows(average, samples, may_shift=shift_carrier(table) is not None)
         return RowMap(rows.cpu(), shift.cpu())
 
     def _reads(self, slot: Slot) -> Tensor:

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from intrafusion.ot import Pair, Plan, selection_pair
 from intrafusion.ot.merge import barycentre
-from intrafusion.ot.rows import Samples, bound_means, match_spread, optimise_rows, read_back
+from intrafusion.ot.rows import Samples, best_rows, read_back
 from intrafusion.surgery.apply import shift_carrier
 from intrafusion.surgery.groups import GroupTable, Role, Slot, batchnorm_of, module_name
 from intrafusion.surgery.layout import mix_
 from intrafusion.surgery.observe import Sight, call_order, evaluating, look
-from intrafusion.surgery.refit import RowMap, by_channel, can_refit, match_statistics_, outputs, refit_
+from intrafusion.surgery.refit import RowMap, can_refit, match_statistics_, outputs, refit_
 from intrafusion.surgery.samples import blocks_of, collect, reads_of
 
 _MOST_READERS = 4
@@ -81,17 +81,9 @@ class Sequential:
         readers = [reader for slot in self._readers(table) if (reader := self._samples(table, slot)) is not None]
         if not readers:
             return start
-        channels = torch.cat([by_channel(reader.z, 1) for reader in readers]).double()
-        if not torch.isfinite(channels).all():
-            raise ValueError("the calibration inputs give activations that are not finite")
-        mean, cov = channels.mean(dim=0), torch.cov(channels.T)
         halfway = (start.rows + selection_pair(plan.kept, table.n).rows.to(start.rows)) / 2
-        rows, shift = match_spread(halfway.to(cov), mean, cov)
         may_shift = shift_carrier(table) is not None
-        given = rows, shift if may_shift else torch.zeros_like(shift)
-        rows, shift = optimise_rows(*given, readers)
-        if may_shift:
-            shift = bound_means(rows, shift, given, mean.to(rows), cov.to(rows))
+        rows, shift = best_rows(halfway, readers, may_shift=may_shift)
         read = read_back(rows, shift, readers)
         rows, read = (self._inside_classes(side.cpu(), table, plan) for side in (rows, read.T))
         return Pair(rows, start.columns, plan.kept, shift.cpu() if may_shift else None, read.T)
