@@ -172,16 +172,16 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(
 
 def test_from_recipe_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.yaml").write_text(TEXT)
-    command = ["run", str(tmp_path / "r.yaml"), "--quiet", "--output", str(tmp_path / "o"), "--set", "train.epochs=1",
-               "--set", "split.seeds=0,1", "--set", "split.budgets=0,1"]  # fmt: skip
-    assert cli.main(command) == cli.OK
+    settings = ("train.epochs=1", "split.seeds=0,1", "split.budgets=0,1", "split.repair=statistics")
+    command = ["run", str(tmp_path / "r.yaml"), "--quiet", "--output", str(tmp_path / "o")]
+    assert cli.main([*command, *(word for setting in settings for word in ("--set", setting))]) == cli.OK
     printed = capsys.readouterr().out
     for words in ("aligned average, repaired", "PaF", "FaP", "whole, discard", "ensemble of the parts",
                   "sample presentations", "Training on all images at once"):  # fmt: skip
         assert words in printed
     with (tmp_path / "o" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    per_seed = 2 + 1 + 5 + 1 + 2 * 4  # parts, ensemble and averages; whole; pruned at two budgets
+    per_seed = 2 + 1 + 4 + 1 + 2 * 4  # parts, ensemble and averages; whole; pruned at two budgets
     assert len(rows) == 2 * per_seed
     tuned = [row for row in rows if row["epochs"] == "1"]
     assert {row["method"] for row in tuned} == {"paf", "fap", "whole fused", "whole discard"}
@@ -196,13 +196,12 @@ def test_from_recipe_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["report", str(tmp_path / "o")]) == cli.OK
     assert capsys.readouterr().out == printed
     assert (tmp_path / "o" / "report.md").read_text() == report
-    same = recipe(tmp_path / "o", "train.epochs=1", "split.seeds=0,1", "split.budgets=0,1")
-    again = run_split(same, progress=False)
+    again = run_split(recipe(tmp_path / "o", *settings), progress=False)
     assert again.computed == 0
 
 
 def test_pruned_networks_stay_and_load_anywhere(tmp_path: Path) -> None:
-    settings = ("train.epochs=1", "split.budgets=0,1", "keep=all")
+    settings = ("train.epochs=1", "split.budgets=0,1", "split.repair=statistics", "keep=all")
     opened = SplitRun(recipe(tmp_path, *settings), progress=False)
     run_split(opened.recipe, progress=False)
     pruned = [item for item in opened.items if item.ratio]
@@ -215,8 +214,8 @@ def test_pruned_networks_stay_and_load_anywhere(tmp_path: Path) -> None:
     assert not list((tmp_path / "none" / "networks").glob("fap*"))
 
 
-ON_THE_WAY = ("train.epochs=1", "split.budgets=0,2", "split.prune_until=0.5", "prune.iterative_steps=2",
-              "finetune.batch_size=64")  # fmt: skip
+ON_THE_WAY = ("train.epochs=1", "split.budgets=0,2", "split.repair=statistics", "split.prune_until=0.5",
+              "prune.iterative_steps=2", "finetune.batch_size=64")  # fmt: skip
 
 
 def test_pruning_is_spread_over_the_fine_tuning(tmp_path: Path) -> None:

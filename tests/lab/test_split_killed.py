@@ -17,7 +17,7 @@ from intrafusion.lab import split_training
 from intrafusion.lab.split import run_split
 from tests.lab.test_split import TEXT, finished, one_after_another, recipe
 
-SMALL = ["split.schedules=paf,fap", "train.epochs=3", "split.budgets=0"]
+SMALL = ["split.schedules=paf,fap", "split.repair=statistics", "train.epochs=3", "split.budgets=0"]
 
 
 def start(folder: Path, output: str) -> subprocess.Popen[str]:
