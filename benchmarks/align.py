@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 import intrafusion
-from intrafusion.lab.data import Dataset
-from intrafusion.lab.landscape import interpolate, score
+from intrafusion.lab.data.dataset import Dataset
+from intrafusion.lab.data.sources import digits
+from intrafusion.lab.landscape.loss import interpolate, score
 from intrafusion.lab.models import build_model
-from intrafusion.lab.sections import TrainSection
-from intrafusion.lab.sources import digits
-from intrafusion.lab.split_schedules import Ensemble
+from intrafusion.lab.recipe.sections import TrainSection
+from intrafusion.lab.split.schedules import Ensemble
 from intrafusion.lab.training import train_
 
 METHODS = ("matching", "weights", "activations")

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from benchmarks.rivals.methods import ours
 from intrafusion import Fusion
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data.dataset import Dataset
+from intrafusion.lab.data.sources import digits
 from intrafusion.lab.measure import evaluate
-from intrafusion.lab.sections import TrainSection
-from intrafusion.lab.sources import digits
+from intrafusion.lab.recipe.sections import TrainSection
 from intrafusion.lab.training import train_
 
 RATIOS = (0.3, 0.5, 0.7)

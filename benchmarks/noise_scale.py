@@ -27,14 +27,14 @@ from tqdm import tqdm
 
 import intrafusion
 from benchmarks.align import halves
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data.dataset import Dataset
+from intrafusion.lab.data.sources import digits
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.figure import DISCARD, FUSED, INK, soften
-from intrafusion.lab.landscape import interpolate, score
+from intrafusion.lab.landscape.loss import interpolate, score
 from intrafusion.lab.models import build_model
-from intrafusion.lab.report import markdown_table
-from intrafusion.lab.sections import TrainSection
-from intrafusion.lab.sources import digits
+from intrafusion.lab.recipe.sections import TrainSection
+from intrafusion.lab.reports.figure import DISCARD, FUSED, INK, soften
+from intrafusion.lab.reports.report import markdown_table
 from intrafusion.lab.training import train_
 from intrafusion.lab.training_record import mean_noise_scale
 from intrafusion.training.loop import History

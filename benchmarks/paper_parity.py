@@ -32,9 +32,9 @@ import torch_pruning as tp
 from torch import nn
 
 from intrafusion import Fusion, IntraFusionPruner
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data.dataset import Dataset
+from intrafusion.lab.data.sources import image_folder
 from intrafusion.lab.models import build_model
-from intrafusion.lab.sources import image_folder
 from intrafusion.lab.weights import load_weights_
 from intrafusion.ot import pairwise_cost
 

@@ -78,9 +78,9 @@ def find_recipe(name: str) -> Path:
 
 def _run(options: argparse.Namespace) -> int:
     path = find_recipe(options.recipe)
-    from intrafusion.lab.recipe import load_recipe
+    from intrafusion.lab.recipe.loader import load_recipe
     from intrafusion.lab.run import run
-    from intrafusion.lab.split import run_split
+    from intrafusion.lab.split.run import run_split
     from intrafusion.training.processes import open_processes
 
     recipe = load_recipe(path, _assignments(options))
@@ -96,8 +96,8 @@ def _run(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     path = find_recipe(options.recipe)
     from intrafusion.lab.executors import make_executor
-    from intrafusion.lab.grid import parse_grid
-    from intrafusion.lab.recipe import read_points, read_text
+    from intrafusion.lab.recipe.grid import parse_grid
+    from intrafusion.lab.recipe.loader import read_points, read_text
     from intrafusion.lab.sweep import sweep
 
     points = read_points(read_text(path), str(path), _assignments(options), parse_grid(options.grid))
@@ -136,7 +136,7 @@ def _finish(finished: Any, options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     path = find_recipe(options.recipe)
     from intrafusion.lab.inspection import inspect
-    from intrafusion.lab.recipe import load_recipe
+    from intrafusion.lab.recipe.loader import load_recipe
 
     found = inspect(load_recipe(path, options.assignments), progress=not options.json)
     print(json.dumps(asdict(found), indent=2) if options.json else found)
@@ -145,8 +145,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _landscape(options: argparse.Namespace) -> int:
     path = find_recipe(options.recipe)
-    from intrafusion.lab.landscape_report import REPORT, LandscapeSettings, measure_landscape, write_landscape
-    from intrafusion.lab.recipe import load_recipe
+    from intrafusion.lab.landscape.report import REPORT, LandscapeSettings, measure_landscape, write_landscape
+    from intrafusion.lab.recipe.loader import load_recipe
 
     recipe = load_recipe(path, options.assignments)
     files = tuple(file for file in (options.first, options.second, options.third) if file is not None)
@@ -174,7 +174,7 @@ def _summary(path: Path) -> str:
 
 
 def _schema(_: argparse.Namespace) -> int:
-    from intrafusion.lab.recipe import recipe_schema
+    from intrafusion.lab.recipe.loader import recipe_schema
 
     print(json.dumps(recipe_schema(), indent=2))
     return OK

@@ -36,6 +36,11 @@ MAY_IMPORT = {
     "cli": {"cli_parser", "lab", "training", "intrafusion"},
     "cli_parser": {"intrafusion"},
 }  # fmt: skip
+IN_THE_LAB = {
+    "recipe": set(), "data": {"recipe"}, "reports": {"recipe"}, "landscape": {"data", "recipe", "reports"},
+    "split": {"data", "recipe", "reports"},
+}  # fmt: skip
+"""What the lab's folders may import from each other."""
 FROM_ABOVE = {"checkpoint": {"intrafusion.lab.models.build_model", "intrafusion.lab.errors.LabError"}}
 """Looked up inside a function, by name: a checkpoint says which of the lab's networks it belongs to."""
 FORBIDDEN_IN_OT = {"torch_pruning", "torchvision", "pathlib", "os"}
@@ -70,6 +75,15 @@ def test_every_module_imports_only_from_the_rooms_below_it():
                 assert name.split(".")[0] not in FORBIDDEN_IN_OT, f"{path} imports {name}: ot/ is mathematics only"
             if here in ("lab", "cli"):
                 assert not name.startswith("torch_pruning.dependency"), f"{path} touches torch-pruning's insides"
+
+
+def test_the_folders_of_the_lab_do_not_import_each_other_in_circles():
+    folders = {path.parent.name for path in (PACKAGE / "lab").glob("*/__init__.py")}
+    assert folders == set(IN_THE_LAB)
+    for folder in folders:
+        for path in (PACKAGE / "lab" / folder).glob("*.py"):
+            into = {name.split(".")[2] for name in imports(path) if name.startswith("intrafusion.lab.")} & folders
+            assert into <= IN_THE_LAB[folder] | {folder}, path
 
 
 def test_importing_the_package_prints_and_loads_nothing_it_does_not_need():

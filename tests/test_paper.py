@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.paper_parity import NETWORKS, PAPER, accuracy, expected, load, pruned
 from intrafusion import IntraFusionPruner
-from intrafusion.lab.sources import image_folder
+from intrafusion.lab.data.sources import image_folder
 
 
 def fold_by_hand(model: nn.Module) -> nn.Module:

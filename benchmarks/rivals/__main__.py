@@ -27,12 +27,12 @@ from benchmarks import paper_parity
 from benchmarks.rivals import cells, figure, rows, table
 from benchmarks.rivals.cells import Network
 from benchmarks.rivals.methods import METHODS
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data.dataset import Dataset
+from intrafusion.lab.data.sources import image_folder
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.models import build_model
 from intrafusion.lab.pretrained import find_pretrained
-from intrafusion.lab.sources import image_folder
 from intrafusion.lab.weights import digest, load_weights_
 
 DEFAULT_IMPORTANCES = tuple(name for name in cells.IMPORTANCES if name != cells.LIKE_L2)

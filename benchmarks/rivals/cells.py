@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks.rivals.methods import METHODS
 from benchmarks.rivals.rows import ALL, DENSE, Cell, Row
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.measure import count_macs, count_parameters, hits
 from intrafusion.lab.weights import digest
 from intrafusion.surgery.groups import module_name

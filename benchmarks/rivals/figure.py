@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.rivals.methods import METHODS
 from benchmarks.rivals.table import OURS, Results, mean_and_half, right
-from intrafusion.lab.figure import DENSE, INK, style
+from intrafusion.lab.reports.figure import DENSE, INK, style
 
 _COLOURS = {"data-free": "#0072b2", "calibrated": "#d55e00"}
 _RIVALS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#8c8c8c", "#b8a800", "#5c4a72", "#4d4d4d")

@@ -18,7 +18,8 @@ from intrafusion.checkpoint import save
 from intrafusion.fusion import Fusion
 from intrafusion.lab import weights
 from intrafusion.lab.code_digest import TRAINING_CODE, code_digest
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data.dataset import Dataset
+from intrafusion.lab.data.sources import open_data
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.folder import network_file
 from intrafusion.lab.measure import (
@@ -45,10 +46,9 @@ from intrafusion.lab.pruning import (
     uses_images,
     without_images,
 )
-from intrafusion.lab.recipe import Recipe, to_mapping
+from intrafusion.lab.recipe.loader import Recipe, to_mapping
+from intrafusion.lab.recipe.sections import PruneSection
 from intrafusion.lab.results import Cell, Curve, GroupLine, Result, key_of_identity
-from intrafusion.lab.sections import PruneSection
-from intrafusion.lab.sources import open_data
 from intrafusion.lab.target import UnreachableTarget, find_ratio, measured_once
 from intrafusion.lab.training import finetune_, train_once_
 from intrafusion.lab.training_record import TrainingRecord, read_training, write_training

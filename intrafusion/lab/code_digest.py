@@ -13,7 +13,7 @@ PRUNING_CODE = (
 )  # fmt: skip
 TRAINING_CODE = (
     "training/loop.py", "training/seeds.py", "training/settings.py", "training/state.py", "training/processes.py",
-    "training/noise_scale.py", "training/finetuning.py", "lab/training.py", "lab/augmentation.py",
+    "training/noise_scale.py", "training/finetuning.py", "lab/training.py", "lab/data/augmentation.py",
 )  # fmt: skip
 
 

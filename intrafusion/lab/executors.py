@@ -18,7 +18,7 @@ import torch
 from intrafusion import FusionError
 from intrafusion.lab.bench import Bench
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.recipe import Recipe
+from intrafusion.lab.recipe.loader import Recipe
 from intrafusion.lab.results import Cell, Result
 from intrafusion.training.workers import start_worker
 

@@ -16,7 +16,7 @@ from intrafusion.lab.errors import LabError, UsageError
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.measure import device_name
 from intrafusion.lab.pruning import ALL
-from intrafusion.lab.recipe import Recipe, read_recipe, read_text, to_yaml
+from intrafusion.lab.recipe.loader import Recipe, read_recipe, read_text, to_yaml
 from intrafusion.lab.results import Cell, ResultStore
 from intrafusion.lab.study import Study
 from intrafusion.lab.training_record import read_training

@@ -13,9 +13,9 @@ from intrafusion import GroupReport
 from intrafusion.lab.bench import Bench
 from intrafusion.lab.measure import count_macs, count_parameters
 from intrafusion.lab.pruning import ALL, Coupled, Pruned, coupled_layers, without_images
-from intrafusion.lab.recipe import Recipe
+from intrafusion.lab.recipe.loader import Recipe
+from intrafusion.lab.recipe.sections import PruneSection
 from intrafusion.lab.results import Cell
-from intrafusion.lab.sections import PruneSection
 from intrafusion.lab.widths import ADVICE, MULTIPLE, odd_note, odd_widths
 
 _OUTCOMES = {"selection": "selected", "untouched": "untouched"}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from intrafusion.lab.recipe import Recipe
+from intrafusion.lab.recipe.loader import Recipe
 
 _NETWORKS = {
     "cifar_vgg11_bn": "VGG11-BN",

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intrafusion import CHIPImportance, Fusion, GroupReport, IntraFusionPruner, ReconstructionImportance
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.models import closest, find_layers
-from intrafusion.lab.sections import PruneSection
+from intrafusion.lab.recipe.sections import PruneSection
 
 ALL = "all"
 

@@ -21,8 +21,8 @@ from intrafusion.lab.bench import Bench
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.folder import RESULTS, environment, prepare, write_cells
 from intrafusion.lab.pruning import ALL
-from intrafusion.lab.recipe import Recipe
-from intrafusion.lab.report import write_report
+from intrafusion.lab.recipe.loader import Recipe
+from intrafusion.lab.reports.report import write_report
 from intrafusion.lab.results import Cell, Result, ResultStore, key_of_identity
 from intrafusion.lab.study import Study
 from intrafusion.lab.training import forget_checkpoint

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from intrafusion.lab.paper import Published, published
 from intrafusion.lab.pruning import ALL
-from intrafusion.lab.recipe import Recipe
+from intrafusion.lab.recipe.loader import Recipe
 from intrafusion.lab.results import GroupLine, Result
 from intrafusion.lab.training_record import TrainingRecord
 

@@ -14,17 +14,17 @@ from typing import Any
 from tqdm import tqdm
 
 from intrafusion.lab.bench import TRAINED
-from intrafusion.lab.comparison import NOTHING, Comparison, write_comparison
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.executors import Executor, Failure, Task
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.folder import SWEEP, NotMeasuredError, check_free_for_sweep, read_study
-from intrafusion.lab.recipe import Point, Recipe, to_mapping
-from intrafusion.lab.report import write_report
+from intrafusion.lab.recipe.loader import Point, Recipe, to_mapping
+from intrafusion.lab.reports.comparison import NOTHING, Comparison, write_comparison
+from intrafusion.lab.reports.report import write_report
 from intrafusion.lab.results import Cell, Result, key_of_identity
 from intrafusion.lab.run import Finished, Run, label
-from intrafusion.lab.split import SPLIT, read_split
-from intrafusion.lab.split_report import write_split_report
+from intrafusion.lab.split.report import write_split_report
+from intrafusion.lab.split.run import SPLIT, read_split
 from intrafusion.lab.study import Study
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def sweep(points: Sequence[Point], executor: Executor, *, fresh: bool = False, p
     end, and tried again when the sweep is run again. A single point without settings has the folder of a plain run.
 
     Args:
-        points: as :func:`intrafusion.lab.recipe.read_points` gives them, with one output folder.
+        points: as :func:`intrafusion.lab.recipe.loader.read_points` gives them, with one output folder.
         fresh: compute every cell again.
         progress: show progress bars (on a terminal only).
 

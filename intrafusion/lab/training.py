@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.lab import weights
-from intrafusion.lab.augmentation import augmentation
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data.augmentation import augmentation
+from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import evaluate
-from intrafusion.lab.sections import FinetuneSection, OptimisationSection, TrainSection
+from intrafusion.lab.recipe.sections import FinetuneSection, OptimisationSection, TrainSection
 from intrafusion.lab.stopwatch import Stopwatch, times_beside
 from intrafusion.surgery.batchnorm import recenter_batchnorms_
 from intrafusion.training.finetuning import distillation

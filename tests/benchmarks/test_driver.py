@@ -18,9 +18,9 @@ from benchmarks.rivals import cells, figure, rows, table
 from benchmarks.rivals.methods import METHODS, Method
 from benchmarks.rivals.rows import Cell, Row
 from benchmarks.rivals.table import Place, Results
+from intrafusion.lab.data.sources import digits
 from intrafusion.lab.models import DigitsCNN
 from intrafusion.lab.pretrained import Pretrained
-from intrafusion.lab.sources import digits
 
 ROOTS = ["features.0", "features.3"]
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from intrafusion.lab.bench import Bench
-from intrafusion.lab.recipe import Recipe, read_recipe
+from intrafusion.lab.recipe.loader import Recipe, read_recipe
 from intrafusion.lab.results import Cell, Result
 from intrafusion.lab.run import run
 from tests.lab.small import TEXT

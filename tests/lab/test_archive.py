@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from intrafusion.lab.archive import find_archive, is_archive, unpack
+from intrafusion.lab.data.archive import find_archive, is_archive, unpack
+from intrafusion.lab.data.images import locate
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.images import locate
 
 
 def test_unpacks_once_and_again_after_a_change(image_root: Path, make_archive, own_cache: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from intrafusion.lab.augmentation import augmentation, crop, crop_flip, flip
-from intrafusion.lab.sources import digits
+from intrafusion.lab.data.augmentation import augmentation, crop, crop_flip, flip
+from intrafusion.lab.data.sources import digits
 
 NAMES = ("flip", "crop_flip", "randaugment")
 

@@ -9,7 +9,7 @@ import pytest
 
 from intrafusion.lab import bench as bench_module
 from intrafusion.lab.bench import Bench
-from intrafusion.lab.recipe import read_recipe
+from intrafusion.lab.recipe.loader import read_recipe
 
 TEXT = """\
 model: {name: digits_cnn}

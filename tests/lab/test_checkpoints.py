@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data.dataset import Dataset
+from intrafusion.lab.data.sources import image_folder
 from intrafusion.lab.measure import Accuracy, evaluate
 from intrafusion.lab.models import build_model
-from intrafusion.lab.recipe import load_recipe
+from intrafusion.lab.recipe.loader import load_recipe
 from intrafusion.lab.run import run
-from intrafusion.lab.sources import image_folder
 from intrafusion.lab.weights import load_weights_
 
 pytestmark = pytest.mark.slow

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torchvision import datasets
 
-from intrafusion.lab import cifar
-from intrafusion.lab.cifar import read_cifar
+from intrafusion.lab.data import cifar
+from intrafusion.lab.data.cifar import read_cifar
+from intrafusion.lab.data.sources import cifar as cifar_data
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.recipe import read_recipe
+from intrafusion.lab.recipe.loader import read_recipe
 from intrafusion.lab.run import run
-from intrafusion.lab.sources import cifar as cifar_data
 
 KINDS: dict[str, Any] = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 IMAGES = 20

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from intrafusion.lab.data import Split
+from intrafusion.lab.data.dataset import Split
+from intrafusion.lab.data.sources import digits, image_folder
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.sources import digits, image_folder
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from intrafusion.lab.download import fetch
+from intrafusion.lab.data.download import fetch
 from intrafusion.lab.errors import LabError
 
 CONTENT = bytes(range(256)) * 400

@@ -13,8 +13,8 @@ import pytest
 from intrafusion import cli
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.executors import Failure, Local, Task, make_executor
-from intrafusion.lab.grid import parse_grid
-from intrafusion.lab.recipe import Recipe, read_points, read_recipe
+from intrafusion.lab.recipe.grid import parse_grid
+from intrafusion.lab.recipe.loader import Recipe, read_points, read_recipe
 from intrafusion.lab.results import Cell, Result
 from intrafusion.lab.sweep import sweep
 from tests.killing import kill_as_soon_as

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from intrafusion.lab.figure import draw_finetuning
-from intrafusion.lab.finetuned import finetuned, finetuned_note, finetuned_table
-from intrafusion.lab.page import to_html
-from intrafusion.lab.recipe import read_recipe
-from intrafusion.lab.report import csv_rows, table, to_csv, to_markdown, to_text
+from intrafusion.lab.recipe.loader import read_recipe
+from intrafusion.lab.reports.figure import draw_finetuning
+from intrafusion.lab.reports.finetuned import finetuned, finetuned_note, finetuned_table
+from intrafusion.lab.reports.page import to_html
+from intrafusion.lab.reports.report import csv_rows, table, to_csv, to_markdown, to_text
 from intrafusion.lab.results import Cell, Curve, Result
 from intrafusion.lab.study import Study
 from tests.lab.test_report import Page, study

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from intrafusion.lab.errors import RecipeError
-from intrafusion.lab.grid import combinations, parse_grid, value_text
-from intrafusion.lab.recipe import read_points, read_recipe, to_yaml
+from intrafusion.lab.recipe.grid import combinations, parse_grid, value_text
+from intrafusion.lab.recipe.loader import read_points, read_recipe, to_yaml
 
 GOOD = """\
 model: {name: digits_cnn}

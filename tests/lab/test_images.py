@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from torchvision import transforms
 
-from intrafusion.lab import image_cache, images
+from intrafusion.lab.data import image_cache, images
+from intrafusion.lab.data.images import Decoding, image_shape, read_split
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.images import Decoding, image_shape, read_split
 
 SKIP = Decoding(on_corrupt="skip")
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from intrafusion.lab import training
 from intrafusion.lab.inspection import Inspection, inspect
-from intrafusion.lab.recipe import read_recipe
+from intrafusion.lab.recipe.loader import read_recipe
 
 TEXT = """\
 model: {name: digits_cnn}
@@ -43,7 +43,7 @@ def test_every_group_with_its_widths_and_layers() -> None:
 
 @pytest.mark.parametrize("importance", ["taylor", "chip", "reconstruction", "reconstruction_data_free"])
 def test_no_importance_needs_images_for_local_widths(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("intrafusion.lab.data.Dataset.draw", lambda *_, **__: pytest.fail("read images"))
+    monkeypatch.setattr("intrafusion.lab.data.dataset.Dataset.draw", lambda *_, **__: pytest.fail("read images"))
     assert look(f"prune.importance={importance}").cuts[0].groups[0].after == 16
 
 

@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from intrafusion import align
+from intrafusion.lab.data.sources import digits
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.landscape import Path, Score, interpolate, plane, score
-from intrafusion.lab.landscape_figure import draw_paths, draw_plane
+from intrafusion.lab.landscape.figure import draw_paths, draw_plane
+from intrafusion.lab.landscape.loss import Path, Score, interpolate, plane, score
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.models import DigitsCNN
-from intrafusion.lab.sources import digits
 from tests.nets import PICO, randomise_
 from tests.surgery.test_couplings import CASES, shuffled
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from intrafusion import cli
-from intrafusion.lab.landscape import Path as Line
-from intrafusion.lab.landscape_report import Landscape, LandscapeSettings
+from intrafusion.lab.data.sources import digits
+from intrafusion.lab.landscape.loss import Path as Line
+from intrafusion.lab.landscape.report import Landscape, LandscapeSettings
 from intrafusion.lab.models import DigitsCNN
-from intrafusion.lab.sections import TrainSection
-from intrafusion.lab.sources import digits
+from intrafusion.lab.recipe.sections import TrainSection
 from intrafusion.lab.training import train_
 from intrafusion.lab.weights import save_weights
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from intrafusion.lab.data.sources import digits
 from intrafusion.lab.measure import (
     Accuracy,
     count_macs,
@@ -19,7 +20,6 @@ from intrafusion.lab.measure import (
     size_on_disk,
 )
 from intrafusion.lab.models import DigitsCNN, build_model
-from intrafusion.lab.sources import digits
 from intrafusion.lab.weights import save_weights
 
 

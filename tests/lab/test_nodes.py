@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 from intrafusion.lab.errors import RecipeError
-from intrafusion.lab.nodes import Node, override, parse, parse_assignment
+from intrafusion.lab.recipe.nodes import Node, override, parse, parse_assignment
 
 
 def problems(text: str) -> list[str]:

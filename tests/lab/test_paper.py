@@ -11,8 +11,8 @@ import torch
 from intrafusion.lab.models import CifarResNet18, build_model
 from intrafusion.lab.paper import numbers, published
 from intrafusion.lab.pruning import coupled_layers
-from intrafusion.lab.recipe import Recipe, load_recipe
-from intrafusion.lab.sections import PruneSection
+from intrafusion.lab.recipe.loader import Recipe, load_recipe
+from intrafusion.lab.recipe.sections import PruneSection
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RESNET18 = [

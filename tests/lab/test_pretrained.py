@@ -10,7 +10,7 @@ from torchvision import models
 
 from intrafusion.lab.errors import LabError, RecipeError
 from intrafusion.lab.pretrained import WrongClasses, find_pretrained
-from intrafusion.lab.recipe import Recipe, read_recipe, to_yaml
+from intrafusion.lab.recipe.loader import Recipe, read_recipe, to_yaml
 from intrafusion.lab.run import run
 from intrafusion.lab.weights import digest
 

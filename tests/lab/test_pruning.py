@@ -8,6 +8,7 @@ import torch_pruning as tp
 from torch import nn
 
 from intrafusion import Fusion
+from intrafusion.lab.data.sources import digits
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.models import CifarResNet18, DigitsCNN, build_model
 from intrafusion.lab.pruning import (
@@ -20,8 +21,7 @@ from intrafusion.lab.pruning import (
     own_ratios,
     prune,
 )
-from intrafusion.lab.sections import PruneSection
-from intrafusion.lab.sources import digits
+from intrafusion.lab.recipe.sections import PruneSection
 from intrafusion.lab.weights import digest
 
 SETTINGS = PruneSection(ratios=(0.5,), ignored=("classifier",))

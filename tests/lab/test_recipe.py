@@ -12,9 +12,9 @@ import yaml
 
 from intrafusion import Fusion
 from intrafusion.lab.errors import RecipeError, UsageError
-from intrafusion.lab.nodes import parse
-from intrafusion.lab.recipe import Recipe, load_recipe, read_recipe, recipe_schema, to_yaml
-from intrafusion.lab.schema import describe, key_of, options
+from intrafusion.lab.recipe.loader import Recipe, load_recipe, read_recipe, recipe_schema, to_yaml
+from intrafusion.lab.recipe.nodes import parse
+from intrafusion.lab.recipe.schema import describe, key_of, options
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 GOOD = """\
@@ -234,7 +234,7 @@ def test_every_key_of_a_shipped_recipe_is_there_with_its_type_and_default(path: 
 
 
 def globals_of_recipe() -> dict[str, Any]:
-    from intrafusion.lab import sections
+    from intrafusion.lab.recipe import sections
 
     return {name: value for name, value in vars(sections).items() if name.endswith("Section")}
 

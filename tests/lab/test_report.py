@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from intrafusion.lab.figure import draw
 from intrafusion.lab.measure import Latency
-from intrafusion.lab.page import to_html
-from intrafusion.lab.recipe import read_recipe
-from intrafusion.lab.report import csv_rows, table, to_csv, to_markdown, to_text, verdict
+from intrafusion.lab.recipe.loader import read_recipe
+from intrafusion.lab.reports.figure import draw
+from intrafusion.lab.reports.page import to_html
+from intrafusion.lab.reports.report import csv_rows, table, to_csv, to_markdown, to_text, verdict
+from intrafusion.lab.reports.svg import _ticks
 from intrafusion.lab.results import Cell, GroupLine, Result
 from intrafusion.lab.study import Study
-from intrafusion.lab.svg import _ticks
 
 RECIPE = read_recipe(
     "model: {name: digits_cnn}\ndata: {name: digits, title: Figures}\ntrain: {}\n"

@@ -17,7 +17,7 @@ from intrafusion.lab.bench import Bench
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.folder import read_study
 from intrafusion.lab.measure import evaluate
-from intrafusion.lab.recipe import Recipe, read_recipe
+from intrafusion.lab.recipe.loader import Recipe, read_recipe
 from intrafusion.lab.results import Result
 from intrafusion.lab.run import run
 from intrafusion.lab.training_record import read_training, write_training

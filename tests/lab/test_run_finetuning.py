@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from intrafusion.lab.data import Dataset
-from intrafusion.lab.recipe import read_recipe
+from intrafusion.lab.data.dataset import Dataset
+from intrafusion.lab.recipe.loader import read_recipe
 from intrafusion.lab.run import run
 from tests.lab.small import TEXT
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from intrafusion.lab import images
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data import images
+from intrafusion.lab.data.dataset import Dataset
+from intrafusion.lab.data.sources import digits, fake, image_folder, imagenet
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.inspection import inspect
 from intrafusion.lab.measure import evaluate
-from intrafusion.lab.recipe import read_recipe
+from intrafusion.lab.recipe.loader import read_recipe
+from intrafusion.lab.recipe.sections import TrainSection
 from intrafusion.lab.run import run
-from intrafusion.lab.sections import TrainSection
-from intrafusion.lab.sources import digits, fake, image_folder, imagenet
 from intrafusion.lab.training import train_
 
 RECIPE = """\

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from intrafusion import cli, load
-from intrafusion.lab import split_training
 from intrafusion.lab.errors import LabError, RecipeError
 from intrafusion.lab.executors import Failure
 from intrafusion.lab.pruning import prune
-from intrafusion.lab.recipe import Recipe, read_points, read_recipe
-from intrafusion.lab.split import SplitRun, run_split
-from intrafusion.lab.split_study import Item, network_file, open_results
+from intrafusion.lab.recipe.loader import Recipe, read_points, read_recipe
+from intrafusion.lab.split import training as split_training
+from intrafusion.lab.split.run import SplitRun, run_split
+from intrafusion.lab.split.study import Item, network_file, open_results
 from intrafusion.lab.sweep import sweep
 from intrafusion.lab.weights import digest
 from intrafusion.training import loop

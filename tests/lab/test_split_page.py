@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from intrafusion.lab.recipe import read_recipe
-from intrafusion.lab.split_page import to_html
-from intrafusion.lab.split_report import curves, verdicts, write_split_report
-from intrafusion.lab.split_study import Item, Measured, SplitStudy
+from intrafusion.lab.recipe.loader import read_recipe
+from intrafusion.lab.split.page import to_html
+from intrafusion.lab.split.report import curves, verdicts, write_split_report
+from intrafusion.lab.split.study import Item, Measured, SplitStudy
 from tests.lab.test_split import TEXT
 
 SECONDS = {"train": 2.0, "prune": 0.5, "fuse": 0.5, "finetune": 1.0}

@@ -12,8 +12,8 @@ import pytest
 
 from intrafusion.lab.errors import LabError, RecipeError
 from intrafusion.lab.executors import Failure, Outcome, Task, work
-from intrafusion.lab.grid import parse_grid
-from intrafusion.lab.recipe import Point, read_points, read_recipe
+from intrafusion.lab.recipe.grid import parse_grid
+from intrafusion.lab.recipe.loader import Point, read_points, read_recipe
 from intrafusion.lab.run import run
 from intrafusion.lab.sweep import _train, report_again, sweep
 from intrafusion.lab.training_record import read_training

@@ -10,7 +10,7 @@ from intrafusion.lab.bench import Bench
 from intrafusion.lab.errors import RecipeError
 from intrafusion.lab.measure import count_macs, count_parameters
 from intrafusion.lab.pruning import prune
-from intrafusion.lab.recipe import read_recipe
+from intrafusion.lab.recipe.loader import read_recipe
 from intrafusion.lab.results import Cell, key_of_identity
 from intrafusion.lab.target import UnreachableTarget, find_ratio
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from intrafusion.lab.comparison import Comparison, every_row
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.finetuned import finetuned_noise
-from intrafusion.lab.page import to_html
-from intrafusion.lab.report import to_markdown
+from intrafusion.lab.reports.comparison import Comparison, every_row
+from intrafusion.lab.reports.finetuned import finetuned_noise
+from intrafusion.lab.reports.page import to_html
+from intrafusion.lab.reports.report import to_markdown
 from intrafusion.lab.study import Study
 from intrafusion.lab.training_record import (
     TRAINING,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from intrafusion.lab.errors import RecipeError
-from intrafusion.lab.recipe import load_recipe
+from intrafusion.lab.recipe.loader import load_recipe
 
 BROKEN = Path(__file__).parent / "broken"
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intrafusion import cli
+from intrafusion.lab.data.sources import digits
 from intrafusion.lab.measure import evaluate, places
 from intrafusion.lab.models import DigitsCNN
-from intrafusion.lab.sources import digits
 from intrafusion.training.loop import fit_
 from intrafusion.training.processes import (
     ALONE,

@@ -6,9 +6,9 @@ from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
 from intrafusion.fusion import PRESETS, Fusion
-from intrafusion.lab.nodes import Node
-from intrafusion.lab.reader import FAILED, Reader, unknown
-from intrafusion.lab.schema import Rule, type_schema
+from intrafusion.lab.recipe.nodes import Node
+from intrafusion.lab.recipe.reader import FAILED, Reader, unknown
+from intrafusion.lab.recipe.schema import Rule, type_schema
 
 
 def read_fusion(reader: Reader, node: Node, path: str) -> Any:

@@ -7,10 +7,11 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 
-from intrafusion.lab.page import document, figure, html_table
-from intrafusion.lab.recipe import to_yaml
-from intrafusion.lab.report import command
-from intrafusion.lab.split_report import (
+from intrafusion.lab.recipe.loader import to_yaml
+from intrafusion.lab.reports.page import document, figure, html_table
+from intrafusion.lab.reports.report import command
+from intrafusion.lab.reports.svg import Point, accuracy_chart
+from intrafusion.lab.split.report import (
     FROM_PARTS,
     SHOWN,
     STEPS,
@@ -27,8 +28,7 @@ from intrafusion.lab.split_report import (
     times_table,
     verdicts,
 )
-from intrafusion.lab.split_study import OF_WHOLE, SplitStudy
-from intrafusion.lab.svg import Point, accuracy_chart
+from intrafusion.lab.split.study import OF_WHOLE, SplitStudy
 
 _CLASS = {"whole fused": "fused", "whole discard": "discard", "paf": "paf", "fap": "fap"}
 

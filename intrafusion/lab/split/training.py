@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from intrafusion.lab import weights
 from intrafusion.lab.bench import Bench
 from intrafusion.lab.code_digest import TRAINING_CODE, code_digest
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.executors import Failure, Local, gpus_of, make_executor, threads_of
 from intrafusion.lab.models import build_model
-from intrafusion.lab.recipe import Recipe
+from intrafusion.lab.recipe.loader import Recipe
+from intrafusion.lab.recipe.sections import SplitSection, TrainSection
 from intrafusion.lab.results import key_of_identity
-from intrafusion.lab.sections import SplitSection, TrainSection
 from intrafusion.lab.training import train_once_
 from intrafusion.training.workers import WorkerError, in_processes
 
 _log = logging.getLogger(__name__)
-_CODE = (*TRAINING_CODE, "schedule.py", "lab/data.py", "lab/models.py")
+_CODE = (*TRAINING_CODE, "schedule.py", "lab/data/dataset.py", "lab/models.py")
 
 
 @dataclass(frozen=True)

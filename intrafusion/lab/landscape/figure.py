@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from intrafusion.lab.figure import DENSE, DISCARD, FUSED, GRID, INK
-from intrafusion.lab.landscape import Path, Slice
+from intrafusion.lab.landscape.loss import Path, Slice
+from intrafusion.lab.reports.figure import DENSE, DISCARD, FUSED, GRID, INK
 
 _COLOURS = (FUSED, DISCARD, DENSE, "#6a4c93", "#8a9a2b")
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from intrafusion.lab.nodes import Node
-from intrafusion.lab.reader import Reader
-from intrafusion.lab.schema import Rule, option
+from intrafusion.lab.recipe.nodes import Node
+from intrafusion.lab.recipe.reader import Reader
+from intrafusion.lab.recipe.schema import Rule, option
 
 ImportanceName = Literal[
     "l1", "l2", "taylor", "lamp", "bn_scale", "random", "fpgm", "chip", "reconstruction", "reconstruction_data_free"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.folder import ENVIRONMENT, RESULTS, read_json, read_recipe_of
 from intrafusion.lab.measure import Accuracy
-from intrafusion.lab.recipe import Recipe
+from intrafusion.lab.recipe.loader import Recipe
 from intrafusion.lab.results import LineStore
 
 Method = Literal[

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.surgery.average import reestimate_
 from intrafusion.surgery.observe import evaluating, run_model

@@ -13,13 +13,14 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from intrafusion import align
-from intrafusion.lab import landscape, weights
+from intrafusion.lab import weights
 from intrafusion.lab.bench import Bench
 from intrafusion.lab.files import write_atomic
-from intrafusion.lab.landscape import Slice, interpolate, plane, score
-from intrafusion.lab.landscape_figure import draw_paths, draw_plane
-from intrafusion.lab.recipe import Recipe
-from intrafusion.lab.report import markdown_table, text_table
+from intrafusion.lab.landscape.figure import draw_paths, draw_plane
+from intrafusion.lab.landscape.loss import Path as Line
+from intrafusion.lab.landscape.loss import Slice, interpolate, plane, score
+from intrafusion.lab.recipe.loader import Recipe
+from intrafusion.lab.reports.report import markdown_table, text_table
 from intrafusion.lab.results import finite
 from intrafusion.lab.run import torch_threads
 
@@ -59,7 +60,7 @@ class Landscape:
     settings: LandscapeSettings
     files: tuple[Path, ...]
     count: int
-    paths: Mapping[str, landscape.Path]
+    paths: Mapping[str, Line]
     unaligned: Mapping[str, str]
     plane: Slice | None = None
 

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from intrafusion.lab.errors import Problem, RecipeError
-from intrafusion.lab.nodes import Node, parse_assignment
-from intrafusion.lab.reader import FAILED, Reader, plain
+from intrafusion.lab.recipe.nodes import Node, parse_assignment
+from intrafusion.lab.recipe.reader import FAILED, Reader, plain
 
 GRID_SCHEMA: Mapping[str, Any] = {
     "type": "object",

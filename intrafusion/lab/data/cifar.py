@@ -9,8 +9,8 @@ from typing import Any
 import filelock
 import numpy as np
 
-from intrafusion.lab.archive import unpack
-from intrafusion.lab.download import fetch, md5_of
+from intrafusion.lab.data.archive import unpack
+from intrafusion.lab.data.download import fetch, md5_of
 from intrafusion.lab.errors import LabError
 
 CLASSES = {"cifar10": 10, "cifar100": 100}

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from intrafusion.lab.archive import find_archive, is_archive, unpack
+from intrafusion.lab.data.archive import find_archive, is_archive, unpack
+from intrafusion.lab.data.image_cache import Contents, ImageArray, Pixels, TooLarge, cached
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.image_cache import Contents, ImageArray, Pixels, TooLarge, cached
 
 _log = logging.getLogger(__name__)
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm"})

@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 
 from intrafusion.lab.files import write_atomic
-from intrafusion.lab.report import command, markdown_table, text_table, to_csv
-from intrafusion.lab.split_study import OF_WHOLE, Item, Measured, SplitStudy
+from intrafusion.lab.reports.report import command, markdown_table, text_table, to_csv
+from intrafusion.lab.split.study import OF_WHOLE, Item, Measured, SplitStudy
 
 SHOWN = {
     "whole": "all images", "ensemble": "ensemble of the parts", "naive": "naive average",
@@ -25,8 +25,8 @@ Table = tuple[list[str], list[list[str]]]
 
 def write_split_report(study: SplitStudy, folder: Path) -> str:
     """Write the report in Markdown and HTML, its figure and ``results.csv``; return the tables for the terminal."""
-    from intrafusion.lab.split_figure import draw_schedules
-    from intrafusion.lab.split_page import to_html
+    from intrafusion.lab.split.figure import draw_schedules
+    from intrafusion.lab.split.page import to_html
 
     found = curves(study)
     if found:

@@ -19,16 +19,16 @@ from tqdm import tqdm
 
 from intrafusion import save
 from intrafusion.lab.code_digest import TRAINING_CODE, code_digest
-from intrafusion.lab.data import SPLITS
+from intrafusion.lab.data.dataset import SPLITS
 from intrafusion.lab.executors import threads_of
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.folder import prepare
 from intrafusion.lab.measure import count_macs, count_parameters, evaluate
-from intrafusion.lab.recipe import Recipe, to_mapping
+from intrafusion.lab.recipe.loader import Recipe, to_mapping
 from intrafusion.lab.results import key_of_identity
 from intrafusion.lab.run import Finished, torch_threads
-from intrafusion.lab.split_schedules import Schedules
-from intrafusion.lab.split_study import (
+from intrafusion.lab.split.schedules import Schedules
+from intrafusion.lab.split.study import (
     AVERAGES,
     OF_WHOLE,
     PRUNED,
@@ -40,12 +40,12 @@ from intrafusion.lab.split_study import (
     open_results,
     read_split,
 )
-from intrafusion.lab.split_training import SplitNetworks
+from intrafusion.lab.split.training import SplitNetworks
 from intrafusion.lab.training import forget_checkpoint
 from intrafusion.lab.weights import digest
 
 _log = logging.getLogger(__name__)
-_FUSE_CODE = ("averaging.py", "ot", "surgery", "schedule.py", "lab/split_schedules.py")
+_FUSE_CODE = ("averaging.py", "ot", "surgery", "schedule.py", "lab/split/schedules.py")
 _ON_THE_WAY_CODE = ("training/fusion_schedule.py", "training/optimizer_state.py", "training/averaged_weights.py")
 
 
@@ -181,7 +181,7 @@ def run_split(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> 
         LabError: files are missing or broken, training diverges, an output folder cannot be used.
         intrafusion.FusionError: a group cannot be pruned.
     """
-    from intrafusion.lab.split_report import write_split_report
+    from intrafusion.lab.split.report import write_split_report
 
     with torch_threads(threads_of(recipe)):  # as in the workers, so that a result does not depend on who computed it
         opened = SplitRun(recipe, fresh=fresh, progress=progress)

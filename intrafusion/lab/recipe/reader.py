@@ -10,8 +10,18 @@ from dataclasses import MISSING, Field, is_dataclass
 from typing import Any, Literal
 
 from intrafusion.lab.errors import Problem
-from intrafusion.lab.nodes import Node
-from intrafusion.lab.schema import Checked, Located, Rule, choices, is_required, key_of, options, rule_of, type_text
+from intrafusion.lab.recipe.nodes import Node
+from intrafusion.lab.recipe.schema import (
+    Checked,
+    Located,
+    Rule,
+    choices,
+    is_required,
+    key_of,
+    options,
+    rule_of,
+    type_text,
+)
 
 FAILED: Any = object()
 

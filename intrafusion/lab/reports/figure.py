@@ -49,7 +49,7 @@ def draw_finetuning(study: Study) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from intrafusion.lab.finetuned import finetuned
+    from intrafusion.lab.reports.finetuned import finetuned
 
     found = finetuned(study)
     columns = _columns(len(found))

@@ -14,14 +14,14 @@ import yaml
 
 from intrafusion.fusion import PRESETS, Fusion
 from intrafusion.lab.errors import LabError, Problem, RecipeError, UsageError
-from intrafusion.lab.fusion_key import fusion_schema, read_fusion
-from intrafusion.lab.grid import GRID_SCHEMA, Grid, combinations, grids_of, read_grids, value_text
 from intrafusion.lab.models import build_model, find_layers
-from intrafusion.lab.nodes import Node, override, parse, parse_assignment
 from intrafusion.lab.pretrained import WrongClasses, find_pretrained
-from intrafusion.lab.reader import Reader
-from intrafusion.lab.schema import json_schema, key_of, option, options
-from intrafusion.lab.sections import (
+from intrafusion.lab.recipe.fusion_key import fusion_schema, read_fusion
+from intrafusion.lab.recipe.grid import GRID_SCHEMA, Grid, combinations, grids_of, read_grids, value_text
+from intrafusion.lab.recipe.nodes import Node, override, parse, parse_assignment
+from intrafusion.lab.recipe.reader import Reader
+from intrafusion.lab.recipe.schema import json_schema, key_of, option, options
+from intrafusion.lab.recipe.sections import (
     DataSection,
     FinetuneSection,
     ModelSection,

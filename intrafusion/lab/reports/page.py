@@ -7,11 +7,11 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from intrafusion.lab.finetuned import METHODS, finetuned, finetuned_noise, finetuned_note, finetuned_table
 from intrafusion.lab.measure import LATENCY_BATCHES
 from intrafusion.lab.pruning import ALL
-from intrafusion.lab.recipe import to_yaml
-from intrafusion.lab.report import (
+from intrafusion.lab.recipe.loader import to_yaml
+from intrafusion.lab.reports.finetuned import METHODS, finetuned, finetuned_noise, finetuned_note, finetuned_table
+from intrafusion.lab.reports.report import (
     command,
     measurements,
     networks_note,
@@ -23,9 +23,9 @@ from intrafusion.lab.report import (
     timing_note,
     verdict,
 )
+from intrafusion.lab.reports.svg import Point, accuracy_chart, plan_picture
 from intrafusion.lab.results import Result
 from intrafusion.lab.study import Pair, Study
-from intrafusion.lab.svg import Point, accuracy_chart, plan_picture
 from intrafusion.lab.training_record import noise_note, noise_table
 
 LEGEND = (
@@ -59,7 +59,7 @@ def to_html(study: Study, folder: Path) -> str:
 
 def document(title: str, parts: Iterable[str]) -> str:
     """A page of its own from its title, as text, and its parts, as HTML; empty parts are left out."""
-    style = resources.files("intrafusion.lab").joinpath("page.css").read_text(encoding="utf-8")
+    style = resources.files("intrafusion.lab.reports").joinpath("page.css").read_text(encoding="utf-8")
     title, body = escape(title), "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

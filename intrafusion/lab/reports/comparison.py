@@ -10,9 +10,17 @@ from html import escape
 from pathlib import Path
 
 from intrafusion.lab.files import write_atomic
-from intrafusion.lab.page import LEGEND, against_ratio, document, html_table
 from intrafusion.lab.pruning import ALL
-from intrafusion.lab.report import UNTIMED, csv_rows, latencies, markdown_table, published_note, text_table, to_csv
+from intrafusion.lab.reports.page import LEGEND, against_ratio, document, html_table
+from intrafusion.lab.reports.report import (
+    UNTIMED,
+    csv_rows,
+    latencies,
+    markdown_table,
+    published_note,
+    text_table,
+    to_csv,
+)
 from intrafusion.lab.results import Result
 from intrafusion.lab.study import Pair, Study
 from intrafusion.lab.training_record import mean_noise_scale

@@ -28,9 +28,9 @@ UNTIMED = (
 
 def write_report(study: Study, folder: Path) -> str:
     """Write ``report.md``, ``report.html``, ``results.csv`` and ``accuracy.png``; return the table for the terminal."""
-    from intrafusion.lab.figure import draw, draw_finetuning
-    from intrafusion.lab.finetuned import finetuned
-    from intrafusion.lab.page import to_html
+    from intrafusion.lab.reports.figure import draw, draw_finetuning
+    from intrafusion.lab.reports.finetuned import finetuned
+    from intrafusion.lab.reports.page import to_html
 
     write_atomic(folder / "accuracy.png", draw(study))
     if finetuned(study):
@@ -43,7 +43,7 @@ def write_report(study: Study, folder: Path) -> str:
 
 def to_text(study: Study) -> str:
     """The summary and the tables, aligned with spaces."""
-    from intrafusion.lab.finetuned import finetuned_table
+    from intrafusion.lab.reports.finetuned import finetuned_table
 
     parts = [summary(study), text_table(*table(study))]
     header, rows = finetuned_table(study)
@@ -210,7 +210,7 @@ def rounding_note(study: Study, folder: Path) -> str:
 
 
 def _finetuned_part(study: Study) -> list[str]:
-    from intrafusion.lab.finetuned import finetuned_noise, finetuned_note, finetuned_table
+    from intrafusion.lab.reports.finetuned import finetuned_noise, finetuned_note, finetuned_table
 
     header, rows = finetuned_table(study)
     if not rows:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from intrafusion.lab.cifar import CLASSES, NORMALISATION, read_cifar
-from intrafusion.lab.data import Dataset, Split
+from intrafusion.lab.data.cifar import CLASSES, NORMALISATION, read_cifar
+from intrafusion.lab.data.dataset import Dataset, Split
+from intrafusion.lab.data.images import SUFFIXES, Decoding, class_names, image_shape, locate, read_split
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.files import cache_folder
-from intrafusion.lab.images import SUFFIXES, Decoding, class_names, image_shape, locate, read_split
-from intrafusion.lab.sections import DataSection
+from intrafusion.lab.recipe.sections import DataSection
 from intrafusion.schedule import stratified
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

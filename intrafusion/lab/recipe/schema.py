@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from intrafusion.lab.nodes import Node
+from intrafusion.lab.recipe.nodes import Node
 
 _WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 Parser = Callable[[Any, Node, str], Any]
-"""``(reader, node, key path) -> value``: see :class:`intrafusion.lab.reader.Reader`."""
+"""``(reader, node, key path) -> value``: see :class:`intrafusion.lab.recipe.reader.Reader`."""
 
 
 @runtime_checkable

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion import FusionSchedule, fuse, schedule
-from intrafusion.lab.data import Dataset
+from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.pruning import OutputChanged, make_pruner, prune
-from intrafusion.lab.sections import FinetuneSection
-from intrafusion.lab.split_study import AVERAGES, OF_WHOLE, Item
-from intrafusion.lab.split_training import SplitNetworks, Stage
+from intrafusion.lab.recipe.sections import FinetuneSection
+from intrafusion.lab.split.study import AVERAGES, OF_WHOLE, Item
+from intrafusion.lab.split.training import SplitNetworks, Stage
 from intrafusion.lab.stopwatch import Stopwatch
 from intrafusion.lab.training import TrainingImages, finetune_
 from intrafusion.training.loop import Scheduling

@@ -1,0 +1,1 @@
+"""The loss between networks: measured, drawn, reported."""

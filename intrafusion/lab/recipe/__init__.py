@@ -1,0 +1,1 @@
+"""Recipes: YAML to checked sections, every mistake with its line; grids over their keys."""
