@@ -24,8 +24,8 @@ from intrafusion.lab.training_record import (
     write_training,
 )
 from intrafusion.training.noise_scale import NoiseHistory, NoisyEpoch
-from tests.lab.test_finetuned import tuned
-from tests.lab.test_report import Page, study
+from tests.lab.reports.test_finetuned import tuned
+from tests.lab.reports.test_report import Page, study
 
 EPOCHS = (NoisyEpoch(1, 0.05, 0.0078125, 20.0), NoisyEpoch(2, 0.025, 0.00390625))
 NOISE = NoiseHistory("lr / (batch (1 - momentum))", 0.0005, "flip", EPOCHS)

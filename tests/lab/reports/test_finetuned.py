@@ -17,7 +17,7 @@ from intrafusion.lab.reports.page import to_html
 from intrafusion.lab.reports.report import csv_rows, table, to_csv, to_markdown, to_text
 from intrafusion.lab.results import Cell, Curve, Result
 from intrafusion.lab.study import Study
-from tests.lab.test_report import Page, study
+from tests.lab.reports.test_report import Page, study
 
 RECIPE = read_recipe(
     "model: {name: digits_cnn}\ndata: {name: digits, title: Figures}\ntrain: {}\nprune: {ratios: [0.3, 0.6]}\n"

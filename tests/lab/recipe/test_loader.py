@@ -16,7 +16,7 @@ from intrafusion.lab.recipe.loader import Recipe, load_recipe, read_recipe, reci
 from intrafusion.lab.recipe.nodes import parse
 from intrafusion.lab.recipe.schema import describe, key_of, options
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.yaml"))
 GOOD = """\
 model:
   name: digits_cnn

@@ -20,7 +20,7 @@ from intrafusion.lab.training import train_
 from intrafusion.lab.weights import save_weights
 
 RECIPE = """\
-model: {name: "tests.lab.test_landscape_report:pico"}
+model: {name: "tests.lab.landscape.test_report:pico"}
 data: {name: digits, test_images: 100}
 train: {}
 prune: {ratios: [0.5], ignored: [classifier]}

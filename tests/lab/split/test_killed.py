@@ -15,7 +15,7 @@ import pytest
 from intrafusion import cli
 from intrafusion.lab.split import training as split_training
 from intrafusion.lab.split.run import run_split
-from tests.lab.test_split import TEXT, finished, one_after_another, recipe
+from tests.lab.split.test_run import TEXT, finished, one_after_another, recipe
 
 SMALL = ["split.schedules=paf,fap", "split.repair=statistics", "train.epochs=3", "split.budgets=0"]
 
