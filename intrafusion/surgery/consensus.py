@@ -27,6 +27,7 @@ from intrafusion.ot.rows import best_rows
 from intrafusion.surgery.apply import shift_carrier
 from intrafusion.surgery.couplings import Couplings
 from intrafusion.surgery.groups import GroupTable, Role, Slot
+from intrafusion.surgery.memo import Memo, Room
 from intrafusion.surgery.observe import Sight, call_order, evaluating, look
 from intrafusion.surgery.refit import (
     RowMap,
@@ -62,6 +63,8 @@ class Consensus:
         batches: Sequence,
     ) -> None:
         self.fused, self.parents, self.weights, self.run, self.batches = fused, parents, weights, run, batches
+        room = Room()
+        self._memos = [{id(network): Memo(room) for network in (fused, *parents)} for _ in batches]
         self._norms = {fold.layer: fold.norm for fold in couplings.folds}
         self._tables = {}
         for group in couplings.groups:
@@ -85,9 +88,9 @@ class Consensus:
         rows = self._rows(name) if can_refit(layer) else None
         apart = rows is not None
         rows = rows or RowMap.identity(outputs(layer))
-        if self._is_close(*next(self._sights(name, self.batches[:1], apart)), rows, channel_axis(layer)):
+        if self._is_close(*next(self._sights(name, apart)), rows, channel_axis(layer)):
             return
-        sights = self._sights(name, self.batches, apart)
+        sights = self._sights(name, apart)
         if can_refit(layer):
             refit_(layer, bn, SimpleNamespace(weight=self._wide(name, apart)), None, sights, rows)
         elif bn is not None:
@@ -129,8 +132,8 @@ class Consensus:
 
     def _blocks(self, slot: Slot, n: int) -> Iterator[Blocks | None]:
         """What a reader of a group sees in all parents, batch by batch."""
-        for batch in self.batches:
-            each = [blocks_of(s, s, slot, n) for s in self._look(slot.name, self.parents, batch, add=False)]
+        for number in range(len(self.batches)):
+            each = [blocks_of(s, s, slot, n) for s in self._look(slot.name, self.parents, number, add=False)]
             known = [block for block in each if block is not None]
             if len(known) < len(each):
                 yield None
@@ -138,14 +141,19 @@ class Consensus:
                 z, h, calls = zip(*known, strict=True)
                 yield torch.cat(z, dim=1), torch.cat(h, dim=1), calls[0]
 
-    def _look(self, name: str, networks: Sequence[nn.Module], batch: Any, *, add: bool = True) -> list[Sight]:
-        return [look(partial(self.run, net, batch), *self._of(net, name), add=add) for net in networks]
+    def _look(self, name: str, networks: Sequence[nn.Module], number: int, *, add: bool = True) -> list[Sight]:
+        """Views of a layer in several networks on one batch."""
+        batch, memos = self.batches[number], self._memos[number]
+        return [
+            look(partial(self.run, network, batch), *self._of(network, name), add=add, memo=memos[id(network)])
+            for network in networks
+        ]
 
-    def _sights(self, name: str, batches: Sequence, apart: bool) -> Iterator[tuple[Sight, Sight]]:
+    def _sights(self, name: str, apart: bool) -> Iterator[tuple[Sight, Sight]]:
         """(the parents side by side, fused) views of a layer, batch by batch; outputs are apart or their mean."""
         axis = channel_axis(self.fused.get_submodule(name))
-        for batch in batches:
-            *before, now = self._look(name, (*self.parents, self.fused), batch)
+        for number in range(len(self.batches)):
+            *before, now = self._look(name, (*self.parents, self.fused), number)
             others = [sight.other for sight in before if sight.other is not None]
             made = [sight.output for sight in before]
             wide = Sight(

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from intrafusion.surgery.memo import Memo, Room
+
 _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 _CHANNELWISE = {
     F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh, F.leaky_relu, F.elu,
@@ -85,8 +87,10 @@ class _Enough(Exception):
 class _Tape(TorchFunctionMode):
     """Remembers the call that made each tensor; tensors that are overwritten in place are remembered as they were."""
 
-    def __init__(self) -> None:
+    def __init__(self, memo: Memo) -> None:
         super().__init__()
+        self._memo = memo
+        self._copying = False
         self.origin: dict[int, tuple[Tensor, Callable, tuple, dict]] = {}
         self.watched: Tensor | None = None
         self.other: Tensor | None = None
@@ -94,6 +98,8 @@ class _Tape(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if self._copying:
+            return func(*args, **kwargs)
         first = args[0] if args and isinstance(args[0], Tensor) else None
         watched = self.watched
         if watched is not None and func in _ADDITIONS and len(args) == 2:
@@ -104,9 +110,10 @@ class _Tape(TorchFunctionMode):
         before = first
         if first is not None and _overwrites(func, kwargs):
             before = first.clone()
+            self._memo.spare(first)
             if id(first) in self.origin:
                 self.origin[id(before)] = self.origin[id(first)]
-        out = func(*args, **kwargs)
+        out = self._memo.call(func, args, kwargs)
         if out is first and before is first:  # a dropout in eval mode, a tensor that is contiguous already
             return out
         if isinstance(out, Tensor) and before is not None and not any(isinstance(a, Tensor) for a in args[1:]):
@@ -118,6 +125,14 @@ class _Tape(TorchFunctionMode):
             self.origin.pop(id(out), None)
             self._alive.append(out)
         return out
+
+    def copy(self, value: Tensor) -> Tensor:
+        """A copy that is no part of the pass."""
+        self._copying = True
+        try:
+            return value.clone()
+        finally:
+            self._copying = False
 
     def trace_back(self, value: Tensor) -> tuple[Tensor, tuple[Call, ...]]:
         """The first tensor that `value` was made from by channelwise calls alone, and those calls in order."""
@@ -136,25 +151,33 @@ def _overwrites(func: Callable, kwargs: dict) -> bool:
     return bool(kwargs.get("inplace")) or name in ("__iadd__", "__imul__") or (name.endswith("_") and name[-2:] != "__")
 
 
-def look(forward: Callable[[], Any], layer: nn.Module, partner: nn.Module | None, *, add: bool = True) -> Sight:
+def look(
+    forward: Callable[[], Any],
+    layer: nn.Module,
+    partner: nn.Module | None,
+    *,
+    add: bool = True,
+    memo: Memo | None = None,
+) -> Sight:
     """Run a network until a layer has been seen.
 
     forward: runs the network (in eval mode, without gradients). partner: the layer's batch-norm. add: go on until
-    something is added to the output (or the pass ends), to see it.
+    something is added to the output (or the pass ends), to see it. memo: of the network on these inputs.
 
     Raises ValueError if the layer is not reached with a tensor.
     """
-    tape = _Tape()
+    memo = Memo(Room(0)) if memo is None else memo
+    tape = _Tape(memo)
     seen: dict[str, Any] = {}
 
     def before(module, args):
         if "inputs" not in seen:
             seen["before"], seen["chain"] = tape.trace_back(args[0])
-            seen["inputs"] = args[0].clone()
+            seen["inputs"] = tape.copy(args[0])
 
     def after(module, args, output):
         if "output" not in seen:
-            seen["output"] = output.clone()
+            seen["output"] = tape.copy(output)
             tape.watched = output
             if not add:
                 raise _Enough
@@ -163,6 +186,7 @@ def look(forward: Callable[[], Any], layer: nn.Module, partner: nn.Module | None
         stack.callback(layer.register_forward_pre_hook(before).remove)
         stack.callback((partner or layer).register_forward_hook(after).remove)
         stack.enter_context(torch.no_grad())
+        stack.enter_context(memo.running())
         try:
             with tape:
                 forward()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from intrafusion.ot.rows import Samples, best_rows, read_back
 from intrafusion.surgery.apply import shift_carrier
 from intrafusion.surgery.groups import GroupTable, Role, Slot, batchnorm_of, module_name
 from intrafusion.surgery.layout import mix_
+from intrafusion.surgery.memo import Memo, Room
 from intrafusion.surgery.observe import Sight, call_order, evaluating, look
 from intrafusion.surgery.refit import RowMap, can_refit, match_statistics_, outputs, refit_
 from intrafusion.surgery.samples import blocks_of, collect, reads_of
@@ -34,7 +36,7 @@ class Sequential:
     """One pruning step, corrected layer by layer.
 
     graph: of the network that is pruned. run: calls a network on one batch of inputs. batches: the inputs. progress:
-    show a bar. The dense network is copied, so that memory holds two networks and one layer's Gram matrix.
+    show a bar. The dense network is copied: memory holds two networks, one layer's Gram matrix and what `Memo` keeps.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class Sequential:
             for layer, bn in zip(self.order, names, strict=True)
         }
         self._rows: dict[str, RowMap] = {}
+        room = Room()
+        self._memos = [(Memo(room), Memo(room)) for _ in batches]
         self._next = 0
         disable = None if progress else True
         self._bar = tqdm(total=len(self.order), desc="refit", unit="layer", delay=2, leave=False, disable=disable)
@@ -142,11 +146,12 @@ class Sequential:
         """(dense, pruned) views of a layer, batch by batch."""
         partner = self._partner[name]
         with evaluating(self.model):
-            for batch in self.batches:
+            for batch, memos in zip(self.batches, self._memos, strict=True):
                 both = []
-                for model in (self.dense, self.model):
+                for model, memo in zip((self.dense, self.model), memos, strict=True):
                     bn = model.get_submodule(partner) if partner else None
-                    both.append(look(lambda m=model, b=batch: self.run(m, b), model.get_submodule(name), bn, add=add))
+                    forward = partial(self.run, model, batch)
+                    both.append(look(forward, model.get_submodule(name), bn, add=add, memo=memo))
                 yield both[0], both[1]
 
     def _readers(self, table: GroupTable) -> list[Slot]:
