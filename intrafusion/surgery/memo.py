@@ -40,7 +40,8 @@ class _Leaf:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Leaf:
-        return cls(tensor, tensor.detach(), -1 if tensor.is_inference() else tensor._version)
+        untracked = tensor.is_inference() or tensor.layout != torch.strided  # has no version, or no one address
+        return cls(tensor, tensor.detach(), -1 if untracked else tensor._version)
 
     def __eq__(self, other: object) -> bool:
         return (

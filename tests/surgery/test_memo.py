@@ -164,6 +164,20 @@ def test_outputs_that_are_overwritten_in_other_ways(change: Callable[[Tensor], o
             assert torch.equal(found.output, expected.output)
 
 
+def test_sparse_tensors_are_read_anew_in_every_pass() -> None:
+    class Own(Net):
+        graph = torch.eye(2).to_sparse()
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.relu(self.second(self.bn(self.first(x))))
+            return self.last(torch.sparse.mm(self.graph, hidden.mean((2, 3))))
+
+    torch.manual_seed(0)
+    net, x, memo = Own().eval(), torch.randn(2, 3, 6, 6), Memo(Room())
+    for _ in range(3):
+        check(net, x, memo, "first second last")
+
+
 class _Double(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
