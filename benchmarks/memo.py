@@ -1,12 +1,11 @@
 """What is saved by keeping the outputs of layers from one forward pass to the next, while a network is corrected.
 
-    python -m benchmarks.memo               # ten minutes on one core; prints the table
-    python -m benchmarks.memo --network cifar_resnet20 --images 200
+    python -m benchmarks.memo --network cifar_resnet20      # four minutes on one core; prints the table
+    python -m benchmarks.memo                               # and cifar_vgg11_bn
 
 Every row prunes half of the channels on given images (`calibrated`), or fuses two networks on them, with outputs kept
 (`intrafusion/surgery/memo.py`) and without, and checks that the networks are the same, bit for bit. Times are processor
-seconds, which do not count the pauses that other programs cause. Weights and images are random: times do not depend on
-them.
+seconds, which do not count the pauses that other programs cause. Weights and images are random.
 """
 
 from __future__ import annotations
