@@ -4,7 +4,7 @@
     python -m benchmarks.memo                               # and cifar_vgg11_bn
 
 Every row prunes half of the channels on given images (`calibrated`), or fuses two networks on them, with outputs kept
-(`intrafusion/surgery/memo.py`) and without, and checks that the networks are the same, bit for bit. Times are processor
+(`intrafusion/correct/memo.py`) and without, and checks that the networks are the same, bit for bit. Times are processor
 seconds, which do not count the pauses that other programs cause. Weights and images are random.
 """
 
@@ -21,12 +21,13 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 import intrafusion
+from intrafusion.average import consensus
+from intrafusion.correct import sequential
+from intrafusion.correct.memo import Room
 from intrafusion.lab.models import build_model
 from intrafusion.lab.pruning import ignored_layers
 from intrafusion.lab.reports.report import markdown_table
 from intrafusion.lab.weights import digest
-from intrafusion.surgery import consensus, sequential
-from intrafusion.surgery.memo import Room
 
 NETWORKS = {"cifar_resnet20": ("conv1", "layer*.conv2", "linear"), "cifar_vgg11_bn": ("classifier",)}
 """Names, and the layers that are left alone."""

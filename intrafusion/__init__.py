@@ -4,21 +4,21 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
-    from intrafusion.averaging import fuse
+    from intrafusion.average.align import Alignment, align
+    from intrafusion.average.networks import fuse
     from intrafusion.checkpoint import CheckpointError, load, save
-    from intrafusion.fused_group import FusedGroup, FusionError
-    from intrafusion.fusion import PRESETS, Fusion
-    from intrafusion.importance import CHIPImportance, ReconstructionImportance
-    from intrafusion.onnx_export import ExportError, export
-    from intrafusion.pruner import (
+    from intrafusion.export.onnx import ExportError, export
+    from intrafusion.groups.batchnorm import recenter_batchnorms_
+    from intrafusion.prune.fused_group import FusedGroup, FusionError
+    from intrafusion.prune.fusion import PRESETS, Fusion
+    from intrafusion.prune.importance import CHIPImportance, ReconstructionImportance
+    from intrafusion.prune.pruner import (
         IntraFusionBNScalePruner,
         IntraFusionGroupNormPruner,
         IntraFusionGrowingRegPruner,
         IntraFusionPruner,
     )
-    from intrafusion.report import GroupReport, Report
-    from intrafusion.surgery.align import Alignment, align
-    from intrafusion.surgery.batchnorm import recenter_batchnorms_
+    from intrafusion.prune.report import GroupReport, Report
     from intrafusion.training.finetuning import finetune
     from intrafusion.training.fusion_schedule import FusionSchedule
     from intrafusion.training.loop import DivergedError, History
@@ -64,7 +64,7 @@ __all__ = [
 
 # Loaded on first use: whoever only loads a pruned network needs neither the pruner nor torch-pruning.
 _HOME = {
-    "averaging": ("fuse",),
+    "average.networks": ("fuse",),
     "checkpoint": (
         "CheckpointError",
         "load",
@@ -72,24 +72,24 @@ _HOME = {
     ),
     "training.fusion_schedule": ("FusionSchedule",),
     "training.finetuning": ("finetune",),
-    "fused_group": (
+    "prune.fused_group": (
         "FusedGroup",
         "FusionError",
     ),
-    "fusion": (
+    "prune.fusion": (
         "PRESETS",
         "Fusion",
     ),
-    "importance": (
+    "prune.importance": (
         "CHIPImportance",
         "ReconstructionImportance",
     ),
-    "onnx_export": (
+    "export.onnx": (
         "ExportError",
         "export",
     ),
     "training.optimizer_state": ("transfer_optimizer_state",),
-    "pruner": (
+    "prune.pruner": (
         "IntraFusionBNScalePruner",
         "IntraFusionGroupNormPruner",
         "IntraFusionGrowingRegPruner",
@@ -101,16 +101,16 @@ _HOME = {
         "linear_scheduler",
         "one_shot_scheduler",
     ),
-    "report": (
+    "prune.report": (
         "GroupReport",
         "Report",
     ),
-    "surgery.align": (
+    "average.align": (
         "Alignment",
         "align",
     ),
     "schedule": (),
-    "surgery.batchnorm": ("recenter_batchnorms_",),
+    "groups.batchnorm": ("recenter_batchnorms_",),
     "training.loop": (
         "DivergedError",
         "History",

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from intrafusion.averaging import fuse
+from intrafusion.average.networks import fuse
 from intrafusion.training.state import TrainingFile, copied, digest
 from intrafusion.training.workers import WorkerError, in_processes
 

@@ -11,27 +11,22 @@ import intrafusion
 
 PACKAGE = Path(intrafusion.__file__).parent
 MAY_IMPORT = {
-    "ot": {"ot"},
     "files": set(),
-    "fusion": {"ot"},
-    "report": set(),
-    "fused_group": set(),
-    "surgery": {"ot", "surgery", "fusion"},
-    "checks": {"surgery"},
-    "importance": {"ot", "surgery", "checks"},
-    "pruner": {"ot", "surgery", "fused_group", "fusion", "report", "checks"},
-    "averaging": {"surgery", "checks"},
-    "checkpoint": {"checkpoint", "files", "surgery"},
-    "onnx_export": {"checkpoint", "files", "surgery"},
-    "training": {"files", "surgery", "fused_group", "pruner", "report", "training"},
-    "schedule": {"averaging", "training"},
-    "__init__": {
-        "fused_group", "fusion", "report", "importance", "pruner", "averaging", "surgery", "checkpoint", "onnx_export",
-        "training",
-    },
+    "running": set(),
+    "ot": {"ot"},
+    "groups": {"ot", "running", "groups"},
+    "correct": {"ot", "running", "groups", "correct"},
+    "history": {"ot", "groups", "correct", "history"},
+    "average": {"ot", "running", "groups", "correct", "average"},
+    "prune": {"ot", "running", "groups", "correct", "history", "prune"},
+    "checkpoint": {"checkpoint", "files", "groups"},
+    "export": {"checkpoint", "export", "files", "groups"},
+    "training": {"files", "groups", "correct", "history", "prune", "training"},
+    "schedule": {"average", "training"},
+    "__init__": {"average", "checkpoint", "export", "groups", "prune", "training"},
     "lab": {
-        "ot", "surgery", "files", "fusion", "report", "checks", "importance", "pruner", "averaging", "checkpoint",
-        "training", "schedule", "lab", "intrafusion",
+        "ot", "running", "groups", "files", "average", "prune", "checkpoint", "training", "schedule", "lab",
+        "intrafusion",
     },
     "cli": {"cli_parser", "lab", "training", "intrafusion"},
     "cli_parser": {"intrafusion"},
@@ -97,7 +92,7 @@ def test_loading_a_network_needs_neither_the_pruner_nor_the_lab():
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     loaded = set(result.stdout.split())
     assert "intrafusion.checkpoint" in loaded
-    assert not loaded & {"torch_pruning", "intrafusion.pruner", "intrafusion.lab", "ot", "sklearn", "torchvision"}
+    assert not loaded & {"torch_pruning", "intrafusion.prune.pruner", "intrafusion.lab", "ot", "sklearn", "torchvision"}
 
 
 def test_every_public_name_is_there():

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from intrafusion import Fusion
-from intrafusion.checks import to_device
+from intrafusion.correct.corrector import Corrector
+from intrafusion.groups.batchnorm import read
+from intrafusion.groups.features import channel_features
+from intrafusion.groups.table import GroupTable, Role, Slot
 from intrafusion.ot import Pair, Plan, selection_pair
-from intrafusion.pruner import FusionMixin
-from intrafusion.surgery.batchnorm import read
-from intrafusion.surgery.corrector import Corrector
-from intrafusion.surgery.features import channel_features
-from intrafusion.surgery.groups import GroupTable, Role, Slot
-from intrafusion.surgery.observe import call_order, evaluating
+from intrafusion.prune.pruner import FusionMixin
+from intrafusion.running import call_order, evaluating, to_device
 
 Run = Callable[[nn.Module, Any], Any]
 MakeCorrector = Callable[[tp.DependencyGraph, Run, Any, Sequence], Corrector]

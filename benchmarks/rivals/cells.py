@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 from benchmarks.rivals.methods import METHODS
 from benchmarks.rivals.rows import ALL, DENSE, Cell, Row
+from intrafusion.correct.synthetic import synthetic_inputs
+from intrafusion.groups.table import module_name
 from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.measure import count_macs, count_parameters, hits
 from intrafusion.lab.weights import digest
-from intrafusion.surgery.groups import module_name
-from intrafusion.surgery.probes import synthetic_inputs
 
 IMPORTANCES: dict[str, Callable[[], Any]] = {
     "L1": partial(tp.importance.GroupMagnitudeImportance, p=1),
@@ -136,7 +136,7 @@ class SharedInputs:
 def shared_inputs() -> Iterator[SharedInputs]:
     """Within it, our pruner makes the synthetic inputs of one network and seed only once."""
     shared = SharedInputs()
-    with mock.patch("intrafusion.pruner.synthetic_inputs", shared):
+    with mock.patch("intrafusion.prune.pruner.synthetic_inputs", shared):
         yield shared
 
 

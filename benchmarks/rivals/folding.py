@@ -19,10 +19,10 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from benchmarks.rivals.base import WeightRival, mean_spread, reestimate_, set_spread_
+from intrafusion.groups.apply import shift_carrier
+from intrafusion.groups.batchnorm import bias_of, read
+from intrafusion.groups.table import GroupTable, Role
 from intrafusion.ot import Pair, Plan, pairwise_cost, selection_pair
-from intrafusion.surgery.apply import shift_carrier
-from intrafusion.surgery.batchnorm import bias_of, read
-from intrafusion.surgery.groups import GroupTable, Role
 
 _RESTARTS = 10
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals.base import Rival, reestimate_, same_class
+from intrafusion.correct.observe import look
+from intrafusion.groups.layout import by_channel, channel_axis
+from intrafusion.groups.table import GroupTable, Role
 from intrafusion.ot import Pair, Plan, selection_pair
-from intrafusion.surgery.groups import GroupTable, Role
-from intrafusion.surgery.observe import evaluating, look
-from intrafusion.surgery.refit import by_channel, channel_axis
+from intrafusion.running import evaluating
 
 RIDGE = 1e-3
 

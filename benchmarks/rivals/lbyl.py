@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rivals.base import WeightRival, prune_with
+from intrafusion.groups.table import GroupTable
 from intrafusion.ot import Pair, Plan, selection_pair
-from intrafusion.surgery.groups import GroupTable
-from intrafusion.surgery.observe import evaluating
+from intrafusion.running import evaluating
 
 WEIGHT_BN, WEIGHT_RIDGE = 0.1, 1.0
 """A compromise between ResNet-20 and VGG11-BN, which would each like another pair; chosen on training images."""

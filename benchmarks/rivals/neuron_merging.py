@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals.base import WeightRival, same_class
+from intrafusion.groups.table import GroupTable
 from intrafusion.ot import Pair, Plan, selection_pair
-from intrafusion.surgery.groups import GroupTable
 
 THRESHOLD = 0.1
 """Published for convolutions: below this cosine similarity a channel is not merged."""

@@ -14,11 +14,11 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from benchmarks.rivals.base import Rival, Run, mean_spread, reestimate_, set_spread_
+from intrafusion.correct.sequential import Sequential
+from intrafusion.groups.layout import by_channel, channel_axis
+from intrafusion.groups.table import GroupTable
 from intrafusion.ot import Pair, Plan, selection_pair
 from intrafusion.ot.merge import barycentre
-from intrafusion.surgery.groups import GroupTable
-from intrafusion.surgery.refit import by_channel, channel_axis
-from intrafusion.surgery.sequential import Sequential
 
 
 class Reestimated(Rival):

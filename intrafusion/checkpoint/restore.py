@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from intrafusion.checkpoint.inventory import entry_of, join, tensors_of, unwrap, walk
 from intrafusion.checkpoint.manifest import CheckpointError, Manifest, TensorEntry, listed, short
 from intrafusion.checkpoint.sizes import changes, disagreement
-from intrafusion.surgery.snapshot import copy_state, restore_state
+from intrafusion.groups.snapshot import copy_state, restore_state
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.checkpoint import save
-from intrafusion.fusion import Fusion
 from intrafusion.lab import weights
 from intrafusion.lab.code_digest import TRAINING_CODE, code_digest
 from intrafusion.lab.data.dataset import Dataset
@@ -52,6 +51,7 @@ from intrafusion.lab.results import Cell, Curve, GroupLine, Result, key_of_ident
 from intrafusion.lab.target import UnreachableTarget, find_ratio, measured_once
 from intrafusion.lab.training import finetune_, train_once_
 from intrafusion.lab.training_record import TrainingRecord, read_training, write_training
+from intrafusion.prune.fusion import Fusion
 from intrafusion.training.processes import ALONE, Processes
 
 _log = logging.getLogger(__name__)

@@ -54,7 +54,7 @@ class Curve:
 class GroupLine:
     """What happened to one group.
 
-    cost: ``None`` where nothing was transported; plan: see :class:`intrafusion.report.GroupReport`.
+    cost: ``None`` where nothing was transported; plan: see :class:`intrafusion.prune.report.GroupReport`.
     """
 
     name: str

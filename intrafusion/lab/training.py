@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from intrafusion.groups.batchnorm import recenter_batchnorms_
 from intrafusion.lab import weights
 from intrafusion.lab.data.augmentation import augmentation
 from intrafusion.lab.data.dataset import Dataset
@@ -18,7 +19,6 @@ from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.recipe.sections import FinetuneSection, OptimisationSection, TrainSection
 from intrafusion.lab.stopwatch import Stopwatch, times_beside
-from intrafusion.surgery.batchnorm import recenter_batchnorms_
 from intrafusion.training.finetuning import distillation
 from intrafusion.training.loop import DivergedError, History, Scheduling, fit_
 from intrafusion.training.noise_scale import HELD_OUT_BATCHES, HELD_OUT_IMAGES

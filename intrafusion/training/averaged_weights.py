@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from intrafusion.fused_group import FusionError
-from intrafusion.pruner import FusionMixin
-from intrafusion.surgery.replay import replay_
-from intrafusion.surgery.sequential import Sequential
-from intrafusion.surgery.snapshot import Snapshot
+from intrafusion.correct.sequential import Sequential
+from intrafusion.groups.snapshot import Snapshot
+from intrafusion.history.replay import replay_
+from intrafusion.prune.fused_group import FusionError
+from intrafusion.prune.pruner import FusionMixin
 
 
 def check_twin(pruner: Any, twin: nn.Module) -> None:

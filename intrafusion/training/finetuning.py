@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from intrafusion.surgery.batchnorm import recenter_batchnorms_
+from intrafusion.groups.batchnorm import recenter_batchnorms_
 from intrafusion.training.loop import Batches, History, Objective, fit_
 from intrafusion.training.seeds import seeded
 from intrafusion.training.settings import Training

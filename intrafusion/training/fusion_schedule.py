@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.report import Report
-from intrafusion.surgery.snapshot import Snapshot
+from intrafusion.groups.snapshot import Snapshot
+from intrafusion.prune.report import Report
 from intrafusion.training.averaged_weights import check_twin, prune_twin_
 from intrafusion.training.distributed import broadcast_, check_unsharded, together
 from intrafusion.training.optimizer_state import transfer_optimizer_state

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.surgery.cotangent import Cotangent
-from intrafusion.surgery.lineage import Lineage, Link
+from intrafusion.history.cotangent import Cotangent
+from intrafusion.history.lineage import Lineage, Link
 
 KINDS: dict[str, str] = {
     "momentum_buffer": "gradient",
@@ -41,7 +41,7 @@ def transfer_optimizer_state(
     before the next `optimizer.step()`; after several pruning steps once is enough, and where nothing was pruned it
     changes nothing.
 
-    Momenta travel as gradients do, by the same (R, S) as the weights; second moments as `surgery/cotangent.py` says;
+    Momenta travel as gradients do, by the same (R, S) as the weights; second moments as `history/cotangent.py` says;
     step counts and other scalars are copied. A bias that a refit added joins the group of the network's other biases,
     or that of its layer's weight if they are in several, without a state.
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from benchmarks import memo
-from intrafusion.surgery import consensus, sequential
-from intrafusion.surgery.memo import Room
+from intrafusion.average import consensus
+from intrafusion.correct import sequential
+from intrafusion.correct.memo import Room
 
 
 def test_outputs_are_kept_in_the_second_run_only() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import intrafusion
 from intrafusion import CheckpointError
-from intrafusion.surgery.snapshot import copy_state, restore_state
+from intrafusion.groups.snapshot import copy_state, restore_state
 from tests.checkpoint.forgery import forge, parts, signed
 from tests.checkpoint.networks import Tied, dense, pruned, same, state
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from intrafusion import transfer_optimizer_state
 from tests.nets import PICO, Case
-from tests.surgery.test_invariance import build
+from tests.prune.test_invariance import build
 from tests.training.optimizers import BIASLESS, OPTIMIZERS, held, tensors, train_
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from intrafusion import Fusion, IntraFusionPruner, transfer_optimizer_state
 from tests.nets import PICO, Case, randomise_
-from tests.surgery.test_invariance import DUPLICABLE, build, duplicate_channels_, keep_even_channels
+from tests.prune.test_invariance import DUPLICABLE, build, duplicate_channels_, keep_even_channels
 from tests.training.optimizers import OPTIMIZERS, held, tensors, train_
 
 DUPLICATES = Fusion(merge="barycentre", columns=False, bias=True)

@@ -11,7 +11,7 @@ import torch_pruning as tp
 
 from intrafusion import FusionError, transfer_optimizer_state
 from tests.nets import PICO, Case
-from tests.surgery.test_invariance import build
+from tests.prune.test_invariance import build
 from tests.training.optimizers import OPTIMIZERS, held, train_
 
 
@@ -59,7 +59,7 @@ def test_after_a_failed_step_the_optimizer_goes_on_as_it_was(monkeypatch):
     train_(model, optimizer, case)
     states = [optimizer.state[p] for p in held(optimizer)]
     with monkeypatch.context() as patch:
-        patch.setattr("intrafusion.surgery.sequential.Sequential.finish", lambda self: 1 / 0)
+        patch.setattr("intrafusion.correct.sequential.Sequential.finish", lambda self: 1 / 0)
         with pytest.raises(FusionError):
             pruner.step()
     transfer_optimizer_state(optimizer, pruner)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from intrafusion.average.statistics import reestimate_
+from intrafusion.groups.places import State, load_state_, state_of
 from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.errors import LabError
-from intrafusion.surgery.average import reestimate_
-from intrafusion.surgery.observe import evaluating, run_model
-from intrafusion.surgery.places import State, load_state_, state_of
+from intrafusion.running import evaluating, run_model
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
-from intrafusion.fusion import PRESETS, Fusion
 from intrafusion.lab.recipe.nodes import Node
 from intrafusion.lab.recipe.reader import FAILED, Reader, unknown
 from intrafusion.lab.recipe.schema import Rule, type_schema
+from intrafusion.prune.fusion import PRESETS, Fusion
 
 
 def read_fusion(reader: Reader, node: Node, path: str) -> Any:

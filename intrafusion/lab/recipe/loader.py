@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from intrafusion.fusion import PRESETS, Fusion
 from intrafusion.lab.errors import LabError, Problem, RecipeError, UsageError
 from intrafusion.lab.models import build_model, find_layers
 from intrafusion.lab.pretrained import WrongClasses, find_pretrained
@@ -30,6 +29,7 @@ from intrafusion.lab.recipe.sections import (
     TrainSection,
     pretrained_name,
 )
+from intrafusion.prune.fusion import PRESETS, Fusion
 
 _SHORTHANDS = {"fusion": "preset"}
 

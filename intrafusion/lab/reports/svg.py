@@ -77,7 +77,7 @@ def accuracy_chart(
 def plan_picture(plan: Sequence[tuple[int, float]], alt: str) -> str:
     """Channels on the left, kept channels on the right, a curve from each channel to its main target.
 
-    plan: as :class:`intrafusion.report.GroupReport` has it. The order is that of the targets, so that no curves cross.
+    plan: as :class:`intrafusion.prune.report.GroupReport` has it. The order is that of the targets: no curves cross.
     """
     order = sorted(range(len(plan)), key=lambda channel: (plan[channel][0] < 0, plan[channel][0], channel))
     targets = sorted({target for target, _ in plan if target >= 0})

@@ -18,8 +18,8 @@ from intrafusion.lab.landscape.figure import draw_paths, draw_plane
 from intrafusion.lab.landscape.loss import Path, Score, interpolate, plane, score
 from intrafusion.lab.measure import evaluate
 from intrafusion.lab.models import DigitsCNN
+from tests.average.test_couplings import CASES, shuffled
 from tests.nets import PICO, randomise_
-from tests.surgery.test_couplings import CASES, shuffled
 
 
 class Point(nn.Module):

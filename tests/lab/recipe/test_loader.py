@@ -82,7 +82,7 @@ def test_defaults() -> None:
     ],
 )  # fmt: skip
 def test_one_mistake_one_exact_message(old: str, new: str, message: str) -> None:
-    from intrafusion.fusion import PRESETS
+    from intrafusion.prune.fusion import PRESETS
 
     assert old in GOOD
     message = message.replace("PRESETS", ", ".join(PRESETS)).replace("COSTS", ", ".join(Fusion.choices()["cost"]))

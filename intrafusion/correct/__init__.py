@@ -1,0 +1,1 @@
+"""Dense and pruned network run side by side, and every layer is refitted where it stands."""

@@ -1,0 +1,1 @@
+"""A pruned network as ONNX."""

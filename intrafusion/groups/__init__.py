@@ -1,0 +1,1 @@
+"""Which channels belong together, what each layer has of them, and mixing them."""

@@ -1,0 +1,57 @@
+"""Any weight as a matrix with one row per channel, and back."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def to_channels(weight: Tensor, axis: int = 0, chunks: int = 1) -> Tensor:
+    """View a parameter as [channels, rest].
+
+    axis: where the channels are. chunks > 1 with axis 1: a grouped convolution, whose axis 1 holds the channels of one
+    chunk only while axis 0 holds all the chunks one after the other; channel c of chunk g becomes row g·(L/chunks) + c.
+    (Grouped channels on axis 0 need no rearrangement: pass chunks=1.)
+    """
+    if chunks == 1 or axis == 0:
+        return weight.movedim(axis, 0).flatten(1) if weight.dim() > 1 else weight[:, None]
+    split = weight.unflatten(0, (chunks, -1))  # [chunks, rows of the chunk, channels of the chunk, ...]
+    return split.movedim(2, 1).flatten(0, 1).flatten(1)
+
+
+def from_channels(matrix: Tensor, like: Tensor, axis: int = 0, chunks: int = 1) -> Tensor:
+    """Inverse of :func:`to_channels`; `like` gives the shape."""
+    if like.dim() == 1:
+        return matrix[:, 0].contiguous()
+    if chunks == 1 or axis == 0:
+        shape = like.movedim(axis, 0).shape
+        return matrix.reshape(shape).movedim(0, axis).contiguous()
+    rows, channels = like.shape[0] // chunks, like.shape[1]
+    split = matrix.reshape(chunks, channels, rows, *like.shape[2:])
+    return split.movedim(1, 2).flatten(0, 1).contiguous()
+
+
+def gather(matrix: Tensor, local: Tensor) -> Tensor:
+    """Rows in root order: [L, d] -> [n, m·d]; places where a root channel has no copy are zero."""
+    present = (local >= 0).to(matrix)
+    return (matrix[local.clamp(min=0)] * present[:, :, None]).flatten(1)
+
+
+def mix_(matrix: Tensor, local: Tensor, weights: Tensor, places: Tensor) -> None:
+    """matrix[place of root i] <- sum over roots j of weights[i, j] · matrix[place of j], in place.
+
+    matrix: [L, d], local: [n, m], weights: [c, n], places: [c] root channels that are written. All is read before
+    anything is written.
+    """
+    mixed = (weights @ gather(matrix, local)).unflatten(1, (local.shape[1], matrix.shape[1]))
+    target = local[places]
+    matrix[target[target >= 0]] = mixed[target >= 0]
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Where a layer's activations have their channels."""
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
+def by_channel(value: Tensor, axis: int) -> Tensor:
+    """[samples, channels]"""
+    return value.movedim(axis, -1).flatten(0, -2)

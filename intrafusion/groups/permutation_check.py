@@ -1,0 +1,90 @@
+"""Does the dependency graph describe the network? A permutation of a group's channels must not change the output.
+
+Torch-Pruning 1.6.1 maps the outputs of a `split` in the order in which it meets them walking backwards, which is not
+always theirs: it then cuts the wrong channels of the readers, without an error. Permuting channels inside their
+coupling classes shows that in one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning import ops
+
+from intrafusion.groups.apply import apply_pair
+from intrafusion.groups.snapshot import Snapshot
+from intrafusion.groups.table import GroupTable
+from intrafusion.ot import Pair
+from intrafusion.running import evaluating
+
+_TOLERANCE = {torch.float16: 0.1, torch.bfloat16: 0.2}
+
+
+def inconsistent_groups(
+    graph: tp.DependencyGraph, tables: Sequence[GroupTable], forward: Callable[[nn.Module], list[Tensor]]
+) -> set[str]:
+    """Names of the groups whose channels cannot be permuted without changing the network's output.
+
+    forward: runs the network on the example input and returns its output tensors; called with the network in eval mode.
+    The network is put back, bit for bit. One forward pass more if all is well, one per group if not.
+    """
+    movable = [
+        table
+        for table in tables
+        if not table.unsupported and len(table.classes.unique()) < table.n and not is_output(graph, table)
+    ]
+    if not movable:
+        return set()
+    with torch.no_grad(), evaluating(graph.model):
+        before = forward(graph.model)
+        if _unchanged_by(graph, movable, forward, before):
+            return set()
+        return {table.name for table in movable if not _unchanged_by(graph, [table], forward, before)}
+
+
+def class_permutation(classes: Tensor, generator: torch.Generator) -> Tensor:
+    """[n] a random order of the channels in which each takes the place of one of its own class."""
+    order = torch.arange(len(classes))
+    for label in classes.unique():
+        members = (classes == label).nonzero().flatten()
+        order[members] = members[torch.randperm(len(members), generator=generator)]
+    return order
+
+
+def permute_(table: GroupTable, generator: torch.Generator) -> int:
+    """Permute a group's channels in place, inside their classes; returns how many moved."""
+    order = class_permutation(table.classes, generator)
+    matrix = torch.eye(table.n, dtype=torch.float64)[order]
+    apply_pair(table, Pair(matrix, matrix.T.clone(), torch.arange(table.n)))
+    return int((order != torch.arange(table.n)).sum())
+
+
+def is_output(graph: tp.DependencyGraph, table: GroupTable) -> bool:
+    """Are the group's channels those of the network's own output? Their order is the user's."""
+    for owner, handler in table.removable:
+        node = graph.module2node[owner]
+        if not node.outputs and (graph.is_out_channel_pruning_fn(handler) or node.type == ops.OPTYPE.OUTPUT):
+            return True
+    return False
+
+
+def _unchanged_by(graph, tables: Sequence[GroupTable], forward: Callable, before: list[Tensor]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    snapshot = Snapshot(graph, graph.model.modules())
+    try:
+        for table in tables:
+            permute_(table, generator)
+        after = forward(graph.model)
+    finally:
+        snapshot.restore()
+    return all(_close(a, b) for a, b in zip(after, before, strict=True))
+
+
+def _close(after: Tensor, before: Tensor) -> bool:
+    if not before.is_floating_point() or not torch.isfinite(before).all():
+        return True
+    scale = before.abs().max()
+    return bool((after - before).abs().max() <= _TOLERANCE.get(before.dtype, 1e-3) * scale)

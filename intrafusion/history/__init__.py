@@ -1,0 +1,1 @@
+"""What became of every parameter, so that optimizers, averages and later processes can follow."""

@@ -1,0 +1,1 @@
+"""The pruners: settings, one step, what it did."""

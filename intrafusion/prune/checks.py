@@ -1,0 +1,149 @@
+"""Questions asked before anything is changed, so that the answer to bad input is a sentence and not a wrong network."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from intrafusion.groups.table import GroupTable, channels_of
+from intrafusion.running import input_batches
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse a wrapped model and ratios that mean nothing. Raises TypeError or ValueError with what to do."""
+    _check_model(arguments["model"])
+    if not callable(arguments.get("importance")):
+        raise TypeError("importance must be callable: a torch_pruning.importance object or a function of a group")
+    steps = arguments.get("iterative_steps", 1)
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"iterative_steps is {steps!r}: it must be a whole number of at least 1")
+    for name in ("pruning_ratio", "head_pruning_ratio", "ch_sparsity"):
+        if arguments.get(name) is not None:
+            _check_ratio(name, arguments[name], steps)
+    for name in ("pruning_ratio_dict", "head_pruning_ratio_dict", "ch_sparsity_dict"):
+        for ratio in (arguments.get(name) or {}).values():
+            _check_ratio(f"a value of {name}", ratio, steps)
+    if arguments.get("isomorphic") and not arguments.get("global_pruning"):
+        raise ValueError(
+            "isomorphic=True needs global_pruning=True: without it torch-pruning cuts all layers at the same indices"
+        )
+
+
+def complete(arguments: dict[str, Any]) -> None:
+    """Put right, in place, what torch-pruning would do to a pruner's arguments."""
+    for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
+        arguments.setdefault(name, {})  # its defaults are shared between all pruners
+    if isinstance(arguments["example_inputs"], Tensor) and arguments.get("forward_fn") is None:
+        arguments["example_inputs"] = (arguments["example_inputs"],)  # or its batch axis is stripped
+    if arguments.get("unwrapped_parameters") is not None:
+        arguments["unwrapped_parameters"] = list(arguments["unwrapped_parameters"])
+    if arguments.get("ignored_layers") is not None:
+        arguments["ignored_layers"] = expand_types(arguments["model"], arguments["ignored_layers"])
+
+
+def calibration_batches(calibration: Any, correct: str) -> list:
+    """The batches of inputs, as a list. Raises ValueError if they are missing, empty, or given for nothing."""
+    if correct != "calibrated":
+        if calibration is not None:
+            raise ValueError(f"calibration inputs are given, but the fusion is {correct!r}: use fusion='calibrated'")
+        return []
+    if calibration is None:
+        raise ValueError("fusion='calibrated' needs calibration=<iterable of input batches, no labels>")
+    return input_batches(calibration)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(f"model is wrapped in {type(model).__name__}: prune model.module, then wrap the result again")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("model is compiled: prune model._orig_mod (the network itself), then call torch.compile again")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is a TorchScript module: prune the original nn.Module and script the result")
+
+
+def _check_ratio(name: str, ratio: Any, steps: int) -> None:
+    """[0, 1); 1.0 also, with iterative steps: the common way of pruning until some target is met."""
+    number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+    if not number or not (0 <= ratio < 1 or (ratio == 1 and steps > 1)):
+        raise ValueError(f"{name} is {ratio!r}: it must be in [0, 1) (1.0 only with iterative_steps > 1)")
+
+
+def expand_types(model: nn.Module, ignored: Any) -> list:
+    """`ignored_layers` with every module class replaced by the model's layers of that class.
+
+    Torch-Pruning's documentation allows classes, its code skips them. Raises TypeError for anything else.
+    """
+    layers: list = []
+    for entry in ignored:
+        if isinstance(entry, type) and issubclass(entry, nn.Module):
+            layers.extend(module for module in model.modules() if isinstance(module, entry))
+        elif isinstance(entry, (nn.Module, nn.Parameter)):
+            layers.append(entry)
+        else:
+            raise TypeError(f"ignored_layers holds {entry!r}: give modules, parameters or module classes")
+    return layers
+
+
+def warn_if_nothing_prunable(pruner: Any) -> None:
+    """A frozen network has no autograd graph, and torch-pruning then finds nothing, silently."""
+    groups = pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types)
+    if next(iter(groups), None) is None:
+        frozen = not any(parameter.requires_grad for parameter in pruner.model.parameters())
+        why = (
+            "all parameters are frozen (requires_grad=False), so it cannot be traced"
+            if frozen
+            else "check ignored_layers"
+        )
+        warnings.warn(f"torch-pruning found no group that it may prune in this network: {why}", stacklevel=4)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises ValueError naming the tensors of a network that hold NaN or infinity."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    bad = [name for name, tensor in named if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad:
+        shown = ", ".join(map(repr, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise ValueError(f"the network holds NaN or infinite values in {shown}: nothing was pruned")
+
+
+def importance_problem(score: Any, n: int) -> str:
+    """What is wrong with a metric's score for n channels ('' if nothing is)."""
+    if not isinstance(score, Tensor):
+        return f"the importance is a {type(score).__name__}, not a tensor"
+    if score.dim() != 1 or len(score) != n:
+        return f"the importance has shape {tuple(score.shape)}, expected ({n},)"
+    bad = (~torch.isfinite(score)).nonzero().flatten()
+    if len(bad):
+        return f"the importance of channel {bad[0].item()} is {score[bad[0]].item()}"
+    return ""
+
+
+def mismatch(group: Any, table: GroupTable, kept: Tensor) -> str:
+    """Why the channels that torch-pruning will cut are not those that the group couples ('' if they are)."""
+    removed = set(range(table.n)) - set(kept.tolist())
+    item: Any
+    for item in group:
+        if not hasattr(item, "dep"):
+            return "torch-pruning leaves part of the group alone (grouped-query attention)"
+        reached = table.removable.get((item.dep.target.module, item.dep.handler))
+        if reached is None:
+            return "torch-pruning cuts a layer that the group does not reach"
+        if set().union(*(reached.get(root, set()) for root in removed)) != {int(i) for i in item.idxs}:
+            return (
+                f"torch-pruning cuts other channels of {item.dep.target.name.split(' ')[0]} than those coupled with it"
+            )
+    return ""
+
+
+def width(graph: tp.DependencyGraph, layer: Any, handler: Callable) -> int:
+    """Number of channels that `handler` prunes from `layer`. Raises ValueError if the layer is not in the graph."""
+    if layer not in graph.module2node:
+        raise ValueError(f"{type(layer).__name__} is not a layer of the traced network")
+    return channels_of(graph, layer, handler)

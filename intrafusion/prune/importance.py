@@ -1,0 +1,224 @@
+"""Two metrics for any torch-pruning pruner that ask what a channel adds to the others, not how large its weights are.
+
+Like `torch_pruning.importance`, an instance is called with a full group and returns one score per channel. The network
+is the one that the group's dependency graph was built on, and is left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning.dependency.group import Group
+
+from intrafusion.groups.features import columns_of
+from intrafusion.groups.layout import channel_axis, gather
+from intrafusion.groups.statistics import activation_of, expected_covariances, measured_covariances
+from intrafusion.groups.table import GroupTable, Role, Slot, tabulate
+from intrafusion.ot.choice import reconstruction_scores
+from intrafusion.running import evaluating, input_batches, run_model, to_device
+
+
+class ReconstructionImportance:
+    """Keeps the channels from which the layers that read a group are rebuilt best, chosen one after the other.
+
+    batches: unlabelled inputs (tensors, tuples or dictionaries, as the network takes them). Without them, the
+    covariance of the channels is computed from the weights and batch-norm statistics alone; a layer without batch-norm
+    is taken to have standard normal inputs (see `groups.statistics`). forward_fn: forward_fn(model, batch), if
+    model(*batch) is not how the network is called.
+
+    A score is the share of its group's error that the channel's pick removes (see `ot.choice`): scores of one group sum
+    to 1 and fall in the order of the picks, so that any ratio keeps the first picks. Global pruning compares shares: it
+    takes channels where their readers' outputs lose the smallest fraction of their variance.
+
+    Every reader of a group rebuilds its own view of the channels (its own activation, or place on a residual stream)
+    and counts with the size of its outputs, behind its batch-norm. A channel that a reader sees in several copies
+    (behind a flatten or a concat) counts once, with all its copies. A group that nobody reads is rebuilt itself, from
+    the weights. In attention, queries, keys and values are averaged without inputs; inputs show what is really read.
+
+    Raises ValueError for empty batches, activations that are not finite or weights that are not, naming the layer; also
+    for a group that is not full.
+    """
+
+    sees_activations = True
+    """Batch-norms are accounted for: the folded network would score the same, but cannot be run."""
+
+    def __init__(self, batches: Iterable | None = None, forward_fn: Callable | None = None) -> None:
+        self._batches = None if batches is None else input_batches(batches)
+        self._forward_fn = forward_fn
+
+    @torch.no_grad()
+    def __call__(self, group: Group) -> Tensor:
+        """[n] float64 scores of the root channels of a full group."""
+        graph, table = _table(group)
+        readers = [slot for slot in table.slots if slot.role is Role.CONSUMER]
+        device = _device(graph)
+        metrics = [_metric(graph, reader) for reader in readers] or [torch.eye(table.n)]
+        if self._batches is None or not readers:
+            covariances = expected_covariances(graph, table, readers)
+        else:
+            batches, run = _inputs(graph, self._batches, self._forward_fn)
+            covariances = measured_covariances(graph.model, run, batches, table, readers)
+        try:
+            return reconstruction_scores([c.to(device) for c in covariances], [m.to(device) for m in metrics])
+        except ValueError as error:
+            raise ValueError(f"while scoring group {table.name!r}: {error}") from error
+
+
+class CHIPImportance:
+    """Channel independence (Sui et al., "CHIP", NeurIPS 2021, equations 3 and 4): how much rank a feature map adds.
+
+    For the feature maps A [c, h·w] that one input gives behind a layer, its batch-norm and its activation, before any
+    pooling, channel i has
+
+        CI(i) = |A|_* - |A with row i zeroed|_*,        the change of the nuclear norm, averaged over the inputs.
+
+    Tokens take the place of h·w; a linear layer on vectors has neither, and the inputs of one batch take their place. A
+    group with several producers gets the mean of their scores, as do the copies of a channel in one of them.
+
+    batches, forward_fn: as for `ReconstructionImportance`; batches are required. Scores are not normalised between
+    groups, as in the paper, which prunes each layer by itself.
+
+    Raises ValueError for empty batches, for a group that is not full, and for activations that are not finite, naming
+    the layer.
+    """
+
+    sees_activations = True
+
+    def __init__(self, batches: Iterable, forward_fn: Callable | None = None) -> None:
+        self._batches = input_batches(batches)
+        self._forward_fn = forward_fn
+
+    @torch.no_grad()
+    def __call__(self, group: Group) -> Tensor | None:
+        """[n] float64 scores of the root channels of a full group; None if no layer of the group produces them."""
+        graph, table = _table(group)
+        slots = [slot for slot in table.slots if slot.role in (Role.PRODUCER, Role.DEPTHWISE)]
+        if not slots:
+            return None
+        batches, run = _inputs(graph, self._batches, self._forward_fn)
+        totals = {slot.name: _Mean() for slot in slots}
+
+        def measure(_module: nn.Module, _args: Any, output: Tensor, slot: Slot) -> None:
+            f = _following_activation(graph, slot)
+            maps = _maps(output if f is None else f(output), channel_axis(slot.owner))
+            if not torch.isfinite(maps).all():
+                raise ValueError(f"layer {slot.name!r} gives activations that are not finite")
+            totals[slot.name].add(channel_independence(maps))
+
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(graph.model))
+            for slot in slots:
+                layer = slot.owner if slot.partner is None else slot.partner
+                stack.callback(layer.register_forward_hook(partial(measure, slot=slot)).remove)
+            for batch in batches:
+                run(batch)
+        return torch.stack([_per_root(totals[slot.name].value(slot.name), slot) for slot in slots]).mean(dim=0)
+
+
+def channel_independence(maps: Tensor, *, most_values: int = 2**24) -> Tensor:
+    """CI of every channel of every input: maps [b, c, p] -> [b, c] float64.
+
+    Nuclear norms are sums of square roots of eigenvalues of the smaller Gram matrix, [c, c] or [p, p], where a zeroed
+    row is a zeroed row and column, or a rank-one change. About `most_values` numbers are held at once.
+    """
+    maps = maps.double()
+    batch, channels, positions = maps.shape
+    by_rows = channels <= positions
+    gram = maps @ maps.mT if by_rows else maps.mT @ maps
+    whole = _nuclear(gram)[:, None]
+    side = gram.shape[1]
+    parts = []
+    for chosen in torch.arange(channels, device=maps.device).split(max(1, most_values // (batch * side * side))):
+        without = gram[:, None].expand(batch, len(chosen), side, side).clone()
+        if by_rows:
+            numbers = torch.arange(len(chosen), device=maps.device)
+            without[:, numbers, chosen] = 0
+            without[:, numbers, :, chosen] = 0
+        else:
+            rows = maps[:, chosen]
+            without -= rows[..., :, None] * rows[..., None, :]
+        parts.append(whole - _nuclear(without))
+    return torch.cat(parts, dim=1).clamp(min=0)
+
+
+def _nuclear(gram: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum(dim=-1)
+
+
+class _Mean:
+    """The mean over inputs, batch by batch."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def add(self, values: Tensor) -> None:
+        self.total = values.sum(dim=0) + (0 if self.total is None else self.total)
+        self.count += len(values)
+
+    def value(self, name: str) -> Tensor:
+        if self.total is None:
+            raise ValueError(f"the inputs do not reach layer {name!r}")
+        return self.total / self.count
+
+
+def _maps(output: Tensor, axis: int) -> Tensor:
+    """[inputs, channels, positions]; vectors are the positions of a single input."""
+    if output.dim() == 2:
+        return output.T[None]
+    return output.movedim(axis, 1).flatten(2)
+
+
+def _following_activation(graph: tp.DependencyGraph, slot: Slot) -> Callable[[Tensor], Tensor] | None:
+    """The activation that alone reads a layer and its batch-norm, if one does."""
+    node = graph.module2node[slot.owner if slot.partner is None else slot.partner]
+    return activation_of(node.outputs[0]) if len(node.outputs) == 1 else None
+
+
+def _per_root(values: Tensor, slot: Slot) -> Tensor:
+    """[size] local scores -> [n] root scores: the mean over the copies of a channel."""
+    local = slot.local.to(values.device)
+    copies = gather(values[:, None], local)
+    return copies.sum(dim=1) / (local >= 0).sum(dim=1).clamp(min=1)
+
+
+def _table(group: Group) -> tuple[tp.DependencyGraph, GroupTable]:
+    """The group's graph and table. Raises ValueError if the group has no network, or is only a part."""
+    graph: Any = getattr(group, "_DG", None)
+    if getattr(graph, "model", None) is None:
+        raise ValueError("the group has no dependency graph with a network: get it from DependencyGraph or a pruner")
+    root: Any = group[0].dep
+    table = tabulate(graph, root.target.module, root.handler)
+    if len(group[0].idxs) != table.n:
+        raise ValueError(
+            f"group {table.name!r} has {len(group[0].idxs)} of its {table.n} channels: importances need a full group"
+        )
+    return graph, table
+
+
+def _device(graph: tp.DependencyGraph) -> torch.device:
+    return next(graph.model.parameters()).device
+
+
+def _inputs(
+    graph: tp.DependencyGraph, batches: list, forward_fn: Callable | None
+) -> tuple[Iterable, Callable[[Any], Any]]:
+    device = _device(graph)
+    moved = (to_device(batch, device) for batch in batches)
+    return moved, lambda batch: run_model(graph.model, batch, forward_fn)
+
+
+def _metric(graph: tp.DependencyGraph, reader: Slot) -> Tensor:
+    """[n, n] VᵀV summed over the outputs and taps of a reader; channels of different chunks meet in no output."""
+    columns = columns_of(graph, reader)
+    metric = columns @ columns.T
+    if reader.chunks > 1:
+        chunk = torch.div(reader.local[:, 0], reader.size // reader.chunks, rounding_mode="floor")
+        metric = metric * (chunk[:, None] == chunk).to(metric)
+    return metric

@@ -1,1 +1,0 @@
-"""Networks: the only room that touches the insides of torch-pruning."""

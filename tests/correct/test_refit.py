@@ -1,0 +1,78 @@
+"""Refitting a layer: it undoes a distortion of its inputs, and says which layers it can do it for."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from intrafusion.correct.observe import look
+from intrafusion.correct.refit import RowMap, can_refit, refit_
+from tests.nets import randomise_
+
+
+def sights(dense, pruned, name, batches, bn=""):
+    for x in batches:
+        yield tuple(
+            look(lambda m=m, x=x: m(x), m.get_submodule(name), m.get_submodule(bn) if bn else None)
+            for m in (dense, pruned)
+        )
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_layer_behind_a_distorted_one_gets_the_dense_output_back(affine):
+    """The inputs are stretched and mixed by an invertible map: the refitted layer undoes it exactly."""
+    dense = randomise_(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3, padding=1), nn.BatchNorm2d(5, affine=affine))
+    )
+    pruned = copy.deepcopy(dense)
+    stretch = torch.randn(4, 4) + 2 * torch.eye(4)
+    pruned[0].weight.data = torch.einsum("ij,jkab->ikab", stretch, pruned[0].weight.data)
+    pruned[0].bias.data = stretch @ pruned[0].bias.data
+    batches = [torch.randn(16, 3, 9, 9) for _ in range(4)]
+    want = dense(batches[0])
+    before = (want - pruned(batches[0])).abs().max()
+    done = refit_(
+        pruned[1], pruned[2], dense[1], dense[2], sights(dense, pruned, "1", batches, "2"), RowMap.identity(5)
+    )
+    assert done
+    assert (want - pruned(batches[0])).abs().max() < 0.05 * before
+    if affine:  # the batch-norm is real: training mode starts from the same function
+        together = torch.cat(batches)
+        calm, busy = pruned.eval()(together), pruned.train()(together)
+        assert (calm - busy).abs().max() < 0.02 * calm.abs().max()
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_a_grouped_layer_behind_a_distorted_one_gets_the_dense_output_back(groups):
+    """Every channel is stretched and shifted by itself, which a grouped layer can undo within its groups."""
+    dense = randomise_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, groups=groups), nn.BatchNorm2d(8)))
+    pruned = copy.deepcopy(dense)
+    pruned[0].weight.data *= torch.tensor([0.5, 2.0, -3.0, 1.0])[:, None, None, None]
+    pruned[0].bias.data += torch.tensor([1.0, 0.0, -2.0, 3.0])
+    batches = [torch.randn(16, 3, 9, 9) for _ in range(4)]
+    want, before = dense(batches[0]), pruned(batches[0])
+    assert refit_(
+        pruned[1], pruned[2], dense[1], dense[2], sights(dense, pruned, "1", batches, "2"), RowMap.identity(8)
+    )
+    assert (want - pruned(batches[0])).abs().max() < 0.02 * (want - before).abs().max()
+
+
+def test_a_layer_whose_inputs_did_not_change_is_left_alone():
+    dense = randomise_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3)))
+    pruned = copy.deepcopy(dense)
+    before = pruned[1].weight
+    batches = [torch.randn(4, 3, 9, 9)]
+    assert not refit_(pruned[1], None, dense[1], None, sights(dense, pruned, "1", batches), RowMap.identity(5))
+    assert pruned[1].weight is before
+
+
+def test_kinds_of_layers_that_can_be_refitted():
+    assert can_refit(nn.Linear(3, 4))
+    assert can_refit(nn.Conv2d(3, 4, 3, stride=2))
+    assert can_refit(nn.Conv1d(3, 4, 3))
+    assert can_refit(nn.Conv2d(4, 4, 3, groups=4))
+    assert not can_refit(nn.ConvTranspose2d(3, 4, 3))
+    assert not can_refit(nn.Linear(100_000, 2))

@@ -1,0 +1,53 @@
+"""Synthetic inputs: what `data-free` looks at instead of images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from intrafusion.correct.synthetic import dead_leaves, synthetic_inputs
+from tests.nets import Plain, randomise_
+
+
+def test_synthetic_inputs_are_images_of_the_right_shape_and_reproducible():
+    model = randomise_(Plain())
+
+    def make(seed):
+        return synthetic_inputs(model, (torch.zeros(2, 3, 8, 8),), lambda m, b: m(*b), seed=seed, progress=False)
+
+    first, again, other = make(0), make(0), make(1)
+    assert all(batch[0].shape[1:] == (3, 8, 8) for batch in first)
+    assert sum(len(batch[0]) for batch in first) >= 64
+    assert torch.equal(first[0][0], again[0][0])
+    assert not torch.equal(first[0][0], other[0][0])
+
+
+def test_synthetic_inputs_agree_better_with_the_batchnorms_than_the_images_they_start_from():
+    model = randomise_(Plain())
+    model.bn1.running_var *= 9
+    start = dead_leaves(125, 3, 8, 8, torch.Generator().manual_seed(0))
+    (batch,), *_ = synthetic_inputs(model, (torch.zeros(1, 3, 8, 8),), lambda m, b: m(*b), progress=False)
+
+    def gap(images):
+        value = model.conv1(images)
+        return ((value.var(dim=(0, 2, 3)) / model.bn1.running_var).sqrt() - 1).square().mean().item()
+
+    assert gap(batch) < 0.8 * gap(start)
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_networks_that_do_not_read_images_get_noise_of_their_shape():
+    model = nn.Linear(6, 4)
+    batches = synthetic_inputs(model, {"input": torch.ones(2, 5, 6)}, lambda m, b: m(**b), progress=False)
+    assert batches[0]["input"].shape[1:] == (5, 6)
+    assert batches[0]["input"].std().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_neighbouring_pixels_of_dead_leaves_are_alike_as_in_natural_images():
+    images = dead_leaves(64, 3, 32, 32, torch.Generator().manual_seed(0))
+    near = (images[..., 1:] * images[..., :-1]).mean().item()
+    far = (images[..., 8:] * images[..., :-8]).mean().item()
+    assert near > 0.7
+    assert 0.1 < far < near

@@ -1,0 +1,286 @@
+"""ReconstructionImportance and CHIPImportance: the rules against plain oracles, and every kind of network."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from intrafusion import CHIPImportance, IntraFusionPruner, ReconstructionImportance
+from intrafusion.ot.choice import reconstruction_scores
+from intrafusion.prune.importance import channel_independence
+from tests.nets import PICO, Mlp, Plain, randomise_
+
+pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters", "ignore:.*could only be cut")
+
+
+def group_of(model: nn.Module, layer: nn.Module, x: Tensor, idxs=None) -> tp.dependency.Group:
+    graph = tp.DependencyGraph().build_dependency(model, (x,), verbose=False)
+    n = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    handler = graph.get_pruner_of_module(layer).prune_out_channels
+    return graph.get_pruning_group(layer, handler, list(range(n)) if idxs is None else idxs)
+
+
+def covariance(n: int, factors: int, noise: float = 0.0) -> Tensor:
+    a = torch.randn(n, factors, dtype=torch.float64)
+    return a @ a.T + noise * torch.eye(n, dtype=torch.float64)
+
+
+def left_over(cov: Tensor, metric: Tensor, kept: list[int]) -> float:
+    """tr(M D) by explicit least squares from the kept channels."""
+    read = torch.linalg.lstsq(cov[kept][:, kept], cov[kept]).solution
+    return float((metric * (cov - cov[:, kept] @ read)).sum())
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_the_picks_are_the_greedy_ones_of_explicit_least_squares(readers):
+    n = 9
+    covs, metrics = [covariance(n, n + 3) for _ in range(readers)], [covariance(n, 4) for _ in range(readers)]
+    scores = reconstruction_scores(covs, metrics)
+    kept: list[int] = []
+    for _ in range(n):
+        errors = {
+            j: sum(left_over(c, m, [*kept, j]) for c, m in zip(covs, metrics, strict=True))
+            for j in range(n)
+            if j not in kept
+        }
+        kept.append(min(errors, key=errors.__getitem__))
+    assert scores.argsort(descending=True).tolist() == kept
+    assert scores.sum().item() == pytest.approx(1.0)
+
+
+def test_scores_do_not_depend_on_the_order_of_the_channels():
+    cov, metric, order = covariance(12, 7, 0.1), covariance(12, 5), torch.randperm(12)
+    scores = reconstruction_scores([cov], [metric])
+    moved = reconstruction_scores([cov[order][:, order]], [metric[order][:, order]])
+    torch.testing.assert_close(moved, scores[order], atol=1e-10, rtol=0)
+
+
+def test_combinations_duplicates_and_constants_come_last():
+    base = covariance(5, 5, 0.1)
+    mix = torch.cat([torch.eye(5), torch.eye(5)[:2], torch.randn(2, 5), torch.zeros(1, 5)]).double()
+    scores = reconstruction_scores([mix @ base @ mix.T], [torch.eye(10)])
+    best = set(scores.topk(5).indices.tolist())
+    assert torch.linalg.matrix_rank(mix[sorted(best)]) == 5
+    assert (scores.sort().values[:5] < 1e-10).all()
+    assert scores.unique().numel() == 10
+    assert (scores >= 0).all()
+
+
+@pytest.mark.parametrize("cov", [torch.zeros(4, 4), torch.ones(4, 4)], ids=["dead", "equal"])
+def test_degenerate_groups_have_different_finite_scores(cov):
+    for metric in (torch.eye(4), torch.zeros(4, 4)):
+        scores = reconstruction_scores([cov], [metric])
+        assert torch.isfinite(scores).all()
+        assert scores.unique().numel() == 4
+
+
+def test_two_channels_that_are_of_use_only_together_share_what_they_remove():
+    """h1 and h0 + h1 nearly cancel in what is read, so the second pick removes far more than the first."""
+    mix = torch.tensor([[0.1, 10.0], [0.0, 10.0]]).double()
+    read = torch.tensor([[1.0, -1.0]]).double()
+    scores = reconstruction_scores([mix @ mix.T], [read.T @ read])
+    assert (scores - 0.5).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("batches", [False, True], ids=["data-free", "calibrated"])
+def test_duplicates_are_never_both_kept_while_an_independent_channel_is_left(batches):
+    model, x = randomise_(Plain(width=8)), torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        for tensor in (model.conv1.weight, *(model.bn1.state_dict()[k] for k in ("weight", "bias"))):
+            tensor[4:] = tensor[:4].clone()
+        model.bn1.running_mean[4:], model.bn1.running_var[4:] = model.bn1.running_mean[:4], model.bn1.running_var[:4]
+        model.bn1.bias.fill_(0.5)  # every channel is alive
+        model.bn1.weight[4:] = model.bn1.weight[:4].clone()
+    scores = ReconstructionImportance([x] if batches else None)(group_of(model, model.conv1, x[:1]))
+    assert {int(i) % 4 for i in scores.topk(4).indices} == {0, 1, 2, 3}
+    assert scores.topk(4, largest=False).values.max() < 1e-8
+
+
+def test_a_constant_channel_is_the_last():
+    model, x = randomise_(Plain()), torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        model.bn1.weight[5], model.bn1.bias[5] = 0.0, 3.0
+    for batches in (None, [x]):
+        assert ReconstructionImportance(batches)(group_of(model, model.conv1, x[:1])).argmin() == 5
+
+
+class OneLayer(nn.Module):
+    """What the data-free moments assume, exactly: white inputs, one layer, an activation, one reader."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.a, self.b, self.f = nn.Linear(6, 8), nn.Linear(8, 5), f
+
+    def forward(self, x):
+        return self.b(self.f(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [F.relu, F.gelu, F.silu, F.elu, F.relu6, F.leaky_relu, torch.tanh, F.hardswish, F.selu],
+    ids=lambda f: f.__name__,
+)
+def test_without_inputs_the_activation_of_the_network_is_found(f):
+    model, x = OneLayer(f).eval(), torch.randn(100_000, 6)
+    group = group_of(model, model.a, x[:1])
+    free, measured = ReconstructionImportance()(group), ReconstructionImportance([x])(group)
+    torch.testing.assert_close(free, measured, atol=0.02, rtol=0)
+
+
+def test_a_flatten_and_a_chunked_reader_count_all_their_columns():
+    model, x = randomise_(Plain()), torch.randn(256, 3, 8, 8)
+    group = group_of(model, model.conv2, x[:1])
+    with torch.no_grad():
+        read = F.adaptive_avg_pool2d(F.relu(model.bn2(model.conv2(F.relu(model.bn1(model.conv1(x)))))), 2).double()
+    cov = sum(torch.cov(place.T, correction=0) for place in read.flatten(2).unbind(2)) / 4
+    scale = model.bn3.weight.detach().double() / (model.bn3.running_var.double() + model.bn3.eps).sqrt()
+    weight = (scale[:, None] * model.fc1.weight.detach().double()).reshape(10, 6, 4)
+    metric = torch.einsum("oip,ojp->ij", weight, weight)
+    expected = reconstruction_scores([cov], [metric])
+    torch.testing.assert_close(ReconstructionImportance([x[:100], x[100:]])(group), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 12), (2, 12, 5), (2, 6, 6), (1, 7, 1)])
+def test_channel_independence_is_that_of_plain_singular_values(shape):
+    maps = torch.randn(shape)
+    maps[:, 2] = maps[:, 1]
+    maps[:, 3] = 0
+    got = channel_independence(maps, most_values=200)
+    for one, row in zip(maps.double(), got, strict=True):
+        whole = torch.linalg.svdvals(one).sum()
+        for i in range(shape[1]):
+            without = one.clone()
+            without[i] = 0
+            assert row[i].item() == pytest.approx(float(whole - torch.linalg.svdvals(without).sum()), abs=1e-6)
+
+
+def test_chip_reads_the_activation_behind_the_batchnorm():
+    model, x = randomise_(Plain()), torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        maps = F.relu(model.bn1(model.conv1(x))).flatten(2)
+    got = CHIPImportance([x[:2], x[2:]])(group_of(model, model.conv1, x[:1]))
+    torch.testing.assert_close(got, channel_independence(maps).mean(dim=0))
+
+
+def test_chip_takes_the_inputs_of_a_batch_as_positions_of_a_linear_layer_and_tokens_where_there_are_some():
+    model, x = randomise_(Plain()), torch.randn(9, 3, 8, 8)
+    with torch.no_grad():
+        z = F.adaptive_avg_pool2d(F.relu(model.bn2(model.conv2(F.relu(model.bn1(model.conv1(x)))))), 2).flatten(1)
+        vectors = F.relu(model.bn3(model.fc1(z)))
+    got = CHIPImportance([x])(group_of(model, model.fc1, x[:1]))
+    torch.testing.assert_close(got, channel_independence(vectors.T[None])[0])
+    mixer, tokens = Mlp().eval(), torch.randn(3, 5, 6)
+    with torch.no_grad():
+        y = mixer.embed(tokens) + mixer.position
+        maps = F.gelu(mixer.up(mixer.norm(y))).mT
+    got = CHIPImportance([tokens])(group_of(mixer, mixer.up, tokens[:1]))
+    torch.testing.assert_close(got, channel_independence(maps).mean(dim=0))
+
+
+METRICS = {
+    "data-free": lambda x: ReconstructionImportance(),
+    "calibrated": lambda x: ReconstructionImportance([x, x + 1]),
+    "chip": lambda x: CHIPImportance([x]),
+}
+SCOPES = {
+    "local": {},
+    "global": {"global_pruning": True},
+    "isomorphic": {"global_pruning": True, "isomorphic": True},
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("case", PICO, ids=lambda case: case.name)
+def test_every_network_with_torch_pruning_and_with_ours(case, metric, scope):
+    x = case.example()
+    for pruner, ours in (
+        (tp.pruner.BasePruner, {}),
+        (IntraFusionPruner, {"fusion": "paper"}),
+        (IntraFusionPruner, {"fusion": "barycentre"}),
+    ):
+        model = case.model()
+        width = sum(p.numel() for p in model.parameters())
+        one = pruner(
+            model,
+            (x,),
+            METRICS[metric](x),
+            pruning_ratio=0.4,
+            ignored_layers=case.ignored(model),
+            **SCOPES[scope],
+            **ours,
+        )
+        one.step()
+        assert sum(p.numel() for p in model.parameters()) < width
+        assert torch.isfinite(model(x)).all()
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj, self.fc = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(len(x), -1, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = torch.softmax(q @ k.mT, dim=-1) @ v
+        return self.fc(self.proj(y.transpose(1, 2).flatten(2)).mean(1))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_attention_does_not_crash(metric):
+    model, x = Attention().eval(), torch.randn(3, 5, 8)
+    pruner = tp.pruner.BasePruner(
+        model, (x,), METRICS[metric](x), ignored_layers=[model.fc], num_heads={model.qkv: 2}, pruning_ratio=0.5
+    )
+    groups = list(pruner.DG.get_all_groups([model.fc], [nn.Linear]))
+    assert groups
+    for group in groups:
+        scores = pruner.importance(pruner._downstream_node_as_root_if_attention(group) or group)
+        assert torch.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_scoring_leaves_the_network_and_its_modes_as_they_were(metric):
+    model, x = randomise_(Plain()), torch.randn(4, 3, 8, 8)
+    group = group_of(model, model.conv1, x[:1])
+    model.train()
+    model.fc1.eval()
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    first, second = METRICS[metric](x)(group), METRICS[metric](x)(group)
+    assert torch.equal(first, second)
+    assert modes == [m.training for m in model.modules()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_way_of_calling_the_network_can_be_given():
+    model, x = randomise_(Plain()), torch.randn(4, 3, 8, 8)
+    group = group_of(model, model.conv1, x[:1])
+    wrapped = [{"images": x}]
+    forward = lambda model, batch: model(batch["images"])  # noqa: E731
+    for kind in (ReconstructionImportance, CHIPImportance):
+        assert torch.equal(kind(wrapped, forward)(group), kind([x])(group))
+
+
+def test_bad_input_is_refused_with_a_sentence():
+    model, x = randomise_(Plain()), torch.randn(4, 3, 8, 8)
+    for kind in (ReconstructionImportance, CHIPImportance):
+        with pytest.raises(ValueError, match="empty"):
+            kind([])
+        with pytest.raises(ValueError, match=r"'conv1' has 2 of its 8 channels"):
+            kind([x])(group_of(model, model.conv1, x[:1], [0, 3]))
+        with pytest.raises(ValueError, match="no dependency graph"):
+            kind([x])(tp.dependency.Group())
+    group = group_of(model, model.conv1, x[:1])
+    model.bn1.bias.data[2] = float("nan")
+    with pytest.raises(ValueError, match=r"layer 'conv2' reads activations that are not finite"):
+        ReconstructionImportance([x])(group)
+    with pytest.raises(ValueError, match=r"layer 'conv1' gives activations that are not finite"):
+        CHIPImportance([x])(group)
+    with pytest.raises(ValueError, match=r"while scoring group 'conv1': .*not finite"):
+        ReconstructionImportance()(group)
