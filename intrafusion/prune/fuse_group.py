@@ -56,7 +56,13 @@ def fuse(
             corrector.note(table, selection_pair(kept, table.n))
         return Outcome("selection", reason=reason)
     plan = transport_plan(
-        channel_features(graph, table, rows=settings.rows, columns=settings.columns, bias=settings.bias),
+        channel_features(
+            graph,
+            table,
+            rows="filters" in settings.features,
+            columns="readers" in settings.features,
+            bias="biases" in settings.features,
+        ),
         kept,
         classes=table.classes,
         importance=importance,

@@ -8,6 +8,7 @@ from intrafusion.ot import COSTS, MERGE_RULES
 from intrafusion.ot.plan import MASSES, TARGET_MASSES
 from intrafusion.ot.targets import TARGETS
 
+FEATURES = ("filters", "readers", "biases")
 SCORE_ON = ("model", "folded")
 CORRECTIONS = ("none", "data-free", "calibrated")
 
@@ -19,8 +20,8 @@ class Fusion:
     merge: the rule from a plan to a pair (R, S), one of `intrafusion.ot.MERGE_RULES`: `paper` (each source's
         coefficients sum to 1, on both sides), `barycentre` (rows averaged, columns summed), `selection` (discard).
     cost: distance between the features of two channels: `l1` (published), `l2`, `cosine`.
-    rows, columns, bias: which weights make up a channel's features: the filters that produce it, the weights that read
-        it, the folded biases.
+    features: which weights two channels are compared by, some of `filters` (that produce the channel), `readers` (the
+        weights that read it) and `biases` (folded); `biases` alone tell too little. Kept in this order, as a tuple.
     source_mass: how much each channel weighs: `uniform` or `importance`.
     target_mass: how much each kept channel takes up: `uniform`, `importance`, `free` (each channel goes to its
         nearest kept one) or `partial` (or nowhere, if it is nearer to zero than to any kept one).
@@ -39,9 +40,7 @@ class Fusion:
 
     merge: str = "paper"
     cost: str = "l1"
-    rows: bool = True
-    columns: bool = True
-    bias: bool = False
+    features: tuple[str, ...] = ("filters", "readers")
     source_mass: str = "uniform"
     target_mass: str = "uniform"
     targets: str = "kept"
@@ -55,15 +54,13 @@ class Fusion:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"Fusion.{name} is {value!r}: choose one of {', '.join(map(repr, allowed))}")
-        for name in ("rows", "columns", "bias", "rescore"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"Fusion.{name} is {getattr(self, name)!r}: it must be True or False")
-        if not (self.rows or self.columns):
-            raise ValueError("Fusion.rows and Fusion.columns are both off: a channel needs features to be compared by")
+        object.__setattr__(self, "features", _checked_features(self.features))
+        if not isinstance(self.rescore, bool):
+            raise ValueError(f"Fusion.rescore is {self.rescore!r}: it must be True or False")
 
     @staticmethod
     def choices() -> dict[str, tuple[str, ...]]:
-        """The allowed values of every field that has a fixed choice."""
+        """The allowed values of every field that has a fixed choice of one; `features` takes several of `FEATURES`."""
         return {
             "merge": tuple(MERGE_RULES),
             "cost": COSTS,
@@ -97,6 +94,21 @@ class Fusion:
     def __str__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"Fusion({', '.join(changed)})"
+
+
+def _checked_features(value: object) -> tuple[str, ...]:
+    """The features in the order of `FEATURES`, so that equal choices are equal settings."""
+    allowed = f"choose from {', '.join(map(repr, FEATURES))}"
+    if not isinstance(value, tuple | list) or not value:
+        raise ValueError(f"Fusion.features is {value!r}: {allowed}, at least one, in a tuple")
+    for name in value:
+        if name not in FEATURES:
+            raise ValueError(f"Fusion.features holds {name!r}: {allowed}")
+        if value.count(name) > 1:
+            raise ValueError(f"Fusion.features holds {name!r} twice: {allowed}, each once")
+    if "filters" not in value and "readers" not in value:
+        raise ValueError(f"Fusion.features is {value!r}: channels are compared by 'filters' or 'readers' at least")
+    return tuple(name for name in FEATURES if name in value)
 
 
 PRESETS: dict[str, Fusion] = {

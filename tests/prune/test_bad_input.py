@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -307,8 +308,18 @@ def test_unknown_settings_are_named_with_what_is_allowed():
         pruner_for(plain(), fusion="papr")
     with pytest.raises(ValueError, match=r"Fusion.cost is 'l3': choose one of 'l1', 'l2', 'cosine'"):
         Fusion(cost="l3")
-    with pytest.raises(ValueError, match=r"Fusion.rows and Fusion.columns are both off"):
-        Fusion(rows=False, columns=False)
+    assert Fusion(features=["readers", "filters"]) == Fusion()  # type: ignore[arg-type]
+    assert Fusion(features=("biases", "filters")).features == ("filters", "biases")
+    choices = "'filters', 'readers', 'biases'"
+    for features, said in {
+        (): f"is (): choose from {choices}",
+        "filters": f"is 'filters': choose from {choices}",
+        ("filter",): f"holds 'filter': choose from {choices}",
+        ("filters", "filters"): f"holds 'filters' twice: choose from {choices}",
+        ("biases",): "is ('biases',): channels are compared by 'filters' or 'readers' at least",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(f"Fusion.features {said}")):
+            Fusion(features=features)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="not int"):
         pruner_for(plain(), fusion=3)
 

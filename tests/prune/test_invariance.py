@@ -147,7 +147,7 @@ DUPLICABLE = [case for case in PICO if case.name not in ("transposed", "grouped"
 
 @pytest.mark.parametrize("case", DUPLICABLE, ids=lambda case: case.name)
 def test_exact_duplicates_merge_without_a_change_of_the_output(case):
-    model, pruner = build(case, pruning_ratio=0.5, fusion=Fusion(merge="barycentre", columns=False, bias=True))
+    model, pruner = build(case, pruning_ratio=0.5, fusion=Fusion(merge="barycentre", features=("filters", "biases")))
     duplicate_channels_(pruner)
     before = model(case.example())
     pruner.importance = keep_even_channels
@@ -174,7 +174,7 @@ def test_discarding_duplicates_does_change_the_output():
 
 def test_the_gradient_of_merged_duplicates_is_the_gradient_of_the_merged_network():
     case = PICO[0]
-    model, pruner = build(case, pruning_ratio=0.5, fusion=Fusion(merge="barycentre", columns=False, bias=True))
+    model, pruner = build(case, pruning_ratio=0.5, fusion=Fusion(merge="barycentre", features=("filters", "biases")))
     duplicate_channels_(pruner)
     pruner.importance = keep_even_channels
     model(case.example()).square().sum().backward()

@@ -17,7 +17,7 @@ from tests.nets import PICO, Case, randomise_
 from tests.prune.test_invariance import DUPLICABLE, build, duplicate_channels_, keep_even_channels
 from tests.training.optimizers import OPTIMIZERS, held, tensors, train_
 
-DUPLICATES = Fusion(merge="barycentre", columns=False, bias=True)
+DUPLICATES = Fusion(merge="barycentre", features=("filters", "biases"))
 
 
 def cut_by_torch_pruning(case: Case, values: dict[str, Tensor], history: list) -> dict[str, Tensor]:

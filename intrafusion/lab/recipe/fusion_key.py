@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 from intrafusion.lab.recipe.nodes import Node
 from intrafusion.lab.recipe.reader import FAILED, Reader, unknown
 from intrafusion.lab.recipe.schema import Rule, type_schema
-from intrafusion.prune.fusion import PRESETS, Fusion
+from intrafusion.prune.fusion import FEATURES, PRESETS, Fusion
 
 
 def read_fusion(reader: Reader, node: Node, path: str) -> Any:
@@ -36,6 +36,8 @@ def read_fusion(reader: Reader, node: Node, path: str) -> Any:
         if name in values and values[name] is not FAILED and values[name] not in choices:
             message = unknown("value", values[name], choices)
             values[name] = reader.report(settings[name].where, f"{path}.{name}", message)
+    if values.get("features", FAILED) is not FAILED:
+        values["features"] = _checked_features(reader, values["features"], f"{path}.features")
     if base is FAILED or FAILED in values.values():
         return FAILED
     try:
@@ -44,7 +46,16 @@ def read_fusion(reader: Reader, node: Node, path: str) -> Any:
         return reader.report(node.where, path, str(error))
 
 
+def _checked_features(reader: Reader, names: tuple[str, ...], path: str) -> Any:
+    """Each entry that is no feature is a problem at its own place; what only shows together, at the whole key."""
+    bad = [i for i, name in enumerate(names) if name not in FEATURES]
+    for i in bad:
+        reader.report(reader.places[f"{path}[{i}]"], f"{path}[{i}]", unknown("value", names[i], FEATURES))
+    return FAILED if bad else names
+
+
 def fusion_schema() -> dict[str, Any]:
+    """The JSON schema of the key."""
     preset, choices, kinds = {"enum": list(PRESETS)}, Fusion.choices(), get_type_hints(Fusion)
     settings = {
         item.name: {"enum": list(choices[item.name])}
@@ -52,6 +63,7 @@ def fusion_schema() -> dict[str, Any]:
         else type_schema(kinds[item.name], Rule(""))
         for item in fields(Fusion)
     }
+    settings["features"] = {"type": "array", "items": {"enum": list(FEATURES)}, "minItems": 1, "uniqueItems": True}
     section = {
         "type": "object",
         "properties": {"preset": preset, **settings},

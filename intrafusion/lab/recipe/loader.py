@@ -284,7 +284,7 @@ def to_mapping(section: Any) -> dict[str, Any]:
     for item in options(section):
         value = getattr(section, item.name)
         if isinstance(value, Fusion):
-            value = asdict(value)
+            value = asdict(value) | {"features": list(value.features)}
         elif hasattr(value, "__dataclass_fields__"):
             value = to_mapping(value)
         result[key_of(item)] = list(value) if isinstance(value, tuple) else value

@@ -77,7 +77,11 @@ def test_defaults() -> None:
         ("output: out\n", "output: out\nfusion: {preset: paper, cost: l3}\n", "r.yaml:9: fusion.cost: unknown value 'l3'; did you mean 'l2'? allowed: COSTS"),
         ("output: out\n", "output: out\nfusion: {merg: paper}\n", "r.yaml:9: fusion.merg: unknown key 'merg'; did you mean 'merge'? allowed: FIELDS"),
         ("output: out\n", "output: out\nfusion: [paper]\n", "r.yaml:9: fusion: expected a preset (PRESETS) or a section"),
-        ("output: out\n", "output: out\nfusion: {rows: false, columns: false}\n", "r.yaml:9: fusion: Fusion.rows and Fusion.columns are both off"),
+        ("output: out\n", "output: out\nfusion: {features: [biases]}\n", "r.yaml:9: fusion: Fusion.features is ('biases',): channels are compared by 'filters' or 'readers' at least"),
+        ("output: out\n", "output: out\nfusion: {features: []}\n", "r.yaml:9: fusion: Fusion.features is (): choose from 'filters', 'readers', 'biases', at least one, in a tuple"),
+        ("output: out\n", "output: out\nfusion: {features: [filters, filters]}\n", "r.yaml:9: fusion: Fusion.features holds 'filters' twice: choose from 'filters', 'readers', 'biases', each once"),
+        ("output: out\n", "output: out\nfusion: {features: [filters, reader]}\n", "r.yaml:9: fusion.features[1]: unknown value 'reader'; did you mean 'readers'? allowed: filters, readers, biases"),
+        ("output: out\n", "output: out\nfusion: {features: true}\n", "r.yaml:9: fusion.features: expected list of texts, got true"),
         ("output: out\n", "output: out\nplaces: {}\n", "r.yaml:9: places: unknown key 'places'; allowed: model, data, train, prune, fusion, finetune, split, sweep, output, keep, device, threads"),
     ],
 )  # fmt: skip
@@ -145,6 +149,11 @@ def test_unreadable_files(tmp_path: Path) -> None:
         ("fusion=barycentre", "fusion", Fusion.preset("barycentre")),
         ("fusion.cost=l2", "fusion", dataclasses.replace(Fusion.preset("paper"), cost="l2")),
         ("fusion={merge: selection}", "fusion", Fusion(merge="selection")),
+        (
+            "fusion.features=filters,biases",
+            "fusion",
+            dataclasses.replace(Fusion.preset("paper"), features=("filters", "biases")),
+        ),
     ],
 )
 def test_overrides(assignment: str, path: str, value: Any, tmp_path: Path) -> None:
