@@ -26,7 +26,7 @@ from intrafusion.correct import sequential
 from intrafusion.correct.memo import Room
 from intrafusion.lab.models import build_model
 from intrafusion.lab.pruning import ignored_layers
-from intrafusion.lab.reports.report import markdown_table
+from intrafusion.lab.reports.tables import markdown_table
 from intrafusion.lab.weights import digest
 
 NETWORKS = {"cifar_resnet20": ("conv1", "layer*.conv2", "linear"), "cifar_vgg11_bn": ("classifier",)}

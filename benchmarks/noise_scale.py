@@ -34,7 +34,7 @@ from intrafusion.lab.landscape.loss import interpolate, score
 from intrafusion.lab.models import build_model
 from intrafusion.lab.recipe.sections import TrainSection
 from intrafusion.lab.reports.figure import DISCARD, FUSED, INK, soften
-from intrafusion.lab.reports.report import markdown_table
+from intrafusion.lab.reports.tables import markdown_table
 from intrafusion.lab.training import train_
 from intrafusion.lab.training_record import mean_noise_scale
 from intrafusion.training.loop import History

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from intrafusion.lab.measure import count_macs, device_name
 from intrafusion.lab.models import build_model
 from intrafusion.lab.pruning import ignored_layers
-from intrafusion.lab.reports.report import markdown_table
+from intrafusion.lab.reports.tables import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 NETWORKS = {

@@ -20,7 +20,7 @@ from intrafusion.lab.landscape.figure import draw_paths, draw_plane
 from intrafusion.lab.landscape.loss import Path as Line
 from intrafusion.lab.landscape.loss import Slice, interpolate, plane, score
 from intrafusion.lab.recipe.loader import Recipe
-from intrafusion.lab.reports.report import markdown_table, text_table
+from intrafusion.lab.reports.tables import markdown_table, text_table
 from intrafusion.lab.results import finite
 from intrafusion.lab.run import torch_threads
 

@@ -11,16 +11,10 @@ from pathlib import Path
 
 from intrafusion.lab.files import write_atomic
 from intrafusion.lab.pruning import ALL
-from intrafusion.lab.reports.page import LEGEND, against_ratio, document, html_table
-from intrafusion.lab.reports.report import (
-    UNTIMED,
-    csv_rows,
-    latencies,
-    markdown_table,
-    published_note,
-    text_table,
-    to_csv,
-)
+from intrafusion.lab.reports.contents import UNTIMED, csv_rows, latencies, published_note
+from intrafusion.lab.reports.html_parts import LEGEND, document, html_table
+from intrafusion.lab.reports.page import against_ratio
+from intrafusion.lab.reports.tables import markdown_table, text_table, to_csv
 from intrafusion.lab.results import Result
 from intrafusion.lab.study import Pair, Study
 from intrafusion.lab.training_record import mean_noise_scale

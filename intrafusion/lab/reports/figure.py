@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from intrafusion.lab.pruning import ALL
+from intrafusion.lab.reports.finetuned import finetuned
 from intrafusion.lab.study import Pair, Study
 
 FUSED, DISCARD, DENSE, INK, GRID = "#0b6e8f", "#d1603d", "#7a7a7a", "#222222", "#e4e4e4"
@@ -48,8 +49,6 @@ def draw_finetuning(study: Study) -> bytes:
     """A PNG: validation accuracy over the epochs of fine-tuning, one panel per pair; the axes start where it is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    from intrafusion.lab.reports.finetuned import finetuned
 
     found = finetuned(study)
     columns = _columns(len(found))

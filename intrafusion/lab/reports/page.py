@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 
 from intrafusion.lab.measure import LATENCY_BATCHES
 from intrafusion.lab.pruning import ALL
 from intrafusion.lab.recipe.loader import to_yaml
-from intrafusion.lab.reports.finetuned import METHODS, finetuned, finetuned_noise, finetuned_note, finetuned_table
-from intrafusion.lab.reports.report import (
+from intrafusion.lab.reports.contents import (
     command,
     measurements,
     networks_note,
@@ -23,16 +21,13 @@ from intrafusion.lab.reports.report import (
     timing_note,
     verdict,
 )
+from intrafusion.lab.reports.finetuned import METHODS, finetuned, finetuned_noise, finetuned_note, finetuned_table
+from intrafusion.lab.reports.html_parts import LEGEND, document, fact_boxes, figure, html_table, plain
 from intrafusion.lab.reports.svg import Point, accuracy_chart, plan_picture
 from intrafusion.lab.results import Result
 from intrafusion.lab.study import Pair, Study
 from intrafusion.lab.training_record import noise_note, noise_table
 
-LEGEND = (
-    '<p class="legend"><span class="fused">fused</span> <span class="discard">discard</span> '
-    '<span class="dense">dense</span></p>'
-)
-_KINDS = {"group": "name", "network": "name", "reason": "text", "kept channel": "name", "made of": "text"}
 _DRAWN_WIDTH = 64
 
 
@@ -50,29 +45,11 @@ def to_html(study: Study, folder: Path) -> str:
         *_only_selected(study),
         *_rows(study),
         *_skipped(study),
-        f"<h2>The networks</h2><p>{_plain(networks_note(study))}</p>" if networks_note(study) else "",
+        f"<h2>The networks</h2><p>{plain(networks_note(study))}</p>" if networks_note(study) else "",
         f"<h2>Again</h2><pre>{escape(command(folder))}</pre>",
         "<p>Every number with its cell is in <code>results.jsonl</code> and <code>results.csv</code>.</p>",
     ]
     return document(study.recipe.title, parts)
-
-
-def document(title: str, parts: Iterable[str]) -> str:
-    """A page of its own from its title, as text, and its parts, as HTML; empty parts are left out."""
-    style = resources.files("intrafusion.lab.reports").joinpath("page.css").read_text(encoding="utf-8")
-    title, body = escape(title), "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>{title}: pruned with and without fusion</title>\n<style>\n{style}</style>\n</head>\n"
-        f"<body>\n<main>\n<h1>{title}</h1>\n{body}\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _plain(text: str) -> str:
-    """Escaped, without the backticks that Markdown has around code."""
-    return escape(text).replace("`", "")
 
 
 def _what_was_run(study: Study) -> list[str]:
@@ -88,9 +65,9 @@ def _what_was_run(study: Study) -> list[str]:
         "<h2>What was run</h2>",
         "<p>Channels are ranked by the importance; <em>discard</em> and <em>fused</em> keep the same ones, have the "
         f"same shapes and are not fine-tuned{', but for the section on it' if recipe.finetune else ''}.</p>",
-        _facts(facts),
+        fact_boxes(facts),
         f"<details><summary>The recipe with every setting</summary><pre>{escape(to_yaml(recipe))}</pre></details>",
-        f"<details><summary>Versions</summary>{_facts(versions)}</details>" if versions else "",
+        f"<details><summary>Versions</summary>{fact_boxes(versions)}</details>" if versions else "",
     ]
 
 
@@ -100,7 +77,7 @@ def _dense(study: Study) -> list[str]:
     if dense.top5_accuracy is not None:
         facts["top 5"] = f"{dense.top5_accuracy} ({dense.top5:,} of {dense.total:,})"
     facts |= {"parameters": f"{dense.params:,}", "MACs": si(dense.macs), **measurements(dense)}
-    return ["<h2>The dense network</h2>", _facts(facts)]
+    return ["<h2>The dense network</h2>", fact_boxes(facts)]
 
 
 def _curves(study: Study) -> list[str]:
@@ -125,7 +102,7 @@ def _curves(study: Study) -> list[str]:
         times = {result: (1e3 * t.median, 1e3 * t.iqr) for result, t in timed.items()}
         parts.append(_against(study, times, f"milliseconds for {images}", caption))
     parts.append("</div>")
-    parts.append(f'<p class="soft">{_plain(timing_note(study))}</p>')
+    parts.append(f'<p class="soft">{plain(timing_note(study))}</p>')
     return parts
 
 
@@ -199,7 +176,7 @@ def _groups(study: Study, folder: Path) -> list[str]:
         for line in lines
     ]
     note = '<p class="soft">The bar is what stays, the dashed line the width before.</p>'
-    rounding = f"<p>{_plain(rounding_note(study, folder))}</p>"
+    rounding = f"<p>{plain(rounding_note(study, folder))}</p>"
     return [f"<h2>Widths, {at}</h2>", note, _bars(bars), rounding] if bars else []
 
 
@@ -308,31 +285,3 @@ def _point(x: float, result: Result, spread: float = 0.0) -> Point:
         else f"{result.cell.group}, {result.cell.ratio:.0%}"
     )
     return Point(x, result.accuracy.percent, f"{result.cell.method}, {at}: {result.accuracy}", spread)
-
-
-def figure(svg: str, caption: str) -> str:
-    """A picture under its caption."""
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    entries = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items())
-    return f'<dl class="facts">{entries}</dl>'
-
-
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in a box of its own, which scrolls where the page is too narrow."""
-    kinds = [_KINDS.get(name, "number") for name in header]
-    head = "".join(
-        f'<th scope="col" class="{kind}">{escape(name)}</th>' for name, kind in zip(header, kinds, strict=True)
-    )
-    lines = "".join(
-        "<tr>" + "".join(_cell(*entry) for entry in zip(header, kinds, row, strict=True)) + "</tr>" for row in rows
-    )
-    inside = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
-    return f'<div class="scroll" role="region" aria-label="{escape(header[0])} and more" tabindex="0">{inside}</div>'
-
-
-def _cell(name: str, kind: str, text: str) -> str:
-    tone = {"+": " win", "-": " loss"}.get(text[:1], "") if name == "gain" and float(text.split()[0]) else ""
-    return f'<td class="{kind}{tone}">{escape(text.replace(" -> ", " → "))}</td>'

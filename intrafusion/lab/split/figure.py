@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from intrafusion.lab.reports.figure import DISCARD, FUSED, INK, png, soften
-from intrafusion.lab.split.report import SHOWN, Curves
+from intrafusion.lab.split.tables import SHOWN, Curves
 
 _LOOK = {
     "whole fused": (FUSED, "o"), "whole discard": (DISCARD, "s"), "paf": ("#7a4fb5", "^"), "fap": ("#2e7d46", "D"),

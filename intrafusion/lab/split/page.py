@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import fmean
 
 from intrafusion.lab.recipe.loader import to_yaml
-from intrafusion.lab.reports.page import document, figure, html_table
-from intrafusion.lab.reports.report import command
+from intrafusion.lab.reports.contents import command
+from intrafusion.lab.reports.html_parts import document, figure, html_table
 from intrafusion.lab.reports.svg import Point, accuracy_chart
-from intrafusion.lab.split.report import (
+from intrafusion.lab.split.study import OF_WHOLE, SplitStudy
+from intrafusion.lab.split.tables import (
     FROM_PARTS,
     SHOWN,
     STEPS,
@@ -24,11 +25,9 @@ from intrafusion.lab.split.report import (
     schedules_table,
     settings_of,
     shown_epochs,
-    summary,
     times_table,
-    verdicts,
 )
-from intrafusion.lab.split.study import OF_WHOLE, SplitStudy
+from intrafusion.lab.split.verdicts import summary, verdicts
 
 _CLASS = {"whole fused": "fused", "whole discard": "discard", "paf": "paf", "fap": "fap"}
 

@@ -27,6 +27,7 @@ from intrafusion.lab.measure import count_macs, count_parameters, evaluate
 from intrafusion.lab.recipe.loader import Recipe, to_mapping
 from intrafusion.lab.results import key_of_identity
 from intrafusion.lab.run import Finished, torch_threads
+from intrafusion.lab.split.report import write_split_report
 from intrafusion.lab.split.schedules import Schedules
 from intrafusion.lab.split.study import (
     AVERAGES,
@@ -181,8 +182,6 @@ def run_split(recipe: Recipe, *, fresh: bool = False, progress: bool = True) -> 
         LabError: files are missing or broken, training diverges, an output folder cannot be used.
         intrafusion.FusionError: a group cannot be pruned.
     """
-    from intrafusion.lab.split.report import write_split_report
-
     with torch_threads(threads_of(recipe)):  # as in the workers, so that a result does not depend on who computed it
         opened = SplitRun(recipe, fresh=fresh, progress=progress)
         opened.train()

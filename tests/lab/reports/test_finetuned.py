@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 from intrafusion.lab.recipe.loader import read_recipe
+from intrafusion.lab.reports.contents import csv_rows, table
 from intrafusion.lab.reports.figure import draw_finetuning
 from intrafusion.lab.reports.finetuned import finetuned, finetuned_note, finetuned_table
 from intrafusion.lab.reports.page import to_html
-from intrafusion.lab.reports.report import csv_rows, table, to_csv, to_markdown, to_text
+from intrafusion.lab.reports.report import to_markdown, to_text
+from intrafusion.lab.reports.tables import to_csv
 from intrafusion.lab.results import Cell, Curve, Result
 from intrafusion.lab.study import Study
 from tests.lab.reports.test_report import Page, study

@@ -17,10 +17,12 @@ from PIL import Image
 
 from intrafusion.lab.measure import Latency
 from intrafusion.lab.recipe.loader import read_recipe
+from intrafusion.lab.reports.contents import csv_rows, table, verdict
 from intrafusion.lab.reports.figure import draw
 from intrafusion.lab.reports.page import to_html
-from intrafusion.lab.reports.report import csv_rows, table, to_csv, to_markdown, to_text, verdict
+from intrafusion.lab.reports.report import to_markdown, to_text
 from intrafusion.lab.reports.svg import _ticks
+from intrafusion.lab.reports.tables import to_csv
 from intrafusion.lab.results import Cell, GroupLine, Result
 from intrafusion.lab.study import Study
 

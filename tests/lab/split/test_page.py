@@ -10,8 +10,10 @@ import pytest
 
 from intrafusion.lab.recipe.loader import read_recipe
 from intrafusion.lab.split.page import to_html
-from intrafusion.lab.split.report import curves, verdicts, write_split_report
+from intrafusion.lab.split.report import write_split_report
 from intrafusion.lab.split.study import Item, Measured, SplitStudy
+from intrafusion.lab.split.tables import curves
+from intrafusion.lab.split.verdicts import verdicts
 from tests.lab.split.test_run import TEXT
 
 SECONDS = {"train": 2.0, "prune": 0.5, "fuse": 0.5, "finetune": 1.0}
