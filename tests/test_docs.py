@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch.utils.data import DataLoader, TensorDataset
 
 import intrafusion
-from intrafusion.lab.models import DigitsCNN
+from intrafusion.models import DigitsCNN
 from intrafusion.ot import merge
 
 ROOT = Path(intrafusion.__file__).parent.parent

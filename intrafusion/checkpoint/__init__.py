@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from intrafusion.checkpoint import container, inventory, restore, sizes
 from intrafusion.checkpoint.manifest import CheckpointError, Kept, Manifest, short
+from intrafusion.models import LIBRARIES, UnknownModelError, named_model
 
 __all__ = ["CheckpointError", "describe", "load", "save"]
 
@@ -40,7 +41,7 @@ def save(
 
     model: the network, on any device, also inside DataParallel, DistributedDataParallel or torch.compile.
     source, num_classes: where `load` gets the dense network if it is given none: `torchvision:NAME`, `timm:NAME` or a
-    network of `intrafusion.lab.models`, and its number of outputs. recipe: what else is worth knowing, as text or
+    network of `intrafusion.models`, and its number of outputs. recipe: what else is worth knowing, as text or
     anything that JSON can hold. pruner: the torch-pruning pruner that cut the network, for the channels it kept.
 
     Raises CheckpointError for a network that the format cannot hold, OSError if the file cannot be written; what was
@@ -107,14 +108,11 @@ def describe(path: str | os.PathLike[str]) -> Manifest:
 
 def _build(document: Manifest) -> nn.Module:
     """The dense network that a file names, on the CPU; the random state is left alone."""
-    from intrafusion.lab.errors import LabError
-    from intrafusion.lab.models import build_model
-
     name, outputs = document.source, document.num_classes
     if name is None or outputs is None:
         raise CheckpointError("it does not name its dense network: give load(path, model=<the dense network>)")
     library, colon, _ = name.partition(":")
-    if colon and library not in ("torchvision", "timm"):
+    if colon and library not in LIBRARIES:
         raise CheckpointError(
             f"its dense network comes from {short(name)}; no code that a file names is run: build it, "
             "then load(path, model=<the dense network>)"
@@ -124,8 +122,8 @@ def _build(document: Manifest) -> nn.Module:
         raise CheckpointError(f"it says that the network has {outputs} outputs, and has no tensor of that size")
     try:
         with torch.random.fork_rng(devices=[]):
-            return build_model(name, outputs)
-    except LabError as error:
+            return named_model(name, outputs)
+    except UnknownModelError as error:
         raise CheckpointError(f"its dense network cannot be built: {error}") from error
     except Exception as error:
         raise CheckpointError(f"its dense network {short(name)} cannot be built: {error}") from error

@@ -54,7 +54,7 @@ class Kept:
 class Manifest:
     """What a checkpoint says about its network.
 
-    source, num_classes: arguments of `intrafusion.lab.models.build_model` that give the dense network, if known.
+    source, num_classes: arguments of `intrafusion.models.named_model` that give the dense network, if known.
     recipe: anything that JSON can hold. packages: versions by name. tensors: by name, None where a module has no such
     tensor (a convolution without a bias). tied: further names of tensors. kept: by layer.
     """

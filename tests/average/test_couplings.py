@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from intrafusion.average.couplings import couplings_of
 from intrafusion.groups.places import load_state_, permuted, random_orders, state_of
-from intrafusion.lab.models import CifarResNet
+from intrafusion.models import CifarResNet
 from tests.nets import PICO, Case, randomise_
 
 

@@ -19,8 +19,8 @@ from benchmarks.rivals.methods import METHODS, Method
 from benchmarks.rivals.rows import Cell, Row
 from benchmarks.rivals.table import Place, Results
 from intrafusion.lab.data.sources import digits
-from intrafusion.lab.models import DigitsCNN
 from intrafusion.lab.pretrained import Pretrained
+from intrafusion.models import DigitsCNN
 
 ROOTS = ["features.0", "features.3"]
 

@@ -41,7 +41,7 @@ for path in map(Path, sys.argv[1:]):
     state = model.state_dict()
     assert state.keys() == expected.keys(), path
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items()), path
-assert not {"torch_pruning", "intrafusion.prune.pruner"} & sys.modules.keys()
+assert not {"torch_pruning", "intrafusion.prune.pruner", "intrafusion.lab"} & sys.modules.keys()
 print(json.dumps(len(sys.argv) - 1))
 """
 

@@ -101,7 +101,7 @@ def test_a_killed_worker_is_told(tmp_path: Path) -> None:
 
 
 def killer(num_classes: int) -> object:
-    from intrafusion.lab.models import DigitsCNN
+    from intrafusion.models import DigitsCNN
 
     if os.getppid() == int(os.environ.get("PYTEST_HOME_PID", "-1")):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -19,8 +19,9 @@ from intrafusion.lab.measure import (
     places,
     size_on_disk,
 )
-from intrafusion.lab.models import DigitsCNN, build_model
+from intrafusion.lab.models import build_model
 from intrafusion.lab.weights import save_weights
+from intrafusion.models import DigitsCNN
 
 
 def test_accuracy_does_not_depend_on_the_batch_size() -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from intrafusion.lab.models import CifarResNet18, build_model
+from intrafusion.lab.models import build_model
 from intrafusion.lab.paper import numbers, published
 from intrafusion.lab.pruning import coupled_layers
 from intrafusion.lab.recipe.loader import Recipe, load_recipe
 from intrafusion.lab.recipe.sections import PruneSection
+from intrafusion.models import CifarResNet18
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RESNET18 = [

@@ -10,7 +10,7 @@ from torch import nn
 from intrafusion import Fusion
 from intrafusion.lab.data.sources import digits
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.models import CifarResNet18, DigitsCNN, build_model
+from intrafusion.lab.models import build_model
 from intrafusion.lab.pruning import (
     IMPORTANCES,
     OutputChanged,
@@ -23,6 +23,7 @@ from intrafusion.lab.pruning import (
 )
 from intrafusion.lab.recipe.sections import PruneSection
 from intrafusion.lab.weights import digest
+from intrafusion.models import CifarResNet18, DigitsCNN
 
 SETTINGS = PruneSection(ratios=(0.5,), ignored=("classifier",))
 EXAMPLE = torch.zeros(1, 1, 8, 8)

@@ -11,10 +11,11 @@ import torch
 
 from intrafusion.lab import training
 from intrafusion.lab.errors import LabError, RecipeError
-from intrafusion.lab.models import DigitsCNN, build_model
+from intrafusion.lab.models import build_model
 from intrafusion.lab.recipe.loader import Recipe, load_recipe, read_recipe
 from intrafusion.lab.run import run
 from intrafusion.lab.weights import save_weights
+from intrafusion.models import DigitsCNN
 from tests.lab.small import TEXT
 
 

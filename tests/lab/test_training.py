@@ -14,10 +14,10 @@ from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.data.sources import digits
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.measure import evaluate
-from intrafusion.lab.models import DigitsCNN
 from intrafusion.lab.recipe.sections import FinetuneSection, TrainSection
 from intrafusion.lab.training import finetune_, train_
 from intrafusion.lab.weights import digest
+from intrafusion.models import DigitsCNN
 from intrafusion.training.loop import History
 from intrafusion.training.settings import Training
 

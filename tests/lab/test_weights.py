@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from intrafusion.lab.errors import LabError
-from intrafusion.lab.models import DigitsCNN
 from intrafusion.lab.weights import digest, load_weights_, read_metadata, save_weights
+from intrafusion.models import DigitsCNN
 
 
 @pytest.fixture

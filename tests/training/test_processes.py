@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from intrafusion import cli
 from intrafusion.lab.data.sources import digits
 from intrafusion.lab.measure import evaluate, places
-from intrafusion.lab.models import DigitsCNN
+from intrafusion.models import DigitsCNN
 from intrafusion.training.loop import fit_
 from intrafusion.training.processes import (
     ALONE,

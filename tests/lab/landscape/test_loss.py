@@ -17,7 +17,7 @@ from intrafusion.lab.errors import LabError
 from intrafusion.lab.landscape.figure import draw_paths, draw_plane
 from intrafusion.lab.landscape.loss import Path, Score, interpolate, plane, score
 from intrafusion.lab.measure import evaluate
-from intrafusion.lab.models import DigitsCNN
+from intrafusion.models import DigitsCNN
 from tests.average.test_couplings import CASES, shuffled
 from tests.nets import PICO, randomise_
 

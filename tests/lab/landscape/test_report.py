@@ -14,10 +14,10 @@ from intrafusion import cli
 from intrafusion.lab.data.sources import digits
 from intrafusion.lab.landscape.loss import Path as Line
 from intrafusion.lab.landscape.report import Landscape, LandscapeSettings
-from intrafusion.lab.models import DigitsCNN
 from intrafusion.lab.recipe.sections import TrainSection
 from intrafusion.lab.training import train_
 from intrafusion.lab.weights import save_weights
+from intrafusion.models import DigitsCNN
 
 RECIPE = """\
 model: {name: "tests.lab.landscape.test_report:pico"}
