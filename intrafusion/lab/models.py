@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import importlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from intrafusion.lab.errors import LabError
+from intrafusion.lab.named import named_function
 from intrafusion.models import LIBRARIES, UnknownModelError, named_model
 
 
@@ -25,9 +25,9 @@ def build_model(name: str, num_classes: int = 10) -> nn.Module:
     Raises:
         LabError: the name is unknown, the library is not installed or the factory fails.
     """
-    source, colon, factory = name.partition(":")
+    source, colon, _ = name.partition(":")
     if colon and source not in LIBRARIES:
-        return _from_factory(source, factory, num_classes)
+        return _from_factory(name, num_classes)
     try:
         return named_model(name, num_classes)
     except UnknownModelError as error:
@@ -58,18 +58,12 @@ def example_input(shape: tuple[int, ...], device: torch.device | str = "cpu") ->
     return torch.zeros(1, *shape, device=device)
 
 
-def _from_factory(module: str, factory: str, num_classes: int) -> nn.Module:
-    where = f"'{module}:{factory}'"
-    try:
-        function = getattr(importlib.import_module(module), factory)
-    except (ImportError, ValueError) as error:
-        raise LabError(f"{where}: cannot import '{module}' ({error}); is it installed or on PYTHONPATH?") from None
-    except AttributeError:
-        raise LabError(f"{where}: module '{module}' has no '{factory}'") from None
+def _from_factory(name: str, num_classes: int) -> nn.Module:
+    function = named_function(name)
     try:
         model = function(num_classes=num_classes)
     except Exception as error:
-        raise LabError(f"{where}: the call with num_classes={num_classes} failed: {error}") from error
+        raise LabError(f"'{name}': the call with num_classes={num_classes} failed: {error}") from error
     if not isinstance(model, nn.Module):
-        raise LabError(f"{where} returned a {type(model).__name__}, not an nn.Module")
+        raise LabError(f"'{name}' returned a {type(model).__name__}, not an nn.Module")
     return model

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from intrafusion.lab.data.cifar import CLASSES, NORMALISATION, read_cifar
+from intrafusion.lab.data.conventions import Values, hold_out, numbered, statistics_or
 from intrafusion.lab.data.dataset import Dataset, Split
 from intrafusion.lab.data.images import SUFFIXES, Decoding, class_names, image_shape, locate, read_split
+from intrafusion.lab.data.own import own
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.files import cache_folder
 from intrafusion.lab.recipe.sections import DataSection
@@ -25,17 +27,16 @@ IMAGENET_SIZE = 224
 _DIGITS = ((0.3,), (0.37,))
 _FAKE = ((0.5,), (0.25,))
 _FAKE_SIZE, _FAKE_TRAIN, _FAKE_TEST = 32, 1000, 500
-_Values = tuple[float, ...] | None
 
 
 def open_data(settings: DataSection, classes: int, *, progress: bool = True) -> Dataset:
     """The data set of a recipe; its images are read when they are first asked for.
 
     Args:
-        classes: of generated images, which have as many as the network has outputs.
+        classes: of generated images and of one's own, which have as many as the network has outputs.
 
     Raises:
-        LabError: the files are not there, or not laid out as they must be.
+        LabError: the files are not there, or not laid out as they must be; one's own function fails.
     """
     common: dict[str, Any] = {
         name: getattr(settings, name) for name in ("validation", "seed", "test_images", "mean", "std")
@@ -45,6 +46,8 @@ def open_data(settings: DataSection, classes: int, *, progress: bool = True) -> 
     common["train_images"] = settings.train_images
     if settings.name == "fake":
         return fake(classes, size=settings.size or _FAKE_SIZE, **common)
+    if ":" in settings.name:
+        return own(settings.name, classes, Path(settings.root) if settings.root else None, **common)
     if settings.name in CLASSES:
         root = Path(settings.root) if settings.root else None
         return cifar(settings.name, root, download=settings.download, progress=progress, **common)
@@ -54,7 +57,7 @@ def open_data(settings: DataSection, classes: int, *, progress: bool = True) -> 
 
 
 def digits(*, validation: float = 0.1, seed: int = 0, test_images: int | None = None,
-           mean: _Values = None, std: _Values = None) -> Dataset:  # fmt: skip
+           mean: Values = None, std: Values = None) -> Dataset:  # fmt: skip
     """scikit-learn's 1,797 grey 8x8 digits: 30 % test (539, fixed and stratified), the rest train and validation.
 
     Args:
@@ -73,14 +76,14 @@ def digits(*, validation: float = 0.1, seed: int = 0, test_images: int | None = 
     def load(name: str) -> Split:
         if name == "test":
             return everything.take(test).first(test_images)
-        return _hold_out(everything.take(rest), name, validation, seed)
+        return hold_out(everything.take(rest), name, validation, seed)
 
-    return Dataset("digits", _numbered(10), (1, 8, 8), *_statistics(mean, std, _DIGITS, 1), _load=load)
+    return Dataset("digits", numbered(10), (1, 8, 8), *statistics_or(mean, std, _DIGITS, 1), _load=load)
 
 
 def cifar(
     name: str, root: Path | None = None, *, download: bool = False, validation: float = 0.1, seed: int = 0,
-    train_images: int | None = None, test_images: int | None = None, mean: _Values = None, std: _Values = None,
+    train_images: int | None = None, test_images: int | None = None, mean: Values = None, std: Values = None,
     progress: bool = True,
 ) -> Dataset:  # fmt: skip
     """``cifar10`` or ``cifar100``: 50,000 training and 10,000 test images of 32x32 pixels, classes in their own order.
@@ -100,15 +103,15 @@ def cifar(
         everything = Split(torch.from_numpy(images), torch.from_numpy(labels))
         if split == "test":
             return everything.first(test_images)
-        return _hold_out(everything.first(train_images), split, validation, seed)
+        return hold_out(everything.first(train_images), split, validation, seed)
 
-    statistics = _statistics(mean, std, NORMALISATION[name], 3)
-    return Dataset(name, _numbered(CLASSES[name]), (3, 32, 32), *statistics, _load=load)
+    statistics = statistics_or(mean, std, NORMALISATION[name], 3)
+    return Dataset(name, numbered(CLASSES[name]), (3, 32, 32), *statistics, _load=load)
 
 
 def image_folder(
     root: Path, *, validation: float = 0.1, seed: int = 0, test_images: int | None = None,
-    mean: _Values = None, std: _Values = None, on_corrupt: str = "error", progress: bool = True,
+    mean: Values = None, std: Values = None, on_corrupt: str = "error", progress: bool = True,
     size: int | None = None, resize: int | None = None, train_images: int | None = None, workers: int | None = None,
 ) -> Dataset:  # fmt: skip
     """``root/train/<class>/*.jpg`` and ``root/test/<class>/*.jpg``, or an archive of such folders.
@@ -134,7 +137,7 @@ def image_folder(
 
 def imagenet(
     root: Path, *, validation: float = 0.1, seed: int = 0, test_images: int | None = None,
-    mean: _Values = None, std: _Values = None, on_corrupt: str = "error", progress: bool = True,
+    mean: Values = None, std: Values = None, on_corrupt: str = "error", progress: bool = True,
     size: int | None = None, resize: int | None = None, train_images: int | None = None, workers: int | None = None,
 ) -> Dataset:  # fmt: skip
     """``root/val/<wnid>/*.JPEG`` and ``root/train/<wnid>/*.JPEG``: all 1,000 classes, or any of them.
@@ -156,7 +159,7 @@ def imagenet(
 
 def fake(
     classes: int = 10, *, size: int = _FAKE_SIZE, validation: float = 0.1, seed: int = 0,
-    train_images: int | None = None, test_images: int | None = None, mean: _Values = None, std: _Values = None,
+    train_images: int | None = None, test_images: int | None = None, mean: Values = None, std: Values = None,
 ) -> Dataset:  # fmt: skip
     """Generated images that a network can learn: each class is a pattern of coloured blobs, shifted and under noise.
 
@@ -173,9 +176,9 @@ def fake(
     def load(name: str) -> Split:
         if name == "test":
             return _draw(patterns, test_images or _FAKE_TEST, seed=1)
-        return _hold_out(_draw(patterns, train_images or _FAKE_TRAIN, seed=2), name, validation, seed)
+        return hold_out(_draw(patterns, train_images or _FAKE_TRAIN, seed=2), name, validation, seed)
 
-    return Dataset("fake", _numbered(classes), (3, size, size), *_statistics(mean, std, _FAKE, 3), _load=load)
+    return Dataset("fake", numbered(classes), (3, size, size), *statistics_or(mean, std, _FAKE, 3), _load=load)
 
 
 def _draw(patterns: Tensor, count: int, *, seed: int) -> Split:
@@ -193,7 +196,7 @@ def _draw(patterns: Tensor, count: int, *, seed: int) -> Split:
 
 def _from_folders(
     name: str, train: Path, held: Path, decoding: Decoding, validation: float, seed: int, train_images: int | None,
-    test_images: int | None, mean: _Values, std: _Values,
+    test_images: int | None, mean: Values, std: Values,
 ) -> Dataset:  # fmt: skip
     classes = class_names(held)
     if train.is_dir() and (other := set(classes) ^ set(class_names(train))):
@@ -206,10 +209,10 @@ def _from_folders(
         array = read_split(folder, decoding, limit=limit)
         images, labels = torch.from_numpy(array.images), torch.from_numpy(array.labels)
         everything = Split(images, labels, array.skipped, source_digest=array.digest)
-        return everything.first(test_images) if split == "test" else _hold_out(everything, split, validation, seed)
+        return everything.first(test_images) if split == "test" else hold_out(everything, split, validation, seed)
 
     shape = image_shape(held, decoding)
-    return Dataset(name, classes, shape, *_statistics(mean, std, IMAGENET, shape[0]), _load=load)
+    return Dataset(name, classes, shape, *statistics_or(mean, std, IMAGENET, shape[0]), _load=load)
 
 
 def _check_wnids(folder: Path) -> None:
@@ -225,31 +228,6 @@ def _check_wnids(folder: Path) -> None:
             f"{folder}: the class folders of ImageNet are WordNet ids such as n01440764, not {_few(strange)}; for "
             "other folders of images there is data.name: image_folder"
         )
-
-
-def _hold_out(split: Split, name: str, share: float, seed: int) -> Split:
-    rest, held = stratified(split.labels, share, seed=seed)
-    chosen = held if name == "validation" else rest
-    if len(chosen) == 0:
-        raise LabError(
-            f"a validation share of {share} leaves no {name} images of the {len(split)} training images; "
-            "change data.validation"
-        )
-    return split.take(chosen)
-
-
-def _statistics(
-    mean: _Values, std: _Values, default: tuple[tuple[float, ...], tuple[float, ...]], channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    chosen = (mean or default[0], std or default[1])
-    for name, values in zip(("mean", "std"), chosen, strict=True):
-        if len(values) not in (1, channels):
-            raise LabError(f"data.{name} has {len(values)} values; the images have {channels} channels")
-    return chosen[0], chosen[1]
-
-
-def _numbered(count: int) -> tuple[str, ...]:
-    return tuple(str(number) for number in range(count))
 
 
 def _few(names: Sequence[str]) -> str:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from intrafusion.lab.recipe.nodes import Node
 from intrafusion.lab.recipe.reader import Reader
@@ -17,11 +18,11 @@ ImportanceName = Literal[
     "l1", "l2", "taylor", "lamp", "bn_scale", "random", "fpgm", "chip", "reconstruction", "reconstruction_data_free"
 ]
 
-
+Images = Literal["digits", "cifar10", "cifar100", "imagenet", "image_folder", "fake"]
 _ONLY_FOR = {
     "size": ("imagenet", "image_folder", "fake"),
     "resize": ("imagenet", "image_folder"),
-    "train_images": ("cifar10", "cifar100", "imagenet", "image_folder", "fake"),
+    "train_images": ("cifar10", "cifar100", "imagenet", "image_folder", "fake", "one's own"),
     "download": ("cifar10", "cifar100"),
 }
 
@@ -36,6 +37,13 @@ def _read_path(reader: Reader, node: Node, path: str) -> Any:
     """Text or null, with ``~`` replaced by the home folder."""
     value = reader.value(str | None, node, path, Rule(""))
     return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _read_images(reader: Reader, node: Node, path: str) -> Any:
+    """The name of a data set, or ``package.module:function``."""
+    if isinstance(node.value, str) and re.fullmatch(r"[\w.]+:\w+", node.value):
+        return node.value
+    return reader.value(Images, node, path, Rule(""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +75,18 @@ class ModelSection:
 class DataSection:
     """Which images, and how they are split and scaled."""
 
-    name: Literal["digits", "cifar10", "cifar100", "imagenet", "image_folder", "fake"] = option(
-        doc="digits of scikit-learn, CIFAR, ImageNet, any folder of images, or generated ones to try things out"
+    name: Images | str = option(
+        doc="digits of scikit-learn, CIFAR, ImageNet, any folder of images, generated ones to try things out, or "
+        "package.module:function of one's own",
+        parse=_read_images,
+        schema={"anyOf": [{"enum": list(get_args(Images))}, {"type": "string", "pattern": "^[\\w.]+:\\w+$"}]},
     )
     title: str | None = option(None, "what reports call the images; null for the name")
     root: str | None = option(
         None,
         "image_folder: folder with train/<class>/*.jpg and test/<class>/*.jpg, or a tar archive of it, or the folder "
         "it lies in; imagenet: folder with train/<wnid>/ and val/<wnid>/; cifar10 and cifar100: folder with the "
-        "archive or its content, null for one in the cache",
+        "archive or its content, null for one in the cache; one's own function is given it",
         parse=_read_path,
     )
     download: bool = option(False, "fetch cifar10 or cifar100 if they are not in root")
@@ -113,8 +124,9 @@ class DataSection:
             yield "root", "missing; set it with --set data.root=FOLDER (or the path of an archive)"
         if self.name == "imagenet" and self.root is None:
             yield "root", "missing; set it with --set data.root=FOLDER, which holds train/<wnid>/ and val/<wnid>/"
+        kind = "one's own" if ":" in (self.name or "") else self.name
         for key, names in _ONLY_FOR.items():
-            if self.name is not None and self.name not in names and getattr(self, key) not in (None, False):
+            if kind is not None and kind not in names and getattr(self, key) not in (None, False):
                 yield key, f"not for {self.name}; only for {', '.join(names)}"
         size = self.size or (224 if self.name == "imagenet" else None)
         if self.resize is not None and size is None:
