@@ -7,8 +7,8 @@ if _TYPE_CHECKING:
     from intrafusion.average.align import Alignment, align
     from intrafusion.average.networks import fuse
     from intrafusion.checkpoint import CheckpointError, load, save
-    from intrafusion.export.onnx import ExportError, export
     from intrafusion.groups.batchnorm import recenter_batchnorms_
+    from intrafusion.onnx.export import ExportError, export
     from intrafusion.prune.fused_group import FusedGroup, FusionError
     from intrafusion.prune.fusion import PRESETS, Fusion
     from intrafusion.prune.importance import CHIPImportance, ReconstructionImportance
@@ -84,7 +84,7 @@ _HOME = {
         "CHIPImportance",
         "ReconstructionImportance",
     ),
-    "export.onnx": (
+    "onnx.export": (
         "ExportError",
         "export",
     ),

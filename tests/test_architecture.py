@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -24,10 +25,10 @@ MAY_IMPORT = {
     "average": {"ot", "running", "groups", "correct", "average"},
     "prune": {"ot", "running", "groups", "correct", "history", "prune"},
     "checkpoint": {"files", "models", "groups", "checkpoint"},
-    "export": {"files", "groups", "checkpoint", "export"},
+    "onnx": {"files", "groups", "checkpoint", "onnx"},
     "training": {"files", "groups", "correct", "history", "prune", "training"},
     "schedule": {"average", "training"},
-    "__init__": {"groups", "average", "prune", "checkpoint", "export", "training"},
+    "__init__": {"groups", "average", "prune", "checkpoint", "onnx", "training"},
     "lab": {
         "files", "models", "running", "ot", "groups", "average", "prune", "checkpoint", "training", "schedule", "lab",
     },
@@ -106,6 +107,11 @@ def test_rooms_stand_in_the_order_of_dependence() -> None:
         assert allowed <= set(list(MAY_IMPORT)[: place + 1]), name
 
 
+def test_the_page_on_the_architecture_has_the_rooms_in_that_order() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(MAY_IMPORT)
+
+
 @pytest.mark.parametrize("module", FILES)
 def test_a_file_imports_only_from_the_rooms_below_it(module: str) -> None:
     here, names = room(module), imported(FILES[module])
@@ -147,3 +153,8 @@ def test_every_public_name_is_there() -> None:
         assert getattr(intrafusion, name) is not None
     assert not hasattr(intrafusion, "no_such_name")
     assert {name.rpartition(".")[2] for name in EXPORTED} == set(intrafusion.__all__)
+
+
+def test_no_room_hides_a_public_name() -> None:
+    """Importing `intrafusion.x.y` makes `intrafusion.x` the folder, whatever it was before."""
+    assert not set(intrafusion.__all__) & MAY_IMPORT.keys()

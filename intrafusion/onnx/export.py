@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from intrafusion.checkpoint.inventory import unwrap
-from intrafusion.export.fold import fold_batchnorms_
 from intrafusion.files import replacing
+from intrafusion.onnx.fold import fold_batchnorms_
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 

@@ -12,8 +12,8 @@ from torchvision.models.mobilenetv2 import MobileNetV2
 
 import intrafusion
 from intrafusion import ExportError
-from intrafusion.export.fold import fold_batchnorms_
 from intrafusion.lab.models import build_model
+from intrafusion.onnx.fold import fold_batchnorms_
 from tests.checkpoint.networks import CASES, pruned, pruner_of, randomise, state
 from tests.checkpoint.networks import same as equal
 
