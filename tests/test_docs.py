@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ SMALLER = {
 """What makes a snippet run in seconds, on the network that it is given here."""
 AGAIN = "# model, optimizer, pruner and schedule made as at the start of training\n"
 """Where a snippet says this, the page's first one is run again on new objects."""
+FILE = re.compile(r"# (\w+)\.py\n")
+"""A snippet that begins so is a file beside the reader's other ones, importable from there."""
 RECIPE = """\
 model: {name: digits_cnn}
 data: {name: digits, test_images: 100}
@@ -76,6 +79,10 @@ def test_the_snippets_of_a_page_run_one_after_the_other(
     intrafusion.save(DigitsCNN(), "mine.safetensors")
     names, found = given(), snippets(page)
     for number, snippet in enumerate(found, start=1):
+        if file := FILE.match(snippet):
+            monkeypatch.syspath_prepend(tmp_path)
+            monkeypatch.delitem(sys.modules, file[1], raising=False)
+            (tmp_path / f"{file[1]}.py").write_text(snippet)
         before, again, after = snippet.partition(AGAIN)
         exec(compile(before, f"{page}, snippet {number}", "exec"), names)
         if again:
