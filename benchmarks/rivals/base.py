@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
+from intrafusion.correct.corrector import Corrector
 from torch import Tensor, nn
 from torch_pruning import ops
 
 from intrafusion import Fusion
-from intrafusion.correct.corrector import Corrector
 from intrafusion.groups.batchnorm import read
 from intrafusion.groups.features import channel_features
-from intrafusion.groups.table import GroupTable, Role, Slot
+from intrafusion.groups.table import GroupTable, Slot
 from intrafusion.ot import Pair, Plan, selection_pair
 from intrafusion.prune.pruner import FusionMixin
 from intrafusion.running import call_order, evaluating, to_device
@@ -41,7 +41,7 @@ class Rival:
             self.order = call_order(lambda: run(self.model, example), self.model, _LAYERS)
 
     def position(self, table: GroupTable) -> int:
-        places = [self.order.index(s.name) for s in table.slots if s.role is Role.PRODUCER and s.name in self.order]
+        places = [self.order.index(s.name) for s in table.slots if s.produces and s.name in self.order]
         return min(places, default=len(self.order))
 
     def refit_until(self, table: GroupTable) -> None:
@@ -104,7 +104,7 @@ def same_class(table: GroupTable, kept: Tensor) -> Tensor:
 
 def batchnorms_of(table: GroupTable) -> list[tuple[Slot, Any]]:
     """Every batch-norm of a group that has a weight, with the slot whose channels are its own."""
-    found = [(slot, slot.partner if slot.role is not Role.BATCHNORM else slot.owner) for slot in table.slots]
+    found = [(slot, slot.owner if slot.is_batchnorm else slot.partner) for slot in table.slots]
     unique = {id(bn): (slot, bn) for slot, bn in found if bn is not None and bn.affine and bn.running_mean is not None}
     return list(unique.values())
 

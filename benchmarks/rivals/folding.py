@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.rivals.base import WeightRival, mean_spread, reestimate_, set_spread_
 from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.batchnorm import bias_of, read
-from intrafusion.groups.table import GroupTable, Role
+from intrafusion.groups.table import GroupTable
 from intrafusion.ot import Pair, Plan, pairwise_cost, selection_pair
 
 _RESTARTS = 10
@@ -149,7 +149,7 @@ def means(table: GroupTable) -> Tensor:
     """[n] mean of the pre-activations that a group's producers add up to: a batch-norm's bias, else the layer's own."""
     total = torch.zeros(table.n, dtype=torch.float64)
     for slot in table.slots:
-        if slot.role is Role.PRODUCER:
+        if slot.produces:
             bias = bias_of(slot.owner, slot.size) if slot.partner is None else read(slot.partner).beta
             total += bias.cpu()[slot.local[:, 0]]
     return total

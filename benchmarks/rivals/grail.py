@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from intrafusion.correct.observe import look
 from torch import Tensor
 
 from benchmarks.rivals.base import Rival, reestimate_, same_class
-from intrafusion.correct.observe import look
 from intrafusion.groups.layout import by_channel, channel_axis
-from intrafusion.groups.table import GroupTable, Role
+from intrafusion.groups.table import GroupTable
 from intrafusion.ot import Pair, Plan, selection_pair
 from intrafusion.running import evaluating
 
@@ -54,7 +54,7 @@ class Grail(Rival):
 
     def gram(self, table: GroupTable) -> Tensor | None:
         """[n, n] second moments of a group's channels, summed over the consumers that read them; None if unread."""
-        readers = [slot for slot in table.slots if slot.role is Role.CONSUMER and slot.name in self.order]
+        readers = [slot for slot in table.slots if slot.reads and slot.name in self.order]
         total = None
         with evaluating(self.model):
             for slot in readers:

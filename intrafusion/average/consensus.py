@@ -30,7 +30,7 @@ from intrafusion.correct.refit import RowMap, can_refit, folded_weight, match_st
 from intrafusion.correct.samples import Blocks, blocks_of, collect, reads_of
 from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.layout import channel_axis
-from intrafusion.groups.table import GroupTable, Role, Slot
+from intrafusion.groups.table import GroupTable, Slot
 from intrafusion.ot.rows import best_rows
 from intrafusion.running import call_order, evaluating
 
@@ -111,7 +111,7 @@ class Consensus:
         table = self._tables.get(name)
         if table is None:
             return None
-        readers = [slot for slot in table.slots if slot.role is Role.CONSUMER]
+        readers = [slot for slot in table.slots if slot.reads]
         samples = [collect(self._blocks(slot, table.n), len(self.batches), self._reads(slot)) for slot in readers]
         samples = [sample for sample in samples if sample is not None]
         if not samples:
@@ -172,8 +172,6 @@ class Consensus:
 
 def _only_maker(table: GroupTable) -> Slot | None:
     """The layer that makes a group's channels, if it is alone and nothing but whole layers read them."""
-    makers = [slot for slot in table.slots if slot.role is Role.PRODUCER]
-    plain = all(
-        slot.role in (Role.PRODUCER, Role.CONSUMER, Role.BATCHNORM) and slot.chunks == 1 for slot in table.slots
-    )
+    makers = [slot for slot in table.slots if slot.produces]
+    plain = all((slot.produces or slot.reads or slot.is_batchnorm) and slot.chunks == 1 for slot in table.slots)
     return makers[0] if plain and len(makers) == 1 and len(table.classes.unique()) == 1 else None

@@ -19,11 +19,11 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning import ops
 
-from intrafusion.groups.attention import ATTENTION, head_group, stream_places
+from intrafusion.groups.kinds.base import Inner, Place, Side, Slot, kind_of, making_classes, torch_pruners
 from intrafusion.groups.padding import PaddingGraph
 from intrafusion.groups.permutation_check import is_output
-from intrafusion.groups.places import CouplingGroup, Place, State, permuted, random_orders, state_of
-from intrafusion.groups.table import GroupTable, Role, Slot, tabulate
+from intrafusion.groups.places import CouplingGroup, State, permuted, random_orders, state_of
+from intrafusion.groups.table import GroupTable, tabulate
 from intrafusion.running import call_order, evaluating, run_model
 
 OUTPUT = "these are the network's outputs: their order is the caller's"
@@ -72,15 +72,16 @@ def couplings_of(model: nn.Module, example_inputs: Any, *, forward_fn: Callable 
     model.requires_grad_(True)  # torch-pruning follows the autograd graph
     with torch.enable_grad():
         try:
-            graph = PaddingGraph().build_dependency(model, example, forward_fn=forward_fn, verbose=False)
+            graph = PaddingGraph().build_dependency(
+                model, example, forward_fn=forward_fn, customized_pruners=torch_pruners(), verbose=False
+            )
         except Exception as error:
             raise ValueError(f"the network cannot be traced on the example inputs: {error}") from error
 
     def forward(network: nn.Module) -> list[Tensor]:
         return run_model(network, example, forward_fn)
 
-    kinds = (ops.TORCH_CONV, nn.Linear, nn.Embedding, ATTENTION)
-    order = call_order(lambda: forward(model), model, kinds)
+    order = call_order(lambda: forward(model), model, making_classes())
     reader = _Reader(graph, order)
     groups = _distinct(sorted(reader.read(), key=lambda group: group.position))
     groups = _without_broken(groups, model, example, forward_fn)
@@ -108,8 +109,10 @@ class _Reader:
         roots = [(m, names[m]) for m in self.graph.module2node if names.get(m) in self._position]
         roots.sort(key=lambda root: (-self._outputs(root[0]), self._position[root[1]]))
         for root, name in roots:
-            if isinstance(root, ATTENTION):
-                yield head_group(name, root, self._position[name])
+            kind = kind_of(root)
+            inner = kind.inner(name, root) if kind is not None else None
+            if inner is not None:
+                yield _inner_group(inner, self._position[name])
             elif not self._is_claimed(root):
                 yield from self._groups(root, name)
 
@@ -117,9 +120,8 @@ class _Reader:
         return self.graph.get_out_channels(layer) or 0
 
     def _is_claimed(self, layer: Any) -> bool:
-        axis = 1 if isinstance(layer, nn.Embedding) or getattr(layer, "transposed", False) else 0
-        key = self._keys.get(id(layer.weight))
-        return key is None or (key, axis) in self._claimed
+        kind, key = kind_of(layer), self._keys.get(id(layer.weight))
+        return kind is None or key is None or (key, kind.output_axis(layer)) in self._claimed
 
     def _groups(self, root: Any, name: str) -> Iterator[CouplingGroup]:
         pruner: Any = self.graph.get_pruner_of_module(root)
@@ -133,7 +135,7 @@ class _Reader:
         self.tables[name] = table
         rigid = heads > 1 or _is_rigid(table)
         claimed_twice = self._claim(places)
-        reason = table.unsupported or self._reason(table) or claimed_twice
+        reason = table.immovable or (OUTPUT if is_output(self.graph, table) else "") or claimed_twice
         for roots in [torch.arange(table.n)] if reason else _by_presence(places, table.n):
             part = tuple(
                 replace(place, local=place.local[roots]) for place in places if bool((place.local[roots] >= 0).any())
@@ -147,21 +149,21 @@ class _Reader:
 
     def _first_producer(self, places: tuple[Place, ...], root: str) -> str:
         """What a group is called: unlike the root, it does not depend on the widths."""
-        names = [place.key.rpartition(".")[0] for place in places if place.role is Role.PRODUCER]
+        names = [place.key.rpartition(".")[0] for place in places if place.side is Side.MAKES]
         names = [name for name in names if name in self._position]
         return min(names or [root], key=lambda name: self._position[name])
 
     def _table(self, root: Any, handler: Callable) -> tuple[GroupTable, int]:
         """The group behind a root. Packed queries, keys and values are seen from the layer that reads the heads."""
-        table = tabulate(self.graph, root, handler, skip=(ATTENTION,))
-        if table.unsupported or len(table.classes.unique()) < table.n:
+        table = tabulate(self.graph, root, handler)
+        if table.immovable or len(table.classes.unique()) < table.n:
             return table, 1
         for slot in table.slots:
-            if slot.role is not Role.CONSUMER or slot.size >= table.n:
+            if not slot.reads or slot.size >= table.n:
                 continue
             pruner: Any = self.graph.get_pruner_of_module(slot.owner)
-            seen = tabulate(self.graph, slot.owner, pruner.prune_in_channels, skip=(ATTENTION,))
-            if not seen.unsupported and len(seen.classes.unique()) < seen.n:
+            seen = tabulate(self.graph, slot.owner, pruner.prune_in_channels)
+            if not seen.immovable and len(seen.classes.unique()) < seen.n:
                 return seen, self._heads(slot, seen.n)
         return table, 1
 
@@ -169,14 +171,6 @@ class _Reader:
         parent = self.graph.model.get_submodule(reader.name.rpartition(".")[0])
         heads = getattr(parent, "num_heads", 1)
         return heads if isinstance(heads, int) and heads > 0 and n % heads == 0 else 1
-
-    def _reason(self, table: GroupTable) -> str:
-        if is_output(self.graph, table):
-            return OUTPUT
-        for owner, _ in table.removable:
-            if isinstance(owner, ATTENTION) and owner.in_proj_weight is None:
-                return "an nn.MultiheadAttention in it has keys or values of other widths"
-        return ""
 
     def _claim(self, places: tuple[Place, ...]) -> str:
         taken: dict[tuple[str, int], Tensor] = {}
@@ -199,31 +193,23 @@ class _Reader:
         return ""
 
     def _places(self, table: GroupTable) -> tuple[Place, ...]:
-        found = [place for slot in table.slots for place in self._of_slot(slot)]
-        for (owner, _), reached in table.removable.items():
-            if isinstance(owner, ATTENTION) and owner.in_proj_weight is not None:
-                found += stream_places(self.graph._module2name[owner], owner, reached, table.n)
-        unique = {(place.key, place.axis, place.role): place for place in found}
+        """Every place of the group once, under the tensor's first name."""
+        found = [replace(place, key=self._keys[id(place.tensor)]) for slot in table.slots for place in slot.places]
+        unique = {(place.key, place.axis, place.side): place for place in found}
         return tuple(sorted(unique.values(), key=lambda place: (place.key, place.axis)))
 
-    def _of_slot(self, slot: Slot) -> Iterator[Place]:
-        if isinstance(slot.owner, nn.Parameter):
-            yield Place(self._keys[id(slot.owner)], slot.axis % slot.owner.dim(), slot.local, slot.role)
-            return
-        names = ("weight", "bias", "running_mean", "running_var")
-        for name in names[:1] if slot.role is Role.CONSUMER else names:
-            tensor = getattr(slot.owner, name, None)
-            if not isinstance(tensor, Tensor):
-                continue
-            axis = slot.axis % tensor.dim() if name == "weight" or slot.role is Role.NORM else 0
-            chunks = slot.chunks if name == "weight" and slot.role is Role.CONSUMER else 1
-            yield Place(self._keys[id(tensor)], axis, slot.local, slot.role, chunks)
+
+def _inner_group(inner: Inner, position: int) -> CouplingGroup:
+    """Channels inside one layer, which may be exchanged but not merged."""
+    if inner.reason or inner.classes is None or inner.blocks is None:
+        return CouplingGroup.fixed(inner.name, inner.n, position, inner.reason)
+    return CouplingGroup(inner.name, inner.n, inner.places, inner.classes, inner.blocks, position, rigid=True)
 
 
 def _is_rigid(table: GroupTable) -> bool:
     """Channels that can be permuted but not merged: of attention, and where a layer produces some of them only."""
     partial = (slot.partner is not None and bool((slot.local[:, 0] < 0).any()) for slot in table.slots)
-    return any(partial) or any(isinstance(owner, ATTENTION) for owner, _ in table.removable)
+    return any(partial) or any(slot.kind.rigid for slot in table.slots)
 
 
 def _distinct(groups: list[CouplingGroup]) -> tuple[CouplingGroup, ...]:

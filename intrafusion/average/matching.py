@@ -22,9 +22,9 @@ from torch import Tensor
 
 from intrafusion.average.couplings import Couplings
 from intrafusion.groups.batchnorm import row_average
+from intrafusion.groups.kinds.base import Place
 from intrafusion.groups.layout import from_channels, gather, to_channels
-from intrafusion.groups.places import CouplingGroup, Place, State, move
-from intrafusion.groups.table import Role
+from intrafusion.groups.places import CouplingGroup, State, move
 from intrafusion.ot import solve
 from intrafusion.ot.assignment import assign_blocks
 
@@ -32,7 +32,6 @@ _EXACT = 1e-12
 """Squared distance, relative to the reference, at which two networks are the same up to rounding."""
 _IN_DOUBLE = 2**20
 """Larger weights are compared in float32 (they are moved exactly in any case)."""
-_AVERAGED = (Role.DEPTHWISE, Role.GAIN)
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class WeightMatching:
             makers = [
                 number
                 for number, place in enumerate(self._of[name].places)
-                if place.role is not Role.CONSUMER and place.key in self._b and self._settled(name, place)
+                if not place.reads and place.key in self._b and self._settled(name, place)
             ]
             self.links[name] = self._solve(name, self._cost(name, makers) if makers else self._norms(name))
 
@@ -296,8 +295,8 @@ def _mixed(tensor: Tensor, like: Tensor, parts: Sequence[tuple[Link, Place, Plac
         if link.order is not None:
             values = values[link.order]
         else:
-            weights = link.columns().T if place.role is Role.CONSUMER else link.rows()
-            values = (row_average(weights) if place.role in _AVERAGED else weights).to(values) @ values
+            weights = link.columns().T if place.reads else link.rows()
+            values = (row_average(weights) if place.averaged else weights).to(values) @ values
         spread = values.unflatten(1, (place.local.shape[1], matrix.shape[1]))
         local = there.local.to(matrix.device)
         mixed[local[local >= 0]] = spread[local >= 0]

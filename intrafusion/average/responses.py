@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion.average.couplings import Couplings
-from intrafusion.groups.attention import ATTENTION
+from intrafusion.groups.kinds.base import Place, kind_of
 from intrafusion.groups.layout import by_channel
-from intrafusion.groups.places import Place
-from intrafusion.groups.table import Role
 from intrafusion.running import evaluating
 
 _SAMPLES = 2048
@@ -35,7 +33,7 @@ def responses(
     ValueError, naming the layer, for an activation that is not finite.
     """
     watched = {
-        group.name: [(name, place) for place in group.places if (name := _reader(model, place)) is not None]
+        group.name: [(place.reader, place) for place in group.places if place.reader]
         for group in couplings.groups
         if not group.reason
     }
@@ -44,8 +42,9 @@ def responses(
         stack.enter_context(evaluating(model))
         for name, values in seen.items():
             layer: Any = model.get_submodule(name)
-            axis = -1 if isinstance(layer, (nn.Linear, ATTENTION)) else 1
-            hook = layer.register_forward_pre_hook(_watch(name, values, axis))
+            kind = kind_of(layer)
+            assert kind is not None  # a place says that it reads
+            hook = layer.register_forward_pre_hook(_watch(name, values, kind.channel_axis))
             stack.callback(hook.remove)
         for batch in batches:
             run(model, batch)
@@ -54,18 +53,6 @@ def responses(
         for group, readers in watched.items()
         if readers and all(seen[name] for name, _ in readers)
     }
-
-
-def _reader(model: nn.Module, place: Place) -> str | None:
-    """The layer whose inputs are the group's channels."""
-    layer, _, attribute = place.key.rpartition(".")
-    if place.role is not Role.CONSUMER or attribute not in ("weight", "in_proj_weight"):
-        return None
-    return None if layer.endswith(".out_proj") and _inside_attention(model, layer) else layer
-
-
-def _inside_attention(model: nn.Module, layer: str) -> bool:
-    return isinstance(model.get_submodule(layer.rpartition(".")[0]), ATTENTION)
 
 
 def _watch(name: str, values: list[Tensor], axis: int) -> Callable:

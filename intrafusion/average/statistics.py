@@ -22,7 +22,6 @@ from torch_pruning import ops
 from intrafusion.average.couplings import Couplings
 from intrafusion.groups.layout import gather, to_channels
 from intrafusion.groups.places import State
-from intrafusion.groups.table import Role
 from intrafusion.running import evaluating
 
 _SMALLEST = 1e-3
@@ -73,7 +72,7 @@ def _repair_alone_(
 ) -> None:
     """A batch-norm behind a concat or a sum: the directions are those of all filters that add to a channel."""
     for group in couplings.groups:
-        makers = [p for p in group.places if p.role is Role.PRODUCER and states[0][p.key].dim() > 1]
+        makers = [p for p in group.places if p.is_filter]
         for place in group.places:
             if place.key != key or not makers:
                 continue

@@ -7,22 +7,19 @@ output is added to a residual stream, the target also takes up what the stream h
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from intrafusion.correct.observe import Sight
+from intrafusion.correct.walk import Sight
 from intrafusion.groups.batchnorm import read
+from intrafusion.groups.kinds.base import kind_of
+from intrafusion.groups.kinds.filters import filters_of
 from intrafusion.groups.layout import by_channel, channel_axis, from_channels
 from intrafusion.ot.regression import Fit, Moments, ridge
-
-MOST_INPUTS = 8192
-"""A layer whose outputs read more values than this is not refitted: its Gram matrix would not fit in memory."""
 
 _FOLDS = 2
 _PATCH_VALUES = 2**25
@@ -53,15 +50,13 @@ class RowMap:
 
 def outputs(layer: Any) -> int:
     """How many channels a linear layer or a convolution gives."""
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return filters_of(layer).outputs(layer)
 
 
 def can_refit(layer: Any) -> bool:
     """Linear layers and 1d and 2d convolutions, grouped ones too, of bearable width."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features <= MOST_INPUTS
-    ordinary = isinstance(layer, (nn.Conv1d, nn.Conv2d)) and layer.padding_mode == "zeros"
-    return ordinary and layer.weight[0].numel() <= MOST_INPUTS
+    kind = kind_of(layer)
+    return kind is not None and kind.can_refit(layer)
 
 
 @torch.no_grad()
@@ -88,16 +83,16 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Iterable[tupl
             return False
         if not (torch.isfinite(target).all() and torch.isfinite(now.inputs).all()):
             raise ValueError("the calibration inputs give activations that are not finite")
-        each = len(now.inputs) * _patch_values(layer, now.inputs[0], target[0])
+        each = len(now.inputs) * filters_of(layer).patch_values(layer, now.inputs[0], target[0])
         for fold, chosen in fits.share(len(target), target.device, pieces=-(-each // _PATCH_VALUES)):
-            patches, wanted = _patches(layer, now.inputs[chosen]), by_channel(target[chosen], axis)
+            patches, wanted = filters_of(layer).patches(layer, now.inputs[chosen]), by_channel(target[chosen], axis)
             fits.add(fold, _by_group(patches, groups), _by_group(wanted, groups))
             if narrow and groups == 1:
                 reads.add(fold, by_channel(now.inputs[chosen], axis), by_channel(before.inputs[chosen], axis))
     if groups > 1:
         prior = folded_weight(layer, bn)
     else:
-        weight = folded_weight(dense, dense_bn)
+        weight = filters_of(layer).folded_weight(dense, dense_bn)
         if narrow:
             read_from = ridge(reads.sums, torch.zeros_like(reads.sums[0].xy.mT)).weight
             weight = torch.einsum("mn...,nk->mk...", weight, read_from)
@@ -150,44 +145,14 @@ class _Folds:
         return [total for total in self._sums if total is not None]
 
 
-def _patches(layer: Any, inputs: Tensor) -> Tensor:
-    """[samples, d] what each output of the layer reads, in the order of its flattened weight."""
-    if isinstance(layer, nn.Linear):
-        return inputs.flatten(0, -2)
-    kernel, dilation, stride, padding = layer.kernel_size, layer.dilation, layer.stride, _padding(layer)
-    if isinstance(layer, nn.Conv1d):
-        inputs = inputs[..., None]
-        kernel, dilation, stride, padding = (*kernel, 1), (*dilation, 1), (*stride, 1), (*padding, 0)
-    if set(kernel) == {1} and set(padding) == {0}:
-        return inputs[:, :, :: stride[0], :: stride[1]].movedim(1, -1).flatten(0, -2)
-    patches = F.unfold(inputs, kernel, dilation=dilation, padding=padding, stride=stride)
-    return patches.transpose(1, 2).flatten(0, 1)
-
-
-def _patch_values(layer: Any, inputs: Tensor, output: Tensor) -> int:
-    """How many values one image's patches have. inputs, output: of one image."""
-    if isinstance(layer, nn.Linear):
-        return inputs.numel()
-    return output[0].numel() * inputs.shape[0] * math.prod(layer.kernel_size)
-
-
 def _by_group(values: Tensor, groups: int) -> Tensor:
     """[samples, groups * d] -> [groups, samples, d]"""
     return values.unflatten(1, (groups, -1)).movedim(1, 0)
 
 
-def _padding(layer: Any) -> tuple[int, ...]:
-    if layer.padding == "valid":
-        return (0,) * len(layer.kernel_size)
-    if layer.padding == "same":
-        return tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
-    return layer.padding
-
-
 def folded_weight(layer: Any, bn: Any) -> Tensor:
     """The weight in float64, with the scale of its batch-norm (or None)."""
-    weight = layer.weight.detach().double()
-    return weight if bn is None else weight * read(bn).scale.reshape(-1, *[1] * (weight.dim() - 1))
+    return filters_of(layer).folded_weight(layer, bn)
 
 
 def _write_(layer: Any, bn: Any, fit: Fit) -> None:

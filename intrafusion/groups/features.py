@@ -6,11 +6,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
-from intrafusion.groups.batchnorm import bias_of, folded_rows, read
-from intrafusion.groups.layout import gather, to_channels
-from intrafusion.groups.table import GroupTable, Role, Slot, batchnorm_of
-
-_ROWS = (Role.PRODUCER, Role.DEPTHWISE, Role.SHIFT)
+from intrafusion.groups.kinds.base import Slot
+from intrafusion.groups.table import GroupTable, batchnorm_of
 
 
 def channel_features(
@@ -21,40 +18,17 @@ def channel_features(
     rows: the filters that produce a channel (and depthwise filters, embeddings, free parameters); columns: the weights
     that read it; bias: the folded shift of every producer. Raises ValueError if nothing is left to compare.
     """
-    parts: list[Tensor] = []
+    parts: list[Tensor | None] = []
     for slot in table.slots:
-        if slot.role in _ROWS and rows:
-            parts.append(_rows(slot))
-        if slot.role is Role.CONSUMER and columns:
-            parts.append(columns_of(graph, slot))
-        if slot.role in (Role.PRODUCER, Role.DEPTHWISE) and bias:
-            parts.append(gather(_shift(slot)[:, None], slot.local))
-    if not parts:
+        parts.append(slot.kind.features(slot) if rows else None)
+        parts.append(columns_of(graph, slot) if columns else None)
+        parts.append(slot.kind.shifts(slot) if bias else None)
+    found = [part for part in parts if part is not None]
+    if not found:
         raise ValueError("no layer of the group has weights to compare with the chosen features")
-    return torch.cat([part.to(parts[0].device) for part in parts], dim=1)
+    return torch.cat([part.to(found[0].device) for part in found], dim=1)
 
 
-def _rows(slot: Slot) -> Tensor:
-    if slot.role is Role.SHIFT:
-        weight = slot.owner if isinstance(slot.owner, torch.nn.Parameter) else slot.owner.weight
-        return gather(to_channels(weight.detach().double(), slot.axis), slot.local)
-    matrix = to_channels(slot.owner.weight.detach().double(), slot.axis, slot.chunks)
-    return folded_rows(slot.partner, matrix, slot.local)
-
-
-def columns_of(graph: tp.DependencyGraph, slot: Slot) -> Tensor:
-    """[n, d] weights that read each channel, times the scale of the batch-norm that follows the reader."""
-    weight = slot.owner.weight.detach().double()
-    bn = batchnorm_of(graph, slot.owner)
-    if bn is not None:
-        out_axis = 1 - slot.axis
-        weight = weight * read(bn).scale.reshape([-1 if axis == out_axis else 1 for axis in range(weight.dim())])
-    return gather(to_channels(weight, slot.axis, slot.chunks), slot.local)
-
-
-def _shift(slot: Slot) -> Tensor:
-    bias = bias_of(slot.owner, slot.size)
-    if slot.partner is None:
-        return bias
-    bn = read(slot.partner)
-    return bn.scale * (bias - bn.mean) + bn.beta
+def columns_of(graph: tp.DependencyGraph, slot: Slot) -> Tensor | None:
+    """[n, d] weights that read each channel, times the scale of the batch-norm behind it; None for no reader."""
+    return slot.kind.columns(slot, batchnorm_of(graph, slot.owner))

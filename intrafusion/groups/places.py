@@ -11,33 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from intrafusion.groups.kinds.base import Place
 from intrafusion.groups.layout import from_channels, to_channels
-from intrafusion.groups.table import Role
 
 State = dict[str, Tensor]
 """A network's parameters and buffers by name, each tensor once."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """One axis of one tensor that a group's channels lie along.
-
-    local: [n, m] int64, the entries that channel i has there, padded with -1. chunks: of a grouped convolution whose
-    axis 1 holds the channels of one chunk only (see `layout.to_channels`).
-    """
-
-    key: str
-    axis: int
-    local: Tensor
-    role: Role
-    chunks: int = 1
-
-    def length(self, tensor: Tensor) -> int:
-        """Number of entries along the axis, all chunks together."""
-        return tensor.shape[self.axis] * (self.chunks if self.axis else 1)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CouplingGroup:
     """Channels that can only change places together with all that produces and reads them.
 

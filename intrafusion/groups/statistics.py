@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from intrafusion.groups.batchnorm import bias_of, read
-from intrafusion.groups.layout import by_channel, channel_axis, gather, to_channels
-from intrafusion.groups.table import GroupTable, Role, Slot
-from intrafusion.ot.moments import activation_moments
+from intrafusion.groups.gaussian import Gaussian, average
+from intrafusion.groups.kinds.base import Slot, kind_of
+from intrafusion.groups.layout import by_channel
+from intrafusion.groups.table import GroupTable
 from intrafusion.running import evaluating
 
 _ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
@@ -52,38 +51,6 @@ def activation_of(node: Any) -> Callable[[Tensor], Tensor] | None:
     return make(node.grad_fn) if make is not None else None
 
 
-@dataclass(frozen=True)
-class Gaussian:
-    """mean [n] and covariance [n, n] of a group's channels at one place of the network, float64."""
-
-    mean: Tensor
-    cov: Tensor
-
-    @property
-    def std(self) -> Tensor:
-        return self.cov.diagonal().clamp(min=0).sqrt()
-
-    @property
-    def correlation(self) -> Tensor:
-        """1 on the diagonal; channels that do not vary are correlated with no other."""
-        std = self.std
-        inverse = torch.where(std > 0, 1.0 / torch.where(std > 0, std, 1.0), 0.0)
-        rho = (inverse[:, None] * self.cov * inverse).clamp(-1, 1)
-        return rho.fill_diagonal_(1.0)
-
-    def through(self, f: Callable[[Tensor], Tensor]) -> Gaussian:
-        return Gaussian(*activation_moments(self.mean, self.std, self.correlation, f))
-
-    def __add__(self, other: Gaussian) -> Gaussian:
-        """The sum of independent terms."""
-        return Gaussian(self.mean + other.mean, self.cov + other.cov)
-
-    def __mul__(self, other: Gaussian) -> Gaussian:
-        """The product of independent factors."""
-        a, b = torch.outer(self.mean, self.mean), torch.outer(other.mean, other.mean)
-        return Gaussian(self.mean * other.mean, self.cov * other.cov + a * other.cov + b * self.cov)
-
-
 def expected_covariances(graph: tp.DependencyGraph, table: GroupTable, readers: Sequence[Slot]) -> list[Tensor]:
     """[n, n] covariance of the group's channels as each reader reads them, from the weights and the batch-norms.
 
@@ -99,21 +66,19 @@ class _Follower:
     """Follows the moments of one group through the network, backwards from where they are asked for."""
 
     def __init__(self, table: GroupTable) -> None:
-        self._inside = {owner for owner, _ in table.removable}
-        self._slots = {slot.owner: slot for slot in table.slots if slot.role is not Role.CONSUMER}
+        self._inside = {owner for owner, _ in table.reach}
+        self._slots = {slot.owner: slot for slot in table.slots if not slot.reads}
         self._known: dict[Any, Gaussian | None] = {}
 
     def produced(self, graph: tp.DependencyGraph) -> Gaussian | None:
         """What the layers of the group give, each behind its batch-norm; the average if there are several."""
-        layers = [
-            slot.partner or slot.owner for slot in self._slots.values() if slot.role in (Role.PRODUCER, Role.SHIFT)
-        ]
+        layers = [slot.partner or slot.owner for slot in self._slots.values() if slot.makes_channels]
         found = [self._after(graph.module2node[layer]) for layer in layers]
-        return _average([one for one in found if one is not None])
+        return average([one for one in found if one is not None])
 
     def into(self, node: Any) -> Gaussian | None:
         """What a node gets from within the group; the average if there are several."""
-        return _average(self._sources(node))
+        return average(self._sources(node))
 
     def _sources(self, node: Any) -> list[Gaussian]:
         found = [self._after(source) for source in node.inputs if source.module in self._inside]
@@ -127,25 +92,16 @@ class _Follower:
 
     def _output(self, node: Any) -> Gaussian | None:
         slot = self._slots.get(node.module)
-        if slot is not None and slot.role is Role.PRODUCER:
-            return _filtered(slot, None)
-        if slot is not None and slot.role in (Role.SHIFT, Role.GAIN) and not isinstance(slot.owner, nn.PReLU):
-            return _parameter(slot)
+        if slot is not None and slot.makes_channels:
+            return slot.kind.moments(slot, None)
         sources = self._sources(node)
-        value = _average(sources)
-        if slot is not None and slot.role is Role.DEPTHWISE:
-            return _filtered(slot, value)
+        value = average(sources)
+        if slot is not None:
+            return slot.kind.moments(slot, value)
         if value is None:
             return None
-        if slot is not None and slot.role is Role.BATCHNORM:
-            return _normalised(slot, value)
-        if slot is not None and slot.role is Role.NORM:
-            return _standardised(slot, value)
-        if isinstance(node.module, nn.PReLU):
-            slope = node.module.weight.detach().double()
-            slope = gather(slope[:, None], slot.local[:, :1]) if slot is not None else slope
-            return value.through(lambda z: torch.where(z > 0, z, slope * z))
-        f = activation_of(node)
+        kind = kind_of(node.module)
+        f = activation_of(node) if kind is None else kind.pointwise(node.module)
         if f is not None:
             return value.through(f)
         name = str(getattr(node.module, "_grad_fn", ""))
@@ -157,54 +113,6 @@ class _Follower:
                 product = product * factor
             return product
         return value
-
-
-def _average(values: Sequence[Gaussian]) -> Gaussian | None:
-    if len(values) < 2:
-        return values[0] if values else None
-    count = len(values)
-    return Gaussian(sum(v.mean for v in values) / count, sum(v.cov for v in values) / count)  # pyright: ignore
-
-
-def _filtered(slot: Slot, inputs: Gaussian | None) -> Gaussian:
-    """A layer's output, without its batch-norm: of white inputs, or, depthwise, of inputs that are white in space."""
-    rows = to_channels(slot.owner.weight.detach().double(), slot.axis, slot.chunks)
-    filters = gather(rows, slot.local)
-    bias = gather(bias_of(slot.owner, slot.size)[:, None], slot.local[:, :1])[:, 0]
-    if inputs is None:
-        return Gaussian(bias, filters @ filters.T)
-    return Gaussian(bias + inputs.mean * filters.sum(dim=1), inputs.cov * (filters @ filters.T))
-
-
-def _normalised(slot: Slot, value: Gaussian) -> Gaussian:
-    """Behind a batch-norm: its mean and variance, the correlation of its input with the sign of its gain."""
-    bn = read(slot.owner).at(slot.local[:, 0].to(slot.owner.running_mean.device))
-    std = bn.gamma * (bn.var / (bn.var + bn.eps)).sqrt()
-    return Gaussian(bn.beta, std[:, None] * value.correlation * std)
-
-
-def _standardised(slot: Slot, value: Gaussian) -> Gaussian:
-    """Behind a layer-norm, and others that know no statistics: mean 0 and variance 1 over all the channels."""
-    centred = value.mean - value.mean.mean()
-    power = (value.cov.diagonal() + centred.square()).mean().clamp(min=1e-300)
-    mean, cov = centred / power.sqrt(), value.cov / power
-    if slot.owner.weight is None:
-        return Gaussian(mean, cov)
-    gain = _vector(slot.owner.weight, slot)
-    shift = torch.zeros_like(gain) if slot.owner.bias is None else _vector(slot.owner.bias, slot)
-    return Gaussian(gain * mean + shift, gain[:, None] * cov * gain)
-
-
-def _parameter(slot: Slot) -> Gaussian:
-    """A free parameter or an embedding: each channel's values, all of them equally likely."""
-    weight = slot.owner if isinstance(slot.owner, nn.Parameter) else slot.owner.weight
-    values = gather(to_channels(weight.detach().double(), slot.axis), slot.local[:, :1])
-    return Gaussian(values.mean(dim=1), torch.cov(values, correction=0).reshape(len(values), len(values)))
-
-
-def _vector(weight: Tensor, slot: Slot) -> Tensor:
-    values = to_channels(weight.detach().double(), slot.axis)
-    return gather(values, slot.local[:, :1]).mean(dim=1)
 
 
 @torch.no_grad()
@@ -238,7 +146,7 @@ class _Total:
         self.gram: Tensor | None = None
 
     def add(self, inputs: Tensor) -> None:
-        values = by_channel(inputs, channel_axis(self.slot.owner)).double()
+        values = by_channel(inputs, self.slot.kind.channel_axis).double()
         if not torch.isfinite(values).all():
             raise ValueError(f"layer {self.slot.name!r} reads activations that are not finite")
         local = self.slot.local.to(values.device)

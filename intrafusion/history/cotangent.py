@@ -32,8 +32,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from intrafusion.groups.draft import Mix
+from intrafusion.groups.kinds.base import Slot
 from intrafusion.groups.layout import from_channels, mix_, to_channels
-from intrafusion.groups.table import GroupTable, Role, Slot
+from intrafusion.groups.table import GroupTable
 from intrafusion.ot import Pair, selection_pair
 
 
@@ -128,25 +130,12 @@ def mixings(table: GroupTable, pair: Pair) -> list[tuple[Slot, str, Mixing]]:
     """
     chosen = selection_pair(pair.kept, table.n).rows
     read = pair.columns if pair.read is None else pair.read
-    rows, columns = _changed(pair.rows, chosen, pair.kept), _changed(read.T, chosen, pair.kept)
+    rows, columns = Mix.of(pair.rows, chosen, pair.kept), Mix.of(read.T, chosen, pair.kept)
     found = []
     for slot in table.slots:
-        weights, places = rows if slot.role is Role.CONSUMER else columns
-        if not len(places):
-            continue
-        if slot.role in (Role.GAIN, Role.SHIFT):
-            name = "" if isinstance(slot.owner, torch.nn.Parameter) else "weight"
-            found.append((slot, name, Mixing(weights, places, slot.local, slot.axis)))
-            continue
-        axis, chunks = (slot.axis, slot.chunks) if slot.role in (Role.PRODUCER, Role.CONSUMER) else (0, 1)
-        if slot.role is Role.NORM:
-            axis = slot.axis
-        found.append((slot, "weight", Mixing(weights, places, slot.local, axis, chunks)))
-        if slot.role is not Role.CONSUMER:
-            found.append((slot, "bias", Mixing(weights, places, slot.local, axis if slot.role is Role.NORM else 0)))
+        for place in slot.places:
+            by = rows if place.reads else columns
+            if len(by.places) and place.parameter_name is not None:
+                map_ = Mixing(by.weights.double(), by.places, place.local, place.axis, place.chunks)
+                found.append((slot, place.parameter_name, map_))
     return found
-
-
-def _changed(weights: Tensor, selection: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    moved = (weights != selection.to(weights)).any(dim=1)
-    return weights[moved].double(), kept.to(weights.device)[moved]

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch_pruning.dependency.group import Group
 
 from intrafusion.groups.features import columns_of
-from intrafusion.groups.layout import channel_axis, gather
+from intrafusion.groups.kinds.base import Slot
+from intrafusion.groups.layout import gather
 from intrafusion.groups.statistics import activation_of, expected_covariances, measured_covariances
-from intrafusion.groups.table import GroupTable, Role, Slot, tabulate
+from intrafusion.groups.table import GroupTable, tabulate
 from intrafusion.ot.choice import reconstruction_scores
 from intrafusion.running import evaluating, input_batches, run_model, to_device
 
@@ -56,7 +57,7 @@ class ReconstructionImportance:
     def __call__(self, group: Group) -> Tensor:
         """[n] float64 scores of the root channels of a full group."""
         graph, table = _table(group)
-        readers = [slot for slot in table.slots if slot.role is Role.CONSUMER]
+        readers = [slot for slot in table.slots if slot.reads]
         device = _device(graph)
         metrics = [_metric(graph, reader) for reader in readers] or [torch.eye(table.n)]
         if self._batches is None or not readers:
@@ -98,7 +99,7 @@ class CHIPImportance:
     def __call__(self, group: Group) -> Tensor | None:
         """[n] float64 scores of the root channels of a full group; None if no layer of the group produces them."""
         graph, table = _table(group)
-        slots = [slot for slot in table.slots if slot.role in (Role.PRODUCER, Role.DEPTHWISE)]
+        slots = [slot for slot in table.slots if slot.has_filters]
         if not slots:
             return None
         batches, run = _inputs(graph, self._batches, self._forward_fn)
@@ -106,7 +107,7 @@ class CHIPImportance:
 
         def measure(_module: nn.Module, _args: Any, output: Tensor, slot: Slot) -> None:
             f = _following_activation(graph, slot)
-            maps = _maps(output if f is None else f(output), channel_axis(slot.owner))
+            maps = _maps(output if f is None else f(output), slot.kind.channel_axis)
             if not torch.isfinite(maps).all():
                 raise ValueError(f"layer {slot.name!r} gives activations that are not finite")
             totals[slot.name].add(channel_independence(maps))
@@ -217,6 +218,7 @@ def _inputs(
 def _metric(graph: tp.DependencyGraph, reader: Slot) -> Tensor:
     """[n, n] VᵀV summed over the outputs and taps of a reader; channels of different chunks meet in no output."""
     columns = columns_of(graph, reader)
+    assert columns is not None  # a reader has columns
     metric = columns @ columns.T
     if reader.chunks > 1:
         chunk = torch.div(reader.local[:, 0], reader.size // reader.chunks, rounding_mode="floor")

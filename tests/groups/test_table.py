@@ -10,8 +10,9 @@ import torch_pruning as tp
 from torch import nn
 
 from intrafusion import IntraFusionPruner
+from intrafusion.groups.kinds.base import Side
 from intrafusion.groups.layout import from_channels, gather, mix_, to_channels
-from intrafusion.groups.table import Role, tabulate
+from intrafusion.groups.table import tabulate
 from tests.nets import Concat, Grouped, Plain, Residual
 
 
@@ -21,30 +22,30 @@ def table_of(model: nn.Module, layer: nn.Module, shape, groups=1):
     return tabulate(graph, layer, graph.get_pruner_of_module(layer).prune_out_channels, groups)
 
 
-def roles(table) -> set[tuple[str, Role]]:
-    return {(slot.name, slot.role) for slot in table.slots}
+def sides(table) -> set[tuple[str, Side]]:
+    return {(slot.name, slot.side) for slot in table.slots}
 
 
 def test_a_plain_group():
     model = Plain()
     table = table_of(model, model.conv1, (3, 8, 8))
-    assert roles(table) == {("conv1", Role.PRODUCER), ("bn1", Role.BATCHNORM), ("conv2", Role.CONSUMER)}
+    assert sides(table) == {("conv1", Side.MAKES), ("bn1", Side.PASSES), ("conv2", Side.READS)}
     assert table.classes.unique().numel() == 1
-    assert next(slot for slot in table.slots if slot.role is Role.PRODUCER).partner is model.bn1
+    assert next(slot for slot in table.slots if slot.produces).partner is model.bn1
 
 
 def test_a_flatten_gives_every_channel_several_columns():
     model = Plain()
-    (consumer,) = [s for s in table_of(model, model.conv2, (3, 8, 8)).slots if s.role is Role.CONSUMER]
+    (consumer,) = [s for s in table_of(model, model.conv2, (3, 8, 8)).slots if s.reads]
     assert consumer.local.tolist() == [[4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3] for i in range(6)]
 
 
 def test_a_residual_stream_has_many_producers_and_a_layer_on_both_sides():
     model = Residual()
     table = table_of(model, model.stem, (3, 6, 6))
-    assert {("stem", Role.PRODUCER), ("b", Role.PRODUCER), ("c", Role.PRODUCER)} <= roles(table)
-    assert {("a", Role.CONSUMER), ("c", Role.CONSUMER), ("fc", Role.CONSUMER)} <= roles(table)
-    assert ("scale", Role.GAIN) in roles(table)
+    assert {("stem", Side.MAKES), ("b", Side.MAKES), ("c", Side.MAKES)} <= sides(table)
+    assert {("a", Side.READS), ("c", Side.READS), ("fc", Side.READS)} <= sides(table)
+    assert ("scale", Side.PASSES) in sides(table)
 
 
 def test_a_concat_covers_part_of_a_batchnorm():
@@ -145,7 +146,7 @@ def test_a_grouped_convolution_cut_to_one_filter_a_group_is_not_depthwise():
     assert (model.b.groups, model.b.out_channels, model.b.in_channels) == (2, 2, 8)
     table = tabulate(graph, model.a, tp.prune_conv_out_channels)
     slot = next(slot for slot in table.slots if slot.name == "b")
-    assert (slot.role, slot.size, slot.chunks) == (Role.CONSUMER, 8, 2)
+    assert (slot.side, slot.size, slot.chunks) == (Side.READS, 8, 2)
 
 
 def test_columns_of_a_grouped_convolution_are_those_that_read_the_channel():
@@ -194,7 +195,7 @@ def test_a_graph_that_does_not_describe_the_network_is_found_out():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     metric = tp.importance.GroupMagnitudeImportance(p=1)
     pruner = IntraFusionPruner(model, x, metric, ignored_layers=[model.s, model.t], out_channel_groups={model.a: 2})
-    inconsistent = pruner._find_inconsistent()
+    inconsistent = pruner.inconsistent_groups()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     if not inconsistent:
         pytest.skip("this torch-pruning maps split outputs correctly")
@@ -208,4 +209,4 @@ def test_a_graph_that_describes_the_network_is_trusted():
         metric = tp.importance.GroupMagnitudeImportance(p=1)
         with pytest.warns(UserWarning, match="Unwrapped") if isinstance(model, Residual) else contextlib.nullcontext():
             pruner = IntraFusionPruner(model, torch.randn(1, *shape), metric)
-        assert pruner._find_inconsistent() == set()
+        assert pruner.inconsistent_groups() == frozenset()
