@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
@@ -9,6 +10,9 @@ from intrafusion.lab.recipe.nodes import Node
 from intrafusion.lab.recipe.reader import FAILED, Reader, unknown
 from intrafusion.lab.recipe.schema import Rule, type_schema
 from intrafusion.prune.fusion import FEATURES, PRESETS, Fusion
+
+_NAMED = re.compile(r"[\w.]+:\w+")
+"""A merge rule that is imported by name: `Fusion` says whether it can be."""
 
 
 def read_fusion(reader: Reader, node: Node, path: str) -> Any:
@@ -33,6 +37,8 @@ def read_fusion(reader: Reader, node: Node, path: str) -> Any:
         del settings[key]
     values = reader.entries(Fusion, replace(node, value=settings), path, known)
     for name, choices in Fusion.choices().items():
+        if name == "merge" and _NAMED.fullmatch(str(values.get(name))):
+            continue
         if name in values and values[name] is not FAILED and values[name] not in choices:
             message = unknown("value", values[name], choices)
             values[name] = reader.report(settings[name].where, f"{path}.{name}", message)
@@ -63,6 +69,7 @@ def fusion_schema() -> dict[str, Any]:
         else type_schema(kinds[item.name], Rule(""))
         for item in fields(Fusion)
     }
+    settings["merge"] = {"anyOf": [settings["merge"], {"type": "string", "pattern": f"^{_NAMED.pattern}$"}]}
     settings["features"] = {"type": "array", "items": {"enum": list(FEATURES)}, "minItems": 1, "uniqueItems": True}
     section = {
         "type": "object",

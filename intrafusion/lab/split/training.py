@@ -30,7 +30,7 @@ from intrafusion.lab.training import train_once_
 from intrafusion.training.workers import WorkerError, in_processes
 
 _log = logging.getLogger(__name__)
-_CODE = (*TRAINING_CODE, "schedule.py", "lab/data/dataset.py", "lab/models.py")
+_CODE = (*TRAINING_CODE, "schedule.py", "models.py", "lab/data/dataset.py", "lab/models.py")
 
 
 @dataclass(frozen=True)
