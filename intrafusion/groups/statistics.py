@@ -78,10 +78,10 @@ class _Follower:
 
     def into(self, node: Any) -> Gaussian | None:
         """What a node gets from within the group; the average if there are several."""
-        return average(self._sources(node))
+        return average(self._sources(node.inputs))
 
-    def _sources(self, node: Any) -> list[Gaussian]:
-        found = [self._after(source) for source in node.inputs if source.module in self._inside]
+    def _sources(self, nodes: Sequence[Any]) -> list[Gaussian]:
+        found = [self._after(source) for source in nodes if source.module in self._inside]
         return [one for one in found if one is not None]
 
     def _after(self, node: Any) -> Gaussian | None:
@@ -94,7 +94,8 @@ class _Follower:
         slot = self._slots.get(node.module)
         if slot is not None and slot.makes_channels:
             return slot.kind.moments(slot, None)
-        sources = self._sources(node)
+        composite = slot is not None and slot.kind.is_composite
+        sources = self._sources(_entrance(node) if composite else node.inputs)
         value = average(sources)
         if slot is not None:
             return slot.kind.moments(slot, value)
@@ -113,6 +114,25 @@ class _Follower:
                 product = product * factor
             return product
         return value
+
+
+def _entrance(node: Any) -> Sequence[Any]:
+    """What goes into a norm that is several operations: the node where its paths meet again, going backwards.
+
+    (x · rsqrt(mean(x²)) is a product of x and of something made of x, but the layer reads x.)
+    """
+    ahead, parted = {node: None}, False
+    while len(ahead) > 1 or not parted:
+        last = max(ahead, key=lambda one: one.grad_fn._sequence_nr())  # the one that was computed last
+        at_a_layer = last is not node and kind_of(last.module) is not None
+        if at_a_layer or not last.inputs:
+            return [last] if len(ahead) == 1 else node.inputs
+        if "norm" in last.grad_fn.name().lower() and not parted:  # one operation does it all
+            return last.inputs
+        del ahead[last]
+        ahead.update(dict.fromkeys(last.inputs))
+        parted = parted or len(ahead) > 1
+    return list(ahead)
 
 
 @torch.no_grad()

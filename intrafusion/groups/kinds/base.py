@@ -204,15 +204,17 @@ class Inner:
 class LayerKind(ABC):
     """One kind of layer. Kinds have no state: an instance serves all layers of its classes.
 
-    modules: the classes it is for, subclasses included. pruner: what cuts it, if torch-pruning does not know how;
-    only the registered classes themselves then count, as torch-pruning looks customised pruners up by class. is_map:
-    has filters. makes: layers of it make channels, so that a group may begin at one. rigid: why its channels can change
-    places but not be merged ('' if they can). channel_axis: of its activations.
+    modules: the classes it is for, subclasses included. pruner: what cuts it, if torch-pruning does not know how; only
+    the registered classes themselves then count, as torch-pruning looks customised pruners up by class. is_map: has
+    filters. is_composite: a norm whose forward is several operations of torch-pruning's graph. makes: layers of it make
+    channels, so that a group may begin at one. rigid: why its channels can change places but not be merged ('' if they
+    can). channel_axis: of its activations.
     """
 
     modules: tuple[type, ...] = ()
     pruner: tp.BasePruningFunc | None = None
     is_map: ClassVar[bool] = False
+    is_composite: ClassVar[bool] = False
     is_depthwise: ClassVar[bool] = False
     is_batchnorm: ClassVar[bool] = False
     makes: ClassVar[bool] = False

@@ -71,13 +71,14 @@ class RMSNorm(Normalisation):
     """A norm over the last axis that torch-pruning does not know: nn.RMSNorm, or a class of the user's."""
 
     centred = False
+    is_composite = True
 
     def __init__(self, modules: tuple[type, ...] = (nn.RMSNorm,), sizes: Sequence[str] = SIZES) -> None:
         self.modules = modules
         self.pruner = NormPruner(sizes)
 
     def slot(self, at: Reached) -> Slot | str | None:
-        size = self.pruner.get_out_channels(at.owner)
+        size = norm_width(at.owner)
         if size is None:
             return f"{at.name!r} ({type(at.owner).__name__}) has no weight of one axis: its width is not known"
         return at.slot(self, Side.PASSES, size)
@@ -94,7 +95,7 @@ class NormPruner(tp.BasePruningFunc):
         self.sizes = tuple(sizes)
 
     def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
-        n, gone = self.get_out_channels(layer), set(idxs)
+        n, gone = norm_width(layer), set(idxs)
         if n is None:
             return layer
         keep = [i for i in range(n) if i not in gone]
@@ -112,13 +113,16 @@ class NormPruner(tp.BasePruningFunc):
     prune_in_channels = prune_out_channels
 
     def get_out_channels(self, layer: Any) -> int | None:
-        weight = getattr(layer, "weight", None)
-        if weight is None:
-            shape = getattr(layer, "normalized_shape", None)
-            return shape[0] if shape is not None and len(shape) == 1 else None
-        return len(weight) if weight.dim() == 1 else None
+        return norm_width(layer)
 
     get_in_channels = get_out_channels
+
+
+def norm_width(layer: Any) -> int | None:
+    """How many channels a norm over the last axis has; None if it is over several axes, or does not say."""
+    weight = getattr(layer, "weight", None)
+    shape = tuple(getattr(layer, "normalized_shape", ()) if weight is None else weight.shape)
+    return shape[0] if len(shape) == 1 else None
 
 
 def register_norm(cls: type, *, sizes: Sequence[str] = SIZES, centred: bool = False) -> None:
