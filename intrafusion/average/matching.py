@@ -186,7 +186,7 @@ class WeightMatching:
         for axis in sorted(axes):
             if all(link.order is not None for link, _, _ in axes[axis]):
                 for link, place, _ in axes[axis]:
-                    tensor = move(tensor, place, link.order)
+                    tensor = move(tensor, (place, link.order))
             else:
                 tensor = _mixed(tensor, self._a[key], axes[axis])
         return tensor

@@ -8,13 +8,15 @@ coupling classes shows that in one forward pass; it moves entries and computes n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning import ops
 
+from intrafusion.groups.kinds.base import Place
 from intrafusion.groups.places import move
 from intrafusion.groups.table import GroupTable
 from intrafusion.running import evaluating
@@ -54,16 +56,20 @@ def class_permutation(classes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def reordered(table: GroupTable, order: Tensor) -> Iterator[None]:
-    """For as long as it lasts, channel order[i] of the group is in the place of channel i, in every layer.
+def reordered(*orders: tuple[GroupTable, Tensor]) -> Iterator[None]:
+    """For as long as it lasts, channel order[i] of each group is in the place of channel i, in every layer.
 
     Tensors are replaced, not written into; afterwards every one is the very one that it was before.
     """
+    moves: dict[tuple[Any, str], list[tuple[Place, Tensor]]] = {}
+    for table, order in orders:
+        for place in (place for slot in table.slots for place in slot.places):
+            moves.setdefault((place.owner, place.attribute), []).append((place, order))
     saved = []
     try:
-        for slot in table.slots:
-            for place in slot.places:
-                saved.append((place, place.put(move(place.tensor.detach(), place, order))))
+        for several in moves.values():
+            place, _ = several[0]
+            saved.append((place, place.put(move(place.tensor.detach(), *several))))
         yield
     finally:
         for place, old in reversed(saved):
@@ -81,9 +87,7 @@ def is_output(graph: tp.DependencyGraph, table: GroupTable) -> bool:
 
 def _unchanged_by(graph, tables: Sequence[GroupTable], forward: Callable, before: list[Tensor]) -> bool:
     generator = torch.Generator().manual_seed(0)
-    with ExitStack() as stack:
-        for table in tables:
-            stack.enter_context(reordered(table, class_permutation(table.classes, generator)))
+    with reordered(*((table, class_permutation(table.classes, generator)) for table in tables)):
         after = forward(graph.model)
     return all(_close(a, b) for a, b in zip(after, before, strict=True))
 

@@ -17,6 +17,9 @@ from intrafusion.groups.layout import from_channels, to_channels
 State = dict[str, Tensor]
 """A network's parameters and buffers by name, each tensor once."""
 
+_AT_ONCE = 2**18
+"""So many numbers of a large tensor are moved at once: they fit in a cache."""
+
 
 @dataclass(frozen=True, eq=False)
 class CouplingGroup:
@@ -72,21 +75,35 @@ def permuted(state: State, groups: Sequence[CouplingGroup], orders: Mapping[str,
 
     orders: [n] per group name: channel orders[i] takes the place of channel i. Tensors that do not move are shared.
     """
-    state = dict(state)
+    moves: dict[str, list[tuple[Place, Tensor]]] = {}
     for group in groups:
         order = orders.get(group.name)
         if order is None or torch.equal(order, torch.arange(group.n)):
             continue
         for place in group.places:
-            state[place.key] = move(state[place.key], place, order)
-    return state
+            moves.setdefault(place.key, []).append((place, order))
+    return {**state, **{key: move(state[key], *several) for key, several in moves.items()}}
 
 
-def move(tensor: Tensor, place: Place, order: Tensor) -> Tensor:
-    """A tensor with its channels in another order along one axis."""
-    index = torch.arange(place.length(tensor))
-    fill_(index, place, place.local[order])
-    return take(tensor, place, index)
+def move(tensor: Tensor, *moves: tuple[Place, Tensor]) -> Tensor:
+    """A new tensor with its channels in other orders. moves: places, on any axes, each with its order [n]."""
+    by_axis: dict[int, tuple[Place, Tensor]] = {}
+    for place, order in moves:
+        _, index = by_axis.setdefault(place.axis, (place, torch.arange(place.length(tensor))))
+        fill_(index, place, place.local[order])
+    if by_axis.keys() == {0, 1} and by_axis[1][0].chunks == 1:
+        return _take_both(tensor, *(by_axis[axis][1].to(tensor.device) for axis in (0, 1)))
+    for place, index in by_axis.values():
+        tensor = take(tensor, place, index)
+    return tensor
+
+
+def _take_both(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Some rows at a time: a large weight is then read and written once, not once for each axis."""
+    result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    for at in torch.arange(len(rows), device=rows.device).split(max(1, _AT_ONCE // max(1, tensor[0].numel()))):
+        torch.index_select(tensor[rows[at]], 1, columns, out=result[at[0] : at[-1] + 1])
+    return result
 
 
 def fill_(index: Tensor, place: Place, source: Tensor) -> None:

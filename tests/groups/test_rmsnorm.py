@@ -105,7 +105,7 @@ def test_a_permutation_leaves_the_function_unchanged(norm: Any) -> None:
     _, table = stream_of(model)
     before = model(x)
     order = class_permutation(table.classes, torch.Generator().manual_seed(3))
-    with reordered(table, order):
+    with reordered((table, order)):
         assert not torch.equal(order, torch.arange(8))
         torch.testing.assert_close(model(x), before)
     apply_pair(table, Pair(torch.eye(8).double()[order], torch.eye(8).double()[order].T.clone(), torch.arange(8)))
