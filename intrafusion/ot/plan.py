@@ -5,6 +5,11 @@
 solved exactly by network simplex (POT), or, where the target masses are not prescribed, channel by channel: `free`
 relaxes P^T 1 = b; `partial` relaxes P 1 = a as well, by one more target that is the zero channel. What is nearer to
 nothing than to any kept channel is then transported nowhere: no kept channel has to absorb what it cannot stand for.
+
+Where the cost is a distance and the targets are the kept channels themselves, mass that can stay does: where channel i
+sends some to j and takes as much from s, s may as well send it to j at once, for C(s, j) <= C(s, i) + C(i, j). So
+min(a_i, b_i) stays at every kept channel i, at no cost, and only the other channels are compared with anything: half of
+the distances when half of the channels go, and an optimum all the same.
 """
 
 from __future__ import annotations
@@ -16,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intrafusion.ot.cost import normalise_rows, pairwise_cost
+from intrafusion.ot.cost import METRICS, pairwise_cost
+from intrafusion.ot.parts import Features, Rows
 from intrafusion.ot.targets import TARGETS, representatives
 
 MASSES = ("uniform", "importance")
@@ -24,6 +30,9 @@ MASSES = ("uniform", "importance")
 
 TARGET_MASSES = (*MASSES, "free", "partial")
 """How much each target takes up. `free`: every channel goes to its nearest target. `partial`: or nowhere."""
+
+_NOTHING = 1e-15
+"""Mass that rounding leaves of what has stayed."""
 
 _SMALLEST_MASS = 1e-6
 """A channel of importance zero still weighs this fraction of the mean, or it could not be transported at all."""
@@ -100,7 +109,7 @@ def solve(cost: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, float]:
 
 
 def transport_plan(
-    features: Tensor,
+    features: Features,
     kept: Tensor,
     *,
     classes: Tensor | None = None,
@@ -113,8 +122,9 @@ def transport_plan(
 ) -> Plan:
     """Plan from all channels of a group to the kept ones, class by class.
 
-    features: [n, d], one row per channel; kept: [k] increasing channel numbers; classes: [n] labels (channels of
-    different classes never mix; default: one class); importance: [n], needed for `importance` masses.
+    features: one row per channel, a matrix [n, d] or its parts [n, d_i] side by side, which are never put together:
+    give the weights as they are, in the network's dtype; kept: [k] increasing channel numbers; classes: [n] labels
+    (channels of different classes never mix; default: one class); importance: [n], needed for `importance` masses.
     Rows are normalised before they are compared. Within a class, sources share the class's part of the mass
     uniformly or by importance; so do the targets.
 
@@ -123,13 +133,13 @@ def transport_plan(
     _check_choice("source mass", source_mass, MASSES)
     _check_choice("target mass", target_mass, TARGET_MASSES)
     _check_choice("targets", targets, TARGETS)
-    features = normalise_rows(features.double())
-    n, k = len(features), len(kept)
+    rows = Rows.of(features).normalised()
+    n, k = len(rows), len(kept)
     classes = torch.zeros(n, dtype=torch.long) if classes is None else classes.cpu()
     kept = kept.cpu()
     weight = {kind: _mass(kind, importance, n) for kind in {source_mass, target_mass} & set(MASSES)}
 
-    coupling = features.new_zeros(n, k)
+    coupling = torch.zeros(n, k, dtype=torch.float64, device=rows.device)
     stranded = torch.zeros(n, dtype=torch.bool)
     total, solved = 0.0, False
     for label in classes.unique():
@@ -140,24 +150,19 @@ def transport_plan(
             continue
         share = weight[source_mass][members]
         if len(columns) == len(members):
-            block, paid = torch.diag(share).to(features), 0.0
+            block, paid = torch.diag(share).to(coupling), 0.0
         else:
             solved = True
             home = torch.searchsorted(members, kept[columns])
-            means = representatives(features[members], home, targets, seed=seed)
-            c = pairwise_cost(features[members], means, cost)
+            group = rows.take(members)
+            means = representatives(group, home, targets, seed=seed)
             if target_mass in ("free", "partial"):
-                block, paid = _nearest(c, share.to(c), home)
-                if target_mass == "partial":
-                    nothing = pairwise_cost(features[members], torch.zeros_like(means[:1]), cost)[:, 0]
-                    left_out = nothing <= c.amin(dim=1)
-                    left_out[home] = False
-                    stranded[members] = left_out.cpu()
-                    block[left_out] = 0.0
-                    paid = float((block * c).sum())
+                block, paid, left_out = _relaxed(group, means, cost, share, home, targets, target_mass == "partial")
+                stranded[members] = left_out.cpu()
             else:
-                block, paid = solve(c, share, weight[target_mass][kept[columns]])
-                block, paid = block * share.sum().to(block), paid * float(share.sum())
+                wanted = weight[target_mass][kept[columns]]
+                wanted = wanted * (share.sum() / wanted.sum())
+                block, paid = _prescribed(group, means, cost, share, wanted, home, targets)
         coupling[members[:, None], columns[None, :]] = block
         total += paid
     mass = coupling.sum()
@@ -168,13 +173,50 @@ def transport_plan(
     return Plan(coupling, total, kept, status, stranded)
 
 
-def _nearest(cost: Tensor, share: Tensor, home: Tensor) -> tuple[Tensor, float]:
-    """Semi-relaxed transport: the target masses are whatever arrives. A kept channel always stays at home."""
-    choice = cost.argmin(dim=1)
-    choice[home] = torch.arange(len(home), device=choice.device)
-    block = torch.zeros_like(cost)
-    block[torch.arange(len(cost)), choice] = share
-    return block, float((block * cost).sum())
+def _prescribed(
+    group: Rows, means: Rows, cost: str, share: Tensor, wanted: Tensor, home: Tensor, targets: str
+) -> tuple[Tensor, float]:
+    """Transport with both masses given: share [n], wanted [k], of one sum. The block [n, k] and what it costs."""
+    block = torch.zeros(len(group), len(means), dtype=torch.float64, device=group.device)
+    if cost in METRICS and targets == "kept":
+        stays = torch.minimum(share[home], wanted)
+        block[home, torch.arange(len(home))] = stays.to(block)
+        share, wanted = share.index_add(0, home, stays, alpha=-1), wanted - stays
+    away, open_ = (share > _NOTHING).nonzero().flatten(), (wanted > _NOTHING).nonzero().flatten()
+    if len(away) == 0 or len(open_) == 0:
+        return block, 0.0
+    c = pairwise_cost(group.take(away), means.take(open_), cost)
+    moved, paid = solve(c, share[away], wanted[open_])
+    mass = float(share[away].sum())
+    block[away[:, None], open_[None, :]] += moved * mass
+    return block, paid * mass
+
+
+def _relaxed(
+    group: Rows, means: Rows, cost: str, share: Tensor, home: Tensor, targets: str, partial: bool
+) -> tuple[Tensor, float, Tensor]:
+    """Semi-relaxed transport: the target masses are whatever arrives. A kept channel always stays at home.
+
+    partial: what is nearer to zero than to any target stays out. The block [n, k], its cost, and [n] what stays out.
+    """
+    n, k = len(group), len(means)
+    others = torch.ones(n, dtype=torch.bool)
+    others[home] = False
+    others = others.nonzero().flatten()
+    c = pairwise_cost(group.take(others), means, cost)
+    choice, paid = torch.empty(n, dtype=torch.long), torch.zeros(n, dtype=torch.float64)
+    choice[home], choice[others] = torch.arange(k), c.argmin(dim=1).cpu()
+    paid[others] = c.amin(dim=1).cpu()
+    if targets != "kept":
+        paid[home] = pairwise_cost(group.take(home), means, cost).diagonal().cpu()
+    left_out = torch.zeros(n, dtype=torch.bool)
+    if partial:
+        zero = Rows.of([part.new_zeros(1, part.shape[1]) for part in means.parts])
+        left_out[others] = pairwise_cost(group.take(others), zero, cost)[:, 0].cpu() <= paid[others]
+    mass = share.masked_fill(left_out, 0.0)
+    block = torch.zeros(n, k, dtype=torch.float64)
+    block[torch.arange(n), choice] = mass
+    return block.to(group.device), float(mass @ paid), left_out
 
 
 def _mass(kind: str, importance: Tensor | None, n: int) -> Tensor:

@@ -207,3 +207,25 @@ def test_main_targets_name_kept_channels_and_a_channel_stays_with_itself(n, seed
         assert 0 <= share <= 1
         if channel in kept:
             assert (target, share) == (channel, 1.0)
+
+
+@given(n=st.integers(3, 12), seed=st.integers(0, 99), cost=st.sampled_from(["l1", "l2", "cosine"]), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_what_stays_at_home_leaves_the_plan_optimal(n, seed, cost, data):
+    x, importance = features(n, seed=seed), torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1))))
+    masses = {name: data.draw(st.sampled_from(["uniform", "importance"])) for name in ("source_mass", "target_mass")}
+    plan = transport_plan(x, kept, cost=cost, importance=importance, **masses)
+    unit = normalise_rows(x)
+    whole, best = solve(pairwise_cost(unit, unit[kept], cost), plan.source, plan.target)
+    assert plan.cost == pytest.approx(best, abs=1e-9)
+    assert torch.allclose(plan.source, whole.sum(dim=1), atol=1e-9)
+    assert torch.allclose(plan.target, whole.sum(dim=0), atol=1e-9)
+
+
+def test_parts_in_single_precision_give_the_plan_of_the_whole_in_double():
+    x, kept = features(24, d=300), torch.arange(0, 24, 3)
+    whole = transport_plan(x.float().double(), kept)
+    parts = transport_plan(list(x.float().split([1, 99, 200], dim=1)), kept)
+    assert torch.allclose(parts.coupling, whole.coupling, atol=1e-12)
+    assert parts.cost == pytest.approx(whole.cost, rel=1e-6)
