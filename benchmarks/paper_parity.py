@@ -4,7 +4,7 @@
     INTRAFUSION_DATA=../shared/data python benchmarks/paper_parity.py --quick    # all groups at once only
 
 Expected figures were made with the published code on the same two checkpoints: L1 importance over the group, uniform
-masses, L1 cost, features = rows + columns, bf16 evaluation of the 10,000 test images. What differs here on purpose:
+masses, L1 cost, features = filters + readers, bf16 evaluation of the 10,000 test images. What differs here on purpose:
 
 * batch-norm is folded with its `eps`; the published code leaves it out;
 * nothing else: groups go from the output to the input, each one scored and planned on the already pruned network.
