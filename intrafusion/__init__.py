@@ -8,7 +8,9 @@ if _TYPE_CHECKING:
     from intrafusion.average.networks import fuse
     from intrafusion.checkpoint import CheckpointError, load, save
     from intrafusion.groups.batchnorm import recenter_batchnorms_
+    from intrafusion.methods import Method, merge_rule, method
     from intrafusion.onnx.export import ExportError, export
+    from intrafusion.ot import Pair, Plan
     from intrafusion.prune.fused_group import FusedGroup, FusionError
     from intrafusion.prune.fusion import PRESETS, Fusion
     from intrafusion.prune.importance import CHIPImportance, ReconstructionImportance
@@ -45,6 +47,9 @@ __all__ = [
     "IntraFusionGroupNormPruner",
     "IntraFusionGrowingRegPruner",
     "IntraFusionPruner",
+    "Method",
+    "Pair",
+    "Plan",
     "ReconstructionImportance",
     "Report",
     "Training",
@@ -56,6 +61,8 @@ __all__ = [
     "fuse",
     "linear_scheduler",
     "load",
+    "merge_rule",
+    "method",
     "one_shot_scheduler",
     "recenter_batchnorms_",
     "save",

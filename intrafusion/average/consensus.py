@@ -5,7 +5,7 @@ of theirs,
 
     y_l = Σ_i w_i f_l,i(x)        f_l,i: layer l of parent i, with its batch-norm, in the common order of the channels.
 
-It is brought back to n channels as pruning does it (`correct.sequential`). For a group that one layer makes, the rows
+It is brought back to n channels as pruning does it (`methods.refit`). For a group that one layer makes, the rows
 R [n, k n] start at the average, [w_1 I .. w_k I], and move to where the readers' inputs are rebuilt best. Every layer,
 in forward order, then becomes the ridge regression from what it really reads in the fused network to R f_l(x), or y_l:
 what the average of two filters loses is regained before the next layer reads it. RegMean (Jin et al. 2023) is this
@@ -14,8 +14,7 @@ without rows, and with the parents' inputs in the place of the fused network's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,17 +23,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from intrafusion.average.couplings import Couplings
-from intrafusion.correct.memo import Memo, Room
-from intrafusion.correct.observe import Sight, look
+from intrafusion.correct.correction import layers_of
 from intrafusion.correct.refit import RowMap, can_refit, folded_weight, match_statistics_, outputs, refit_
-from intrafusion.correct.samples import Blocks, blocks_of, collect, reads_of
+from intrafusion.correct.survey import Survey, samples, visiting_order
+from intrafusion.correct.walk import Sight, Walk
 from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.layout import channel_axis
 from intrafusion.groups.table import GroupTable, Slot
-from intrafusion.ot.rows import best_rows
-from intrafusion.running import call_order, evaluating
+from intrafusion.ot.rows import Samples, best_rows
 
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 _CLOSE = 1e-4
 """A layer that is nearer to its target than this part of it stays as it is: copies of one network are not touched."""
 
@@ -56,35 +53,42 @@ class Consensus:
         run: Callable[[nn.Module, Any], Any],
         batches: Sequence,
     ) -> None:
-        self.fused, self.parents, self.weights, self.run, self.batches = fused, parents, weights, run, batches
-        room = Room()
-        self._memos = [{id(network): Memo(room) for network in (fused, *parents)} for _ in batches]
-        self._norms = {fold.layer: fold.norm for fold in couplings.folds}
+        self.fused, self.parents, self.weights, self.run, self.batches = fused, list(parents), weights, run, batches
+        norms = layers_of(couplings.graph)
+        self._norms = {name: norms[name] for name in visiting_order(fused, run, batches[0], norms)}
         self._tables = {}
         for group in couplings.groups:
             table = couplings.tables.get(group.table)
             if table is not None and not group.reason and not group.rigid and (maker := _only_maker(table)):
                 self._tables[maker.name] = table
 
+    @torch.no_grad()
     def refit_(self, progress: bool = True) -> None:
-        """Refit the fused network, in the order of its forward pass.
+        """Refit the fused network, in the order of its forward pass, all networks side by side.
 
         Raises ValueError if an activation is not finite.
         """
-        with evaluating(self.fused, *self.parents):
-            order = call_order(lambda: self.run(self.fused, self.batches[0]), self.fused, _LAYERS)
-            hidden = None if progress else True
-            for name in tqdm(order, desc="refit", unit="layer", delay=2, leave=False, disable=hidden):
-                self._refit_(name)
+        tables = list(self._tables.values())
+        self._surveys = [Survey(parent, self.run, self.batches, self._norms, tables) for parent in self.parents]
+        self._walk = walk = Walk((*self.parents, self.fused), self.run, self.batches, self._norms)
+        hidden = None if progress else True
+        with tqdm(total=len(self._norms), desc="refit", unit="layer", delay=2, leave=False, disable=hidden) as bar:
+            try:
+                while (name := walk.advance()) is not None:
+                    self._refit_(name)
+                    walk.changed()
+                    bar.update()
+            finally:
+                walk.close()
 
     def _refit_(self, name: str) -> None:
         layer, bn = self._of(self.fused, name)
         rows = self._rows(name) if can_refit(layer) else None
         apart = rows is not None
         rows = rows or RowMap.identity(outputs(layer))
-        if self._is_close(*next(self._sights(name, apart)), rows, channel_axis(layer)):
+        sights = [self._together(each, name, apart) for each in self._walk.sights()]
+        if not sights or self._is_close(*sights[0], rows, channel_axis(layer)):
             return
-        sights = self._sights(name, apart)
         if can_refit(layer):
             refit_(layer, bn, SimpleNamespace(weight=self._wide(name, apart)), None, sights, rows)
         elif bn is not None:
@@ -111,53 +115,36 @@ class Consensus:
         table = self._tables.get(name)
         if table is None:
             return None
-        readers = [slot for slot in table.slots if slot.reads]
-        samples = [collect(self._blocks(slot, table.n), len(self.batches), self._reads(slot)) for slot in readers]
-        samples = [sample for sample in samples if sample is not None]
-        if not samples:
+        readers = self._samples(table)
+        if not readers:
             return None
         average = torch.cat([own * torch.eye(table.n, dtype=torch.float64) for own in self.weights], dim=1)
-        rows, shift = best_rows(average, samples, may_shift=shift_carrier(table) is not None)
+        rows, shift = best_rows(average, readers, may_shift=shift_carrier(table) is not None)
         return RowMap(rows.cpu(), shift.cpu())
 
-    def _reads(self, slot: Slot) -> Tensor:
-        each = [reads_of(parent.get_submodule(slot.name), slot) for parent in self.parents]
-        return torch.cat([own * reads for own, reads in zip(self.weights, each, strict=True)])
+    def _samples(self, table: GroupTable) -> list[Samples]:
+        """What every reader of a group that is understood sees in all parents, side by side."""
+        each = [survey.readings(table) for survey in self._surveys]
+        found = []
+        for views in zip(*each, strict=True):
+            if all(view.understood for view in views):
+                reads = [own * view.reads for own, view in zip(self.weights, views, strict=True)]
+                z, h = (torch.cat([getattr(view, side) for view in views], dim=1) for side in ("z", "h"))
+                found.append(samples(z, h, views[0].calls, torch.cat(reads)))
+        return found
 
-    def _blocks(self, slot: Slot, n: int) -> Iterator[Blocks | None]:
-        """What a reader of a group sees in all parents, batch by batch."""
-        for number in range(len(self.batches)):
-            each = [blocks_of(s, s, slot, n) for s in self._look(slot.name, self.parents, number, add=False)]
-            known = [block for block in each if block is not None]
-            if len(known) < len(each):
-                yield None
-            else:
-                z, h, calls = zip(*known, strict=True)
-                yield torch.cat(z, dim=1), torch.cat(h, dim=1), calls[0]
-
-    def _look(self, name: str, networks: Sequence[nn.Module], number: int, *, add: bool = True) -> list[Sight]:
-        """Views of a layer in several networks on one batch."""
-        batch, memos = self.batches[number], self._memos[number]
-        return [
-            look(partial(self.run, network, batch), *self._of(network, name), add=add, memo=memos[id(network)])
-            for network in networks
-        ]
-
-    def _sights(self, name: str, apart: bool) -> Iterator[tuple[Sight, Sight]]:
-        """(the parents side by side, fused) views of a layer, batch by batch; outputs are apart or their mean."""
+    def _together(self, each: Sequence[Sight], name: str, apart: bool) -> tuple[Sight, Sight]:
+        """(the parents side by side, fused) views of a layer on one batch; outputs are apart or their mean."""
         axis = channel_axis(self.fused.get_submodule(name))
-        for number in range(len(self.batches)):
-            *before, now = self._look(name, (*self.parents, self.fused), number)
-            others = [sight.other for sight in before if sight.other is not None]
-            made = [sight.output for sight in before]
-            wide = Sight(
-                inputs=torch.cat([sight.inputs for sight in before], dim=axis),
-                before=before[0].before,
-                chain=(),
-                output=torch.cat(made, dim=axis) if apart else self._mean(made),
-                other=self._mean(others) if len(others) == len(before) else None,
-            )
-            yield wide, now
+        *before, now = each
+        others = [sight.other for sight in before if sight.other is not None]
+        made = [sight.output for sight in before]
+        wide = Sight(
+            inputs=torch.cat([sight.inputs for sight in before], dim=axis),
+            output=torch.cat(made, dim=axis) if apart else self._mean(made),
+            other=self._mean(others) if len(others) == len(before) else None,
+        )
+        return wide, now
 
     def _mean(self, values: Sequence[Tensor]) -> Tensor:
         return torch.stack([own * value for own, value in zip(self.weights, values, strict=True)]).sum(dim=0)

@@ -14,7 +14,7 @@ import torch
 import torch_pruning as tp
 from torch_pruning.dependency.group import Group
 
-from intrafusion.correct.corrector import Corrector
+from intrafusion.correct.correction import Correction
 from intrafusion.groups.apply import apply_pair
 from intrafusion.groups.snapshot import frozen_parameters
 from intrafusion.groups.table import GroupTable, module_name, tabulate
@@ -44,8 +44,8 @@ class GroupCut:
 
 
 @torch.no_grad()
-def replay_(graph: tp.DependencyGraph, cuts: Sequence[GroupCut], corrector: Corrector | None) -> None:
-    """Prune the network of `graph` by the recorded `cuts`, in order; `corrector` refits its layers on the way.
+def replay_(graph: tp.DependencyGraph, cuts: Sequence[GroupCut], correction: Correction | None) -> None:
+    """Prune the network of `graph` by the recorded `cuts`, in order; `correction` puts its layers right on the way.
 
     Raises ValueError, naming the group, if the network is not as wide as the first one was.
     """
@@ -55,18 +55,18 @@ def replay_(graph: tp.DependencyGraph, cuts: Sequence[GroupCut], corrector: Corr
         handler = pruner.prune_out_channels if cut.outputs else pruner.prune_in_channels
         table = tabulate(graph, root, handler, cut.channel_groups)
         kept = _kept(table, cut)
-        if corrector is not None:
-            corrector.refit_until(table)
+        if correction is not None:
+            correction.come_to(table)
         if cut.pair is not None:
             apply_pair(table, cut.pair)
-        if corrector is not None:
-            corrector.note(table, cut.pair or selection_pair(kept, table.n))
         frozen = frozen_parameters(table.modules())
         graph.get_pruning_group(root, handler, list(cut.removed)).prune(record_history=False)
         for module, name in frozen:  # torch-pruning makes a cut parameter trainable
             module.get_parameter(name).requires_grad_(False)
-    if corrector is not None:
-        corrector.finish()
+        if correction is not None:
+            correction.cut(table, cut.pair or selection_pair(kept, table.n))
+    if correction is not None:
+        correction.finish()
 
 
 def _kept(table: GroupTable, cut: GroupCut) -> torch.Tensor:

@@ -3,21 +3,17 @@
     W' = R W        R [k, n]    producer rows, biases
     V' = V S        S [n, k]    consumer columns
 
-Discarding is R = S^T = selection. A new rule is one registered function:
-
-    @merge_rule("mine")
-    def mine(plan: Plan) -> Pair: ...
+Discarding is R = S^T = selection. (`intrafusion.methods` registers these rules, and others.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from intrafusion.ot.plan import Plan
+from intrafusion.ot.plan import Plan, PlanStatus
 
 
 @dataclass(frozen=True)
@@ -43,23 +39,6 @@ class Pair:
         )
 
 
-MergeRule = Callable[[Plan], Pair]
-MERGE_RULES: dict[str, MergeRule] = {}
-"""Every registered rule by name."""
-
-
-def merge_rule(name: str) -> Callable[[MergeRule], MergeRule]:
-    """Register a function from a plan to a pair under `name`. Raises ValueError if the name is taken."""
-
-    def register(rule: MergeRule) -> MergeRule:
-        if name in MERGE_RULES:
-            raise ValueError(f"a merge rule named {name!r} exists already")
-        MERGE_RULES[name] = rule
-        return rule
-
-    return register
-
-
 def selection_pair(kept: Tensor, n: int) -> Pair:
     """The pair that keeps channels `kept` of `n` and drops the rest, as torch-pruning does."""
     rows = torch.zeros(len(kept), n, dtype=torch.float64, device=kept.device)
@@ -67,13 +46,21 @@ def selection_pair(kept: Tensor, n: int) -> Pair:
     return Pair(rows, rows.T.clone(), kept)
 
 
-@merge_rule("selection")
+def kept_only(kept: Tensor, n: int) -> Plan:
+    """A plan that transports nothing: it says which of n channels are kept [k], and costs nothing to make."""
+    kept = kept.cpu()
+    coupling = torch.zeros(n, len(kept), dtype=torch.float64)
+    coupling[kept, torch.arange(len(kept))] = 1.0 / max(1, len(kept))
+    stranded = torch.ones(n, dtype=torch.bool)
+    stranded[kept] = False
+    return Plan(coupling, 0.0, kept, PlanStatus.PARTIAL, stranded)
+
+
 def selection(plan: Plan) -> Pair:
     """Discard: the plan is ignored."""
     return selection_pair(plan.kept, len(plan.coupling))
 
 
-@merge_rule("paper")
 def paper(plan: Plan) -> Pair:
     """Published Intra-Fusion: each source's coefficients sum to 1, the same map on both sides (sum / sum)."""
     if plan.is_identity:
@@ -82,7 +69,6 @@ def paper(plan: Plan) -> Pair:
     return Pair(columns.T.clone(), columns, plan.kept)
 
 
-@merge_rule("barycentre")
 def barycentre(plan: Plan) -> Pair:
     """Rows averaged, columns summed (mean / sum): exact when the merged channels are duplicates."""
     if plan.is_identity:

@@ -11,6 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from intrafusion.groups.table import GroupTable, channels_of
+from intrafusion.methods.method import Method
 from intrafusion.running import input_batches
 
 
@@ -46,14 +47,16 @@ def complete(arguments: dict[str, Any]) -> None:
         arguments["ignored_layers"] = expand_types(arguments["model"], arguments["ignored_layers"])
 
 
-def calibration_batches(calibration: Any, correct: str) -> list:
+def calibration_batches(calibration: Any, method: Method, name: str) -> list:
     """The batches of inputs, as a list. Raises ValueError if they are missing, empty, or given for nothing."""
-    if correct != "calibrated":
+    if method.inputs != "calibration":
         if calibration is not None:
-            raise ValueError(f"calibration inputs are given, but the fusion is {correct!r}: use fusion='calibrated'")
+            raise ValueError(
+                f"calibration inputs are given, but {name} looks at none of yours: use fusion='calibrated'"
+            )
         return []
     if calibration is None:
-        raise ValueError("fusion='calibrated' needs calibration=<iterable of input batches, no labels>")
+        raise ValueError(f"{name} needs calibration=<iterable of input batches, no labels>")
     return input_batches(calibration)
 
 
@@ -139,6 +142,23 @@ def mismatch(group: Any, table: GroupTable, kept: Tensor) -> str:
             return (
                 f"torch-pruning cuts other channels of {item.dep.target.name.split(' ')[0]} than those coupled with it"
             )
+    return ""
+
+
+def uneven_chunks(table: GroupTable, kept: Tensor) -> str:
+    """Torch-Pruning cuts every chunk of a grouped layer at the first chunk's offsets: say so if that would be wrong."""
+    for slot in table.slots:
+        if not slot.reads or slot.chunks == 1:
+            continue
+        width = slot.size // slot.chunks
+        covered = set(slot.local[slot.local >= 0].tolist())
+        local = slot.local[kept]
+        alive = torch.zeros(slot.size, dtype=torch.bool)
+        alive[local[local >= 0]] = True
+        alive[[i for i in range(slot.size) if i not in covered]] = True
+        by_chunk = alive.reshape(slot.chunks, width)
+        if not (by_chunk == by_chunk[0]).all():
+            return f"the kept channels of {slot.name!r} differ between its {slot.chunks} groups"
     return ""
 
 

@@ -14,13 +14,15 @@ class FusionError(RuntimeError):
 class FusedGroup(Group):
     """A torch-pruning group whose `prune()` fuses the channels that go into those that stay, then cuts."""
 
-    _pruner: Any
+    _step: Any
+    _view: Any
     _DG: Any
 
     @classmethod
-    def wrap(cls, group: Group, pruner: Any) -> FusedGroup:
+    def wrap(cls, group: Group, step: Any, view: Any) -> FusedGroup:
+        """step: what prunes the group; view: what the step needs for that, held until the last group is gone."""
         wrapped = cls()
-        wrapped._group, wrapped._DG, wrapped._pruner = group._group, group._DG, pruner
+        wrapped._group, wrapped._DG, wrapped._step, wrapped._view = group._group, group._DG, step, view
         return wrapped
 
     def prune(self, idxs: Any = None, record_history: bool = True) -> None:
@@ -32,8 +34,8 @@ class FusedGroup(Group):
         if idxs is not None:
             root = self._group[0].dep
             group = self._DG.get_pruning_group(root.target.module, root.handler, [int(i) for i in idxs])
-            FusedGroup.wrap(group, self._pruner).prune(record_history=record_history)
+            FusedGroup.wrap(group, self._step, self._view).prune(record_history=record_history)
             return
         if not self._group or not len(self._group[0][1]):
             return
-        self._pruner._prune_group(self, record_history)
+        self._step.prune(self, record_history)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from intrafusion.ot import COSTS, MERGE_RULES
+from intrafusion.methods import METHODS, Method, find_method
+from intrafusion.methods.refit import Refit
+from intrafusion.ot import COSTS
 from intrafusion.ot.plan import MASSES, TARGET_MASSES
 from intrafusion.ot.targets import TARGETS
 
@@ -17,8 +19,9 @@ CORRECTIONS = ("none", "data-free", "calibrated")
 class Fusion:
     """How the channels of a group are merged into the kept ones.
 
-    merge: the rule from a plan to a pair (R, S), one of `intrafusion.ot.MERGE_RULES`: `paper` (each source's
-        coefficients sum to 1, on both sides), `barycentre` (rows averaged, columns summed), `selection` (discard).
+    merge: the method that gives each group its pair (R, S), one of `intrafusion.METHODS`: `paper` (each source's
+        coefficients sum to 1, on both sides), `barycentre` (rows averaged, columns summed), `selection` (discard), one
+        that you have registered, or one that is imported by name, as `package.module:function`.
     cost: distance between the features of two channels: `l1` (published), `l2`, `cosine`.
     features: which weights two channels are compared by, some of `filters` (that produce the channel), `readers` (the
         weights that read it) and `biases` (folded); `biases` alone tell too little. Kept in this order, as a tuple.
@@ -29,8 +32,9 @@ class Fusion:
     score_on: which network the importance metric sees: the user's own `model`, or the batch-norm-`folded` one
         (published).
     correct: `none`, or refit the layers in order against the dense network: on the inputs given as `calibration`
-        (`calibrated`), or on synthetic ones that agree with the batch-norms (`data-free`). The plan then says where the
-        rows start; they move to where the group is rebuilt best.
+        (`calibrated`), or on synthetic ones that agree with the batch-norms (`data-free`). `merge` then says where the
+        rows start; they move to where the group is rebuilt best. A method that looks at inputs or repairs layers
+        itself goes with `none` only.
     rescore: with local pruning, score each group on the network as it is when its turn comes (published), instead of
         all of them on the network before the step (torch-pruning). How many channels go does not change.
     seed: for k-means and the Gaussian mixture.
@@ -52,17 +56,25 @@ class Fusion:
     def __post_init__(self) -> None:
         for name, allowed in self.choices().items():
             value = getattr(self, name)
+            if name == "merge" and isinstance(value, str) and ":" in value:
+                continue  # imported when it is needed: see `find_method`
             if value not in allowed:
                 raise ValueError(f"Fusion.{name} is {value!r}: choose one of {', '.join(map(repr, allowed))}")
         object.__setattr__(self, "features", _checked_features(self.features))
         if not isinstance(self.rescore, bool):
             raise ValueError(f"Fusion.rescore is {self.rescore!r}: it must be True or False")
+        method = self._merging()
+        if self.correct != "none" and (method.inputs != "none" or method.repairs):
+            raise ValueError(
+                f"Fusion.merge={self.merge!r} looks at inputs or repairs layers itself: correct must be 'none', "
+                f"not {self.correct!r}"
+            )
 
     @staticmethod
     def choices() -> dict[str, tuple[str, ...]]:
         """The allowed values of every field that has a fixed choice of one; `features` takes several of `FEATURES`."""
         return {
-            "merge": tuple(MERGE_RULES),
+            "merge": tuple(METHODS),
             "cost": COSTS,
             "source_mass": MASSES,
             "target_mass": TARGET_MASSES,
@@ -87,9 +99,31 @@ class Fusion:
             return Fusion.preset(value)
         raise TypeError(f"fusion must be a preset name or a Fusion, not {type(value).__name__}")
 
+    def method(self) -> Method:
+        """A new object of the method that these settings describe, for one pruning step."""
+        if self.correct == "none":
+            return self._merging()
+        return Refit(self._merging(), "calibration" if self.correct == "calibrated" else "synthetic")
+
+    @property
+    def is_discard(self) -> bool:
+        """Is this plain torch-pruning?"""
+        return self.merge == "selection" and self.correct == "none"
+
+    def _merging(self) -> Method:
+        try:
+            return find_method(self.merge)()
+        except ValueError as error:
+            raise ValueError(f"Fusion.merge: {error}") from error
+
     def discarded(self) -> Fusion:
         """The same scoring, nothing merged."""
         return replace(self, merge="selection", correct="none")
+
+    @property
+    def name(self) -> str:
+        """The preset's name, if there is one that is the same; else all fields that are set."""
+        return next((name for name, preset in PRESETS.items() if replace(self, seed=0) == preset), str(self))
 
     def __str__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]

@@ -1,4 +1,7 @@
-"""The pruners a torch-pruning user imports: change the import, and channels are fused instead of discarded."""
+"""The pruners a torch-pruning user imports: change the import, and channels are fused instead of discarded.
+
+The pruner is the adapter to torch-pruning: constructor, scores, widths. What happens to a group is in `step.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +16,34 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency.group import Group
 
-from intrafusion.correct.corrector import Corrector
-from intrafusion.correct.sequential import Sequential
-from intrafusion.correct.synthetic import synthetic_count, synthetic_inputs
 from intrafusion.groups.batchnorm import folded
+from intrafusion.groups.kinds.base import torch_pruners
 from intrafusion.groups.permutation_check import inconsistent_groups
-from intrafusion.groups.snapshot import Snapshot, frozen_parameters
+from intrafusion.groups.snapshot import Snapshot
 from intrafusion.groups.table import GroupTable, foldable_pairs, module_name, tabulate
 from intrafusion.history.lineage import Lineage
-from intrafusion.history.replay import GroupCut
 from intrafusion.history.tracing import Tracing
 from intrafusion.prune import checks
-from intrafusion.prune.fuse_group import Outcome, fuse
 from intrafusion.prune.fused_group import FusedGroup, FusionError
 from intrafusion.prune.fusion import Fusion
 from intrafusion.prune.report import GroupReport, Report
-from intrafusion.running import run_model, to_device
+from intrafusion.prune.step import Step
+from intrafusion.running import run_model
 
 
 class FusionMixin:
     """Turns a torch-pruning pruner into one that fuses. Mixed in before the pruner class.
 
-    progress: set it to False for no progress bars; they are on a terminal only.
+    Attributes:
+        report: what was done to every group so far.
+        last_step: the last `Step`, or None.
+        lineage: what became of every parameter.
+        progress: set it to False for no progress bars; they are on a terminal only.
+        keep_inputs: set it to True and `last_step.inputs` holds what the step ran on.
     """
 
     progress: bool = True
+    keep_inputs: bool = False
 
     # What the host class provides.
     DG: tp.DependencyGraph
@@ -54,7 +60,10 @@ class FusionMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        host = inspect.signature(cls.__mro__[2])
+        if "__init__" in cls.__dict__:
+            return  # a subclass with a constructor of its own has its own signature
+        after = cls.__mro__[cls.__mro__.index(FusionMixin) + 1]
+        host = inspect.signature(after)
         keyword = inspect.Parameter.KEYWORD_ONLY
         ours = [
             inspect.Parameter("fusion", keyword, default="data-free", annotation="str | Fusion"),
@@ -66,13 +75,13 @@ class FusionMixin:
         self, *args: Any, fusion: str | Fusion = "data-free", calibration: Iterable | None = None, **kwargs: Any
     ) -> None:
         self.fusion = Fusion.of(fusion)
-        self._calibration = checks.calibration_batches(calibration, self.fusion.correct)
-        self._corrector: Corrector | None = None
+        self.calibration = checks.calibration_batches(calibration, self.fusion.method(), f"fusion={self.fusion.name!r}")
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         checks.check_arguments(bound.arguments)
         checks.complete(bound.arguments)
-        self._run = partial(run_model, forward_fn=bound.arguments.get("forward_fn"))
-        self._example = bound.arguments["example_inputs"]
+        bound.arguments["customized_pruners"] = {**torch_pruners(), **(bound.arguments.get("customized_pruners") or {})}
+        self.run = partial(run_model, forward_fn=bound.arguments.get("forward_fn"))
+        self.example_inputs = bound.arguments["example_inputs"]
         modes = [(module, module.training) for module in bound.arguments["model"].modules()]
         try:
             super().__init__(*bound.args, **bound.kwargs)
@@ -80,12 +89,11 @@ class FusionMixin:
             for module, training in modes:
                 module.training = training
         self.report = Report()
+        self.last_step: Step | None = None
+        self.lineage = Lineage(self.DG)
+        self.tracing = Tracing.of(self.DG, bound.arguments)
         self._scores: dict[tuple[Any, Callable], Tensor] = {}
         self._quiet = False
-        self._inconsistent: set[str] = set()
-        self._lineage = Lineage(self.DG)
-        self._cuts: tuple[GroupCut, ...] = ()
-        self._tracing = Tracing.of(self.DG, bound.arguments)
         checks.warn_if_nothing_prunable(self)
 
     def step(self, interactive: bool = False) -> Iterator[Group] | None:
@@ -95,7 +103,7 @@ class FusionMixin:
         """
         if interactive:
             return super().step(interactive=True)  # type: ignore[misc]
-        snapshot, reported = Snapshot(self.DG, self.model.modules(), self._state()), len(self.report.groups)
+        snapshot, reported = Snapshot(self.DG, self.model.modules(), self.state()), len(self.report.groups)
         try:
             super().step(interactive=False)  # type: ignore[misc]
         except BaseException:
@@ -131,7 +139,7 @@ class FusionMixin:
     def manual_prune_width(
         self, layer: nn.Module, pruning_fn: Callable, pruning_ratios_or_idxs: float | list[int]
     ) -> None:
-        """Fuse and cut one layer's group to a given width.
+        """Fuse and cut one layer's group to a given width, as a step of its own.
 
         pruning_ratios_or_idxs: the channels to remove, or a float. Torch-Pruning reads the float as the fraction that
         stays (it removes n·(1 - ratio) channels), and so do we, with a warning.
@@ -149,23 +157,20 @@ class FusionMixin:
                 raise FusionError(f"group {module_name(self.DG, layer)!r}: the metric has nothing to score here")
             removed = torch.argsort(score)[: int(n * (1 - removed))].tolist()
         group = self.DG.get_pruning_group(layer, pruning_fn, [int(i) for i in removed])
-        FusedGroup.wrap(group, self).prune()
+        self.last_step = step = Step(self)
+        for one in step.groups([group]):
+            one.prune()
 
     def _prune(self) -> Iterator[Group]:
-        checks.check_finite(self.model)
-        self._corrector = None  # the one of the step before compares with a network that is gone
-        self._cuts = ()
         self._scores.clear()
-        self._inconsistent = self._find_inconsistent()
+        self.last_step = step = Step(self)
         seen, first = set(), len(self.report.groups)
         self._quiet = True
         try:
-            groups = super()._prune()  # type: ignore[misc]
-            for group in groups if self.fusion.correct == "none" else self._in_forward_order(list(groups)):
+            for group in step.groups(super()._prune()):  # type: ignore[misc]
                 root = group[0].dep
                 seen.add((root.target.module, root.handler))
-                yield FusedGroup.wrap(self._rescored(group), self)
-            self._finish()
+                yield group
         finally:
             self._quiet = False
         for root, handler in self._scores:
@@ -174,64 +179,43 @@ class FusionMixin:
                 self._note(name, n, reason="torch-pruning removes none of its channels, or could not leave one")
         self._warn([group for group in self.report.groups[first:] if group.merged == "selection" and group.reason])
 
-    def _in_forward_order(self, groups: list[Group]) -> Iterator[Group]:
-        """The groups in the order of the forward pass, each as it is by then; prepares the correction of the layers."""
-        if not groups:
-            return
-        self._corrector = corrector = self._new_corrector()
-        turn = {id(group): corrector.position(self._table(group)) for group in groups}
-        for group in sorted(groups, key=lambda group: turn[id(group)]):
-            root = group[0].dep
-            whole = all(hasattr(item, "dep") for item in group)
-            idxs = [int(i) for i in group[0].idxs]
-            yield self.DG.get_pruning_group(root.target.module, root.handler, idxs) if whole else group
+    # What a step asks of the pruner.
 
-    def _new_corrector(self) -> Corrector:
-        """What corrects the layers of one step; the benchmarks' rivals bring their own."""
-        batches = self._calibration
-        few = synthetic_count(self.model, self._example, batches)
-        options: dict[str, Any] = {"count": few, "seed": self.fusion.seed, "progress": self.progress}
-        try:
-            drawn = synthetic_inputs(self.model, self._example, self._run, **options) if few else []
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            if not batches:
-                raise FusionError(
-                    f"the network does not run on batches of synthetic inputs shaped like its example ({error}): give "
-                    "fusion='calibrated' with calibration=<batches of your own>, or fusion='paper', which needs none"
-                ) from error
-            drawn = []
-        batches = [*batches, *drawn]
-        device = next(self.model.parameters()).device
-        batches = [to_device(batch, device) for batch in batches]
-        return Sequential(self.DG, self._run, batches, self.progress)
-
-    @torch.no_grad()
-    def _finish(self) -> None:
-        """Correct the layers behind the last group."""
-        if self._corrector is None:
-            return
-        snapshot = Snapshot(self.DG, self.model.modules())
-        try:
-            with self._lineage.recording():
-                self._corrector.finish()
-        except Exception as error:
-            snapshot.restore()
-            raise FusionError(f"while refitting the layers after the cut: {error}") from error
-
-    def _table(self, group: Group) -> GroupTable:
+    def table(self, group: Group) -> GroupTable:
+        """The group's table, at its present width."""
         root = group[0].dep
-        return tabulate(self.DG, root.target.module, root.handler, self._get_channel_groups(group))  # type: ignore[attr-defined]
+        return tabulate(self.DG, root.target.module, root.handler, self.channel_groups_of(group))
 
-    def _rescored(self, group: Group) -> Group:
-        """The same group with as many channels to remove, chosen by their score on the network as it is now.
+    def channel_groups_of(self, group: Group) -> int:
+        """Torch-Pruning's number of chunks of a group: heads, grouped convolutions."""
+        return self._get_channel_groups(group)  # type: ignore[attr-defined]
+
+    def is_attention(self, group: Group) -> bool:
+        """Does torch-pruning cut heads here?"""
+        return self._is_atten_group(group)[0]  # type: ignore[attr-defined]
+
+    def score_of(self, table: GroupTable) -> Tensor | None:
+        """[n] what the metric said of a group's channels, if it was asked."""
+        return next(
+            (score for (root, _), score in self._scores.items() if module_name(self.DG, root) == table.name), None
+        )
+
+    def as_it_is(self, group: Group) -> Group:
+        """The same group at the widths of now, its channels chosen anew if each group is scored when its turn comes.
 
         Global rankings, heads and chunked channels keep torch-pruning's choice.
         """
-        heads = self._is_atten_group(group)[0]  # type: ignore[attr-defined]
-        chunks = self._get_channel_groups(group)  # type: ignore[attr-defined]
-        if not self.fusion.rescore or self.global_pruning or heads or chunks > 1:
-            return group
         root = group[0].dep
+        if all(hasattr(item, "dep") for item in group):
+            idxs = [int(i) for i in group[0].idxs]
+            group = self.DG.get_pruning_group(root.target.module, root.handler, idxs)
+        if (
+            not self.fusion.rescore
+            or self.global_pruning
+            or self.is_attention(group)
+            or self.channel_groups_of(group) > 1
+        ):
+            return group
         n = checks.width(self.DG, root.target.module, root.handler)
         score = self.estimate_importance(self.DG.get_pruning_group(root.target.module, root.handler, list(range(n))))
         if score is None:
@@ -241,58 +225,44 @@ class FusionMixin:
         chosen = self.DG.get_pruning_group(root.target.module, root.handler, sorted(removed.tolist()))
         return chosen if len(set(chosen[0].idxs)) == count else group  # tied channels bring others along
 
-    def _find_inconsistent(self) -> set[str]:
+    def inconsistent_groups(self) -> frozenset[str]:
         """Groups that torch-pruning describes wrongly; asked at every step, since its offsets also go stale."""
-        if self.fusion.merge == "selection":
-            return set()
-        tables = []
-        for group in self.DG.get_all_groups(self.ignored_layers, self.root_module_types):
-            if not self._is_atten_group(group)[0]:  # type: ignore[attr-defined]
-                tables.append(self._table(group))
-        return inconsistent_groups(self.DG, tables, lambda model: self._run(model, self._example))
+        groups = self.DG.get_all_groups(self.ignored_layers, self.root_module_types)
+        tables = [self.table(group) for group in groups if not self.is_attention(group)]
+        forward = partial(self.run, inputs=self.example_inputs)
+        return frozenset(inconsistent_groups(self.DG, tables, forward))
 
-    @torch.no_grad()
-    def _prune_group(self, group: FusedGroup, record_history: bool) -> None:
-        table = self._table(group)
-        removed = sorted({int(i) for i in group[0].idxs})
-        kept = torch.tensor([i for i in range(table.n) if i not in set(removed)], dtype=torch.long)
-        snapshot = Snapshot(self.DG, table.modules() if self._corrector is None else self.model.modules())
-        frozen = frozen_parameters(table.modules())
-        try:
-            if not 0 <= removed[0] <= removed[-1] < table.n:
-                raise ValueError(f"channels {removed[0]}..{removed[-1]} are to be removed of {table.n}")
-            with self._lineage.recording() as change:
-                outcome = self._fuse(group, table, kept)
-                change.mixed(table, outcome.pair)
-                with change.cutting(group):
-                    Group.prune(group, record_history=record_history)
-                for module, name in frozen:  # torch-pruning makes a cut parameter trainable
-                    module.get_parameter(name).requires_grad_(False)
-                if self._corrector is not None and not self._quiet:
-                    self._corrector.finish()
-        except Exception as error:
-            snapshot.restore()
-            where = f"while fusing group {table.name!r} ({table.n} -> {len(kept)} channels)"
-            raise FusionError(f"{where}: {error}") from error
-        cost, plan = (outcome.plan.cost, outcome.plan.main_targets) if outcome.plan else (None, ())
-        width = (table.n, len(kept))
-        self._cuts = (*self._cuts, GroupCut.of(self.DG, group, self._get_channel_groups(group), outcome.pair))  # type: ignore[attr-defined]
-        entry = GroupReport(table.name, self.current_step, *width, outcome.merged, cost, outcome.reason, plan)
+    def reported(self, entry: GroupReport) -> None:
+        """A group was pruned."""
         self.report.groups.append(entry)
-        if not self._quiet and outcome.merged == "selection" and outcome.reason:
+        if not self._quiet and entry.merged == "selection" and entry.reason:
             self._warn([entry])
 
-    def _fuse(self, group: FusedGroup, table: GroupTable, kept: Tensor) -> Outcome:
-        if self.fusion.merge == "selection":
-            return Outcome("selection")
-        reason = checks.mismatch(group, table, kept)
-        root = group[0].dep
-        importance = self._scores.get((root.target.module, root.handler))
-        if table.name in self._inconsistent:
-            reason = "torch-pruning's index map does not describe the network here, and its cut may be wrong as well"
-        if not reason and self._is_atten_group(group)[0]:  # type: ignore[attr-defined]
-            reason = "queries and keys meet in a product, which a linear merge cannot keep"
-        return fuse(self.DG, table, kept, importance, self.fusion, self._corrector, veto=reason)
+    def cut_again(self, history: Iterable[tuple[str, bool, Iterable[int]]]) -> None:
+        """Cut the channels of a torch-pruning history again, fusing nothing and reporting nothing: structure only."""
+        settings, reported = self.fusion, len(self.report.groups)
+        self.fusion = settings.discarded()
+        try:
+            self.last_step = step = Step(self)
+            for name, outputs, removed in history:
+                root = self.model.get_submodule(name)
+                pruner: Any = self.DG.get_pruner_of_module(root)
+                handler = pruner.prune_out_channels if outputs else pruner.prune_in_channels
+                group = self.DG.get_pruning_group(root, handler, [int(i) for i in removed])
+                FusedGroup.wrap(group, step, None).prune()
+        finally:
+            self.fusion = settings
+            del self.report.groups[reported:]
+
+    def state(self) -> list[dict]:
+        """The dictionaries that hold what a step changes of the pruner."""
+        own = (self.num_heads, self.in_channel_groups, self.out_channel_groups, self.initial_channels)
+        return [self.__dict__, *own]
+
+    @property
+    def initial_channels(self) -> dict:
+        """What torch-pruning remembers of the widths before the first of several steps; it may be changed."""
+        return self._scope_initial_channels
 
     def _note(self, name: str, n: int, reason: str) -> None:
         self.report.groups.append(GroupReport(name, self.current_step, n, n, "untouched", None, reason))
@@ -301,25 +271,6 @@ class FusionMixin:
         if groups:
             listed = "; ".join(f"{group.name}: {group.reason}" for group in groups)
             warnings.warn(f"{len(groups)} of the groups could only be cut, not fused: {listed}", stacklevel=3)
-
-    def _cut_again(self, history: Iterable[tuple[str, bool, Iterable[int]]]) -> None:
-        """Cut the channels of a torch-pruning history again, fusing nothing and reporting nothing: structure only."""
-        settings, corrector, reported = self.fusion, self._corrector, len(self.report.groups)
-        self.fusion, self._corrector = settings.discarded(), None
-        try:
-            for name, outputs, removed in history:
-                root = self.model.get_submodule(name)
-                pruner: Any = self.DG.get_pruner_of_module(root)
-                handler = pruner.prune_out_channels if outputs else pruner.prune_in_channels
-                group = self.DG.get_pruning_group(root, handler, [int(i) for i in removed])
-                FusedGroup.wrap(group, self).prune()
-        finally:
-            self.fusion, self._corrector = settings, corrector
-            del self.report.groups[reported:]
-
-    def _state(self) -> list[dict]:
-        own = (self.num_heads, self.in_channel_groups, self.out_channel_groups, self._scope_initial_channels)
-        return [self.__dict__, *own]
 
 
 class IntraFusionPruner(FusionMixin, tp.pruner.BasePruner):

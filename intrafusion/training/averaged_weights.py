@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from intrafusion.correct.sequential import Sequential
+from intrafusion.correct.correction import Correction
 from intrafusion.groups.snapshot import Snapshot
 from intrafusion.history.replay import replay_
+from intrafusion.methods.view import View
 from intrafusion.prune.fused_group import FusionError
 from intrafusion.prune.pruner import FusionMixin
 
@@ -30,24 +31,31 @@ def prune_twin_(pruner: FusionMixin, twin: nn.Module, buffers: Mapping[str, Tens
     """Prune `twin` as the last step of `pruner` pruned its network: same channels, same (R, S).
 
     Where the step refits layers, those of `twin` are refitted too, each to what `twin` gave before, on the inputs of
-    the step: a twin that is equal to the network stays equal to it, bit for bit. buffers: batch-norm statistics by
+    the step (which the pruner must have been told to keep, by `keep_inputs`): a twin that is equal to the network stays
+    equal to it, bit for bit. buffers: batch-norm statistics by
     name, to give to the twin first (for averages that leave them out).
 
     Raises FusionError if it fails; the twin is then as it was.
     """
-    cuts = pruner._cuts
-    if not cuts:
+    step = pruner.last_step
+    if step is None or not step.cuts:
         return
     modes = [(module, module.training) for module in twin.modules()]
-    graph = pruner._tracing.trace(twin, pruner._example)
+    graph = pruner.tracing.trace(twin, pruner.example_inputs)
     snapshot = Snapshot(graph, twin.modules())
     try:
         for name, value in (buffers or {}).items():
             path, _, last = name.rpartition(".")
             setattr(twin.get_submodule(path), last, value.detach().clone())
-        refits = isinstance(pruner._corrector, Sequential)
-        corrector = Sequential(graph, pruner._run, pruner._corrector.batches) if refits else None  # type: ignore[union-attr]
-        replay_(graph, cuts, corrector)
+        correction = None
+        if step.method.repairs and step.inputs:
+            method = pruner.fusion.method()
+            view = View(graph, pruner.run, pruner.example_inputs, step.inputs, seed=pruner.fusion.seed)
+            correction = Correction(
+                graph, pruner.run, step.inputs, (), lambda layer: method.repair_(layer, view),
+                after_cut=method.after_cut, survey=False, progress=False,
+            )  # fmt: skip
+        replay_(graph, step.cuts, correction)
     except Exception as error:
         snapshot.restore()
         raise FusionError(f"while pruning the averaged network as the network was: {error}") from error

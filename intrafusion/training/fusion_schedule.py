@@ -108,12 +108,18 @@ class FusionSchedule:
         left_out, names = _left_out(self.ema, networks[0]), {name for name, _ in networks[0].named_parameters()}
 
         def prune() -> None:
-            self.pruner.step()
-            for twin in networks[1:]:
-                prune_twin_(self.pruner, twin, left_out)
+            self.pruner.keep_inputs = len(networks) > 1
+            try:
+                self.pruner.step()
+                for twin in networks[1:]:
+                    prune_twin_(self.pruner, twin, left_out)
+            finally:
+                self.pruner.keep_inputs = False
+                if self.pruner.last_step is not None:
+                    self.pruner.last_step.inputs = ()
 
         with self._all_or_nothing():
-            together(prune, result=lambda: [(cut.root, cut.removed) for cut in self.pruner._cuts])
+            together(prune, result=lambda: [(cut.root, cut.removed) for cut in self.pruner.last_step.cuts])
             self._carry_over()
         broadcast_(tensor for network in networks for tensor in _tensors(network))
         broadcast_(_state_tensors(self.optimizer))
@@ -125,7 +131,7 @@ class FusionSchedule:
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         modules = [module for network in self._networks() for module in network.modules()]
-        snapshot, reported = Snapshot(self.pruner.DG, modules, self.pruner._state()), len(self.report.groups)
+        snapshot, reported = Snapshot(self.pruner.DG, modules, self.pruner.state()), len(self.report.groups)
         try:
             yield
         except BaseException:
@@ -147,7 +153,7 @@ class FusionSchedule:
             "pruner_step": self.pruner.current_step,
             "history": [[name, bool(out), [int(i) for i in idxs]] for name, out, idxs in self.pruner.pruning_history()],
             "added": list(self._added),
-            "initial_channels": dict(self.pruner._scope_initial_channels),
+            "initial_channels": dict(self.pruner.initial_channels),
             "num_heads": {self._name(module): heads for module, heads in self.pruner.num_heads.items()},
         }
 
@@ -169,7 +175,7 @@ class FusionSchedule:
         self._cut_again(state)
         self.calls, self.done, self._added = state["calls"], state["done"], list(state["added"])
         self.pruner.current_step = state["pruner_step"]
-        self.pruner._scope_initial_channels.update(state["initial_channels"])
+        self.pruner.initial_channels.update(state["initial_channels"])
         for module in self.pruner.num_heads:
             heads = state["num_heads"].get(self._name(module), self.pruner.num_heads[module])
             self.pruner.num_heads[module] = self.pruner.out_channel_groups[module] = heads
@@ -181,10 +187,10 @@ class FusionSchedule:
         networks = self._networks()
         try:
             with self._all_or_nothing():
-                self.pruner._cut_again(state["history"])
+                self.pruner.cut_again(state["history"])
                 for twin in networks[1:]:
                     prune_twin_(self.pruner, twin)
-                with self.pruner._lineage.recording():
+                with self.pruner.lineage.recording():
                     for name in state["added"]:
                         for network in networks:
                             _add_bias(network, name)

@@ -57,7 +57,7 @@ def transfer_optimizer_state(
     for name, kind in known.items():
         if kind not in _ALLOWED:
             raise ValueError(f"kinds[{name!r}] is {kind!r}: choose one of {', '.join(map(repr, _ALLOWED))}")
-    transfer = _Transfer(pruner.model, pruner._lineage, known, {id(p) for p in keep})
+    transfer = _Transfer(pruner.model, pruner.lineage, known, {id(p) for p in keep})
     transfer.prepare(optimizer)
     transfer.commit(optimizer)
 

@@ -144,7 +144,7 @@ def test_a_failure_of_the_correction_puts_the_network_back(monkeypatch):
     def broken(*args, **kwargs):
         raise ValueError("no solution today")
 
-    monkeypatch.setattr("intrafusion.correct.sequential.refit_", broken)
+    monkeypatch.setattr("intrafusion.methods.refit.refit_", broken)
     with pytest.raises(FusionError, match="no solution today"):
         pruner.step()
     assert str(model) == text

@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from intrafusion.correct.observe import look
 from intrafusion.correct.refit import RowMap, can_refit, refit_
+from intrafusion.correct.walk import Walk
 from tests.nets import randomise_
 
 
 def sights(dense, pruned, name, batches, bn=""):
-    for x in batches:
-        yield tuple(
-            look(lambda m=m, x=x: m(x), m.get_submodule(name), m.get_submodule(bn) if bn else None)
-            for m in (dense, pruned)
-        )
+    """What both networks see at one layer, batch by batch."""
+    walk = Walk((dense.eval(), pruned.eval()), lambda model, x: model(x), batches, {name: bn})
+    walk.advance()
+    found = walk.sights()
+    walk.close()
+    return found
 
 
 @pytest.mark.parametrize("affine", [True, False])

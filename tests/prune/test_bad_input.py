@@ -10,8 +10,9 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-import intrafusion.prune.pruner
+import intrafusion.prune.step
 from intrafusion import FusedGroup, Fusion, FusionError, IntraFusionPruner
+from intrafusion.prune.step import Step
 from tests.nets import Plain, randomise_
 
 
@@ -191,9 +192,9 @@ def test_an_empty_group_does_nothing():
     model = plain()
     pruner, before = pruner_for(model), state(model)
     empty = tp.dependency.Group()
-    FusedGroup.wrap(empty, pruner).prune()
+    FusedGroup.wrap(empty, Step(pruner), None).prune()
     nothing = pruner.DG.get_pruning_group(model.conv1, tp.prune_conv_out_channels, [])
-    FusedGroup.wrap(nothing, pruner).prune()
+    FusedGroup.wrap(nothing, Step(pruner), None).prune()
     assert_unchanged(model, before)
     pruner = pruner_for(model, pruning_ratio=0.0)
     pruner.step()
@@ -265,15 +266,15 @@ def test_a_value_that_overflows_half_precision_is_an_error_and_changes_nothing()
 def test_a_failure_in_the_last_group_puts_every_group_of_the_step_back(monkeypatch):
     model = plain()
     pruner, before = pruner_for(model), state(model)
-    fuse, calls = intrafusion.prune.pruner.fuse, []
+    apply, calls = intrafusion.prune.step.apply_pair, []
 
     def failing(*args, **kwargs):
         calls.append(args)
         if len(calls) == 3:
             raise RuntimeError("out of luck")
-        return fuse(*args, **kwargs)
+        return apply(*args, **kwargs)
 
-    monkeypatch.setattr(intrafusion.prune.pruner, "fuse", failing)
+    monkeypatch.setattr(intrafusion.prune.step, "apply_pair", failing)
     with pytest.raises(FusionError, match=r"while fusing group 'fc1' \(10 -> 5 channels\): out of luck"):
         pruner.step()
     assert_unchanged(model, before)

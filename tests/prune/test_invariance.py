@@ -12,9 +12,10 @@ from torch import nn
 
 from intrafusion import Fusion, IntraFusionPruner
 from intrafusion.groups.apply import apply_pair
+from intrafusion.groups.features import channel_features
 from intrafusion.groups.table import tabulate
-from intrafusion.ot import Pair
-from intrafusion.prune.fuse_group import fuse
+from intrafusion.ot import Pair, transport_plan
+from intrafusion.ot.merge import barycentre
 from tests.nets import PICO, Case, randomise_
 
 BARYCENTRE = Fusion(merge="barycentre")
@@ -192,7 +193,8 @@ def test_keeping_every_channel_changes_nothing():
         model, pruner = build(case)
         before = copy.deepcopy(model.state_dict())
         for table in tables(pruner):
-            fuse(pruner.DG, table, torch.arange(table.n), None, BARYCENTRE)
+            plan = transport_plan(channel_features(pruner.DG, table), torch.arange(table.n), classes=table.classes)
+            apply_pair(table, barycentre(plan))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), case.name
 
 

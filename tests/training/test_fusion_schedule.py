@@ -163,7 +163,7 @@ def test_a_failure_leaves_network_average_optimizer_and_count_as_they_were(broke
     before, text = state(loop), str(loop.model)
     held_before = [id(p) for p in held(loop.optimizer)]
     if broken == "network":
-        monkeypatch.setattr("intrafusion.correct.sequential.Sequential.finish", lambda self: 1 / 0)
+        monkeypatch.setattr("intrafusion.correct.correction.Correction.finish", lambda self: 1 / 0)
     elif broken == "average":
         monkeypatch.setattr("intrafusion.training.averaged_weights.replay_", lambda *args: 1 / 0)
     else:

@@ -59,7 +59,7 @@ def test_after_a_failed_step_the_optimizer_goes_on_as_it_was(monkeypatch):
     train_(model, optimizer, case)
     states = [optimizer.state[p] for p in held(optimizer)]
     with monkeypatch.context() as patch:
-        patch.setattr("intrafusion.correct.sequential.Sequential.finish", lambda self: 1 / 0)
+        patch.setattr("intrafusion.correct.correction.Correction.finish", lambda self: 1 / 0)
         with pytest.raises(FusionError):
             pruner.step()
     transfer_optimizer_state(optimizer, pruner)

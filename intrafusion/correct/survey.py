@@ -1,0 +1,262 @@
+"""What the readers of every group see in the dense network: one pass over all batches, before anything is cut.
+
+Rows are chosen on samples of it, at positions spread over all batches: `z` are the channels where they were last mixed
+before the reader (pre-activations), `h` what the reader reads, `f` the calls from the one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from intrafusion.correct.tape import Call, Layers, Tape, Visit
+from intrafusion.groups.layout import channel_axis, gather, to_channels
+from intrafusion.groups.table import GroupTable, Slot
+from intrafusion.ot.rows import Samples
+from intrafusion.running import evaluating
+
+_POSITIONS, _PRODUCTS = 16000, 2**32
+"""On how many positions of an activation the rows of n channels are chosen: at most `_POSITIONS`, fewer where positions
+times n^2 would be more than `_PRODUCTS`, but at least 2 n."""
+_MOST_READERS = 4
+
+Run = Callable[[nn.Module, Any], Any]
+
+
+def visiting_order(network: nn.Module, run: Run, batch: Any, layers: dict[str, str]) -> list[str]:
+    """The layers that a forward pass calls, in the order in which their outputs are first read."""
+    order: dict[str, None] = {}
+    tape = Tape(Layers(network, layers), read=lambda visit: order.setdefault(visit.name))
+    with torch.no_grad(), evaluating(network):
+        with tape:
+            run(network, batch)
+        tape.finish()
+    return list(order)
+
+
+def watch(
+    network: nn.Module,
+    run: Run,
+    batches: Sequence,
+    layers: dict[str, str],
+    called: Callable[[Tape, Visit], None],
+    *,
+    follow: bool = False,
+    progress: bool = False,
+) -> None:
+    """One pass over all batches; `called` is told of the first call of every layer in each of them."""
+    found = Layers(network, layers)
+    hidden = None if progress else True
+    with torch.no_grad(), evaluating(network):
+        for batch in tqdm(batches, desc="survey", delay=2, leave=False, disable=hidden):
+            with _first_calls(found, called, follow):
+                run(network, batch)
+
+
+def _first_calls(layers: Layers, called: Callable[[Tape, Visit], None], follow: bool) -> Tape:
+    seen: set[str] = set()
+
+    def first(visit: Visit) -> None:
+        if visit.name not in seen:
+            seen.add(visit.name)
+            called(tape, visit)
+
+    tape = Tape(layers, called=first, follow=follow)
+    return tape
+
+
+class Survey:
+    """Samples of what the readers of `tables` see in a network. order: of its layers, as `visiting_order` gives it."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        run: Run,
+        batches: Sequence,
+        layers: dict[str, str],
+        tables: Iterable[GroupTable],
+        *,
+        progress: bool = False,
+    ) -> None:
+        self._network = network
+        self._readers: dict[str, list[_Reader]] = {}
+        by_layer: dict[str, list[_Reader]] = {}
+        order = list(layers)
+        for table in tables:
+            readers = [_Reader(slot, table.n, len(batches)) for slot in _readers_of(table, order)]
+            self._readers[table.name] = readers
+            for reader in readers:
+                by_layer.setdefault(reader.slot.name, []).append(reader)
+
+        def called(tape: Tape, visit: Visit) -> None:
+            for reader in by_layer.get(visit.name, ()):
+                reader.see(tape, visit.inputs)
+
+        if by_layer:
+            watch(network, run, batches, layers, called, follow=True, progress=progress)
+
+    def makers(self, table: GroupTable) -> set[str]:
+        """The layers that the readers of a group see directly."""
+        return {reader.maker for reader in self._readers.get(table.name, ()) if reader.maker}
+
+    def readings(self, table: GroupTable) -> list[Reading]:
+        """What up to four readers of a group see, in forward order."""
+        return [reader.reading(self._network) for reader in self._readers.get(table.name, ())]
+
+    def samples(self, table: GroupTable, maker: str = "", outputs: Sequence[Tensor] = ()) -> list[Samples]:
+        """The same to choose rows on; readers that are not understood are left out.
+
+        maker, outputs: what that layer gives in the pruned network, batch by batch: readers that see it directly get
+        that in the place of what it gives in the dense network.
+        """
+        found = []
+        for reader in self._readers.get(table.name, ()):
+            view = reader.reading(self._network, outputs if maker and reader.maker == maker else ())
+            if view.understood:
+                found.append(samples(view.z, view.h, view.calls, view.reads))
+        return found
+
+    def forget(self, table: GroupTable) -> None:
+        """The group's rows are chosen: its samples are not needed any more."""
+        self._readers.pop(table.name, None)
+
+
+def _readers_of(table: GroupTable, order: list[str]) -> list[Slot]:
+    consumers = [slot for slot in table.slots if slot.reads and slot.name in order and slot.chunks == 1]
+    return sorted(consumers, key=lambda slot: order.index(slot.name))[:_MOST_READERS]
+
+
+def _reads(layer: nn.Module, slot: Slot) -> Tensor:
+    """[n, d] float64: a reader's weights for each channel of a group."""
+    weight: Tensor = layer.weight.detach()  # type: ignore[assignment]
+    return gather(to_channels(weight, slot.axis).double(), slot.local.to(weight.device))
+
+
+@dataclass
+class _Reader:
+    """What one reader of a group of n channels sees, batch by batch: z [P, n, ...] and h [P, n]."""
+
+    slot: Slot
+    n: int
+    batches: int
+    calls: Sequence[Call] = ()
+    maker: str = ""
+    understood: bool = True
+    z: list[Tensor] = field(default_factory=list)
+    h: list[Tensor] = field(default_factory=list)
+    places: list[tuple[_Window, Tensor]] = field(default_factory=list)
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def see(self, tape: Tape, inputs: Tensor) -> None:
+        before, chain = tape.trace_back(inputs)
+        window = _window(before, inputs, chain, self.slot, self.n) if self.understood else None
+        if window is None:
+            self.understood, self.z, self.h, self.places = False, [], [], []
+            return
+        share = max(1, min(_POSITIONS, max(2 * self.n, _PRODUCTS // self.n**2)) // self.batches)
+        chosen = torch.randperm(window.count, generator=self.generator)[:share].to(inputs.device)
+        self.calls, self.maker = chain, tape.maker(before)
+        self.places.append((window, chosen))
+        self.z.append(window.inputs(before, chosen))
+        self.h.append(window.output(inputs, chosen))
+
+    def reading(self, network: nn.Module, outputs: Sequence[Tensor] = ()) -> Reading:
+        """outputs: of the maker in the pruned network, or nothing."""
+        if not (self.understood and self.h):
+            nothing = torch.zeros(0)
+            return Reading(nothing, nothing, (), nothing, understood=False)
+        z = self.z
+        if len(outputs) == len(z) and all(
+            value.shape[window.axis] == self.n for value, (window, _) in zip(outputs, self.places, strict=True)
+        ):
+            z = [window.inputs(value, chosen) for value, (window, chosen) in zip(outputs, self.places, strict=True)]
+        reads = _reads(network.get_submodule(self.slot.name), self.slot)
+        return Reading(torch.cat(z), torch.cat(self.h), self.calls, reads)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one reader of a group sees: z [P, n, ...], h [P, n], the calls from the one to the other, reads [n, d] its
+    weights for each channel. understood: whether this is known at all.
+    """
+
+    z: Tensor
+    h: Tensor
+    calls: Sequence[Call]
+    reads: Tensor
+    understood: bool = True
+
+
+def samples(z: Tensor, h: Tensor, calls: Sequence[Call], reads: Tensor) -> Samples:
+    """What a group's rows are chosen on; every fourth place judges."""
+    precise = torch.promote_types(z.dtype, torch.float32)
+    reads = reads.to(z.device, precise)
+    held_out = torch.arange(len(z), device=z.device) % 4 == 3
+    return Samples(z.to(precise), h.to(precise), _chain(calls), reads @ reads.T / len(reads), held_out)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """How one value that a reader reads comes from channels at one place, in a window, or in the whole image.
+
+    axis: of the channels in both tensors. shape: of the places. side: of the window; None for the whole image.
+    """
+
+    axis: int
+    shape: tuple[int, ...]
+    side: int | None
+
+    @property
+    def count(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def output(self, value: Tensor, places: Tensor) -> Tensor:
+        """[P, n] what is read at some places, numbered in row-major order."""
+        return value.movedim(self.axis, -1)[torch.unravel_index(places, self.shape)]
+
+    def inputs(self, value: Tensor, places: Tensor) -> Tensor:
+        """[P, n], or [P, n, ...] with the window: what that comes from."""
+        if self.side is None:
+            return value[places]
+        if self.side == 1:
+            return self.output(value, places)
+        images, rows, columns = torch.unravel_index(places, self.shape)
+        inside = torch.arange(self.side, device=value.device)
+        down = (rows[:, None] * self.side + inside)[:, :, None]
+        right = (columns[:, None] * self.side + inside)[:, None, :]
+        return value[images[:, None, None], :, down, right].permute(0, 3, 1, 2)
+
+
+def _window(z: Tensor, h: Tensor, calls: Sequence[Call], slot: Slot, n: int) -> _Window | None:
+    """None if what the reader reads is not understood."""
+    copies = slot.local.shape[1]
+    plain = slot.size == n * copies and torch.equal(slot.local, torch.arange(n * copies).reshape(n, copies))
+    axis = channel_axis(slot.owner) % z.dim() if z.dim() == h.dim() else 1
+    if not plain or z.dim() < 2 or z.shape[axis] != n:
+        return None
+    sides = [call.block for call in calls]
+    if z.shape == h.shape and copies == 1 and all(side == 1 for side in sides):
+        return _Window(axis, tuple(z.movedim(axis, -1).shape[:-1]), 1)
+    if axis != 1:
+        return None
+    if z.dim() == 4 and h.dim() == 4 and all(side is not None for side in sides):
+        side = 1
+        for one in sides:
+            side *= one or 1
+        shape = (h.shape[0], *h.shape[2:])
+        return _Window(1, shape, side) if (z.shape[2] // side, z.shape[3] // side) == shape[1:] else None
+    return _Window(1, (h.shape[0],), None) if h.dim() == 2 and copies == 1 else None
+
+
+def _chain(calls: Sequence[Callable]) -> Callable[[Tensor], Tensor]:
+    def f(value: Tensor) -> Tensor:
+        for call in calls:
+            value = call(value)
+        return value.flatten(1)
+
+    return f

@@ -1,0 +1,169 @@
+"""Several networks walk through their layers together, on all batches at once: one forward pass for a whole correction.
+
+All networks but the last are references and are never changed; the last one is corrected. The walk stops at one layer
+after the other, in the order of the forward pass. While it stands, the layer's inputs and outputs are known for every
+network and batch, and the corrected network's layer may be refitted and its group cut; what it then gives is what the
+rest of the pass reads. Nothing that lies behind is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.correct.passes import Pass
+from intrafusion.correct.tape import Layers, Visit
+from intrafusion.running import evaluating
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One layer in one forward pass.
+
+    inputs: what the layer read. output: what the layer, with the batch-norm that belongs to it, gave. other: what is
+    added to the output next, if anything.
+    """
+
+    inputs: Tensor
+    output: Tensor
+    other: Tensor | None
+
+
+class Walk:
+    """networks: in eval mode while it walks; the last one is corrected. run: calls a network on one batch of inputs.
+    layers: the layers where the walk stops, in the order of the forward pass, each with its batch-norm's name or ''.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        run: Callable[[nn.Module, Any], Any],
+        batches: Sequence,
+        layers: dict[str, str],
+    ) -> None:
+        self._networks, self._run, self._batches = list(networks), run, batches
+        self._turn = {name: number for number, name in enumerate(layers)}
+        self._layers = [Layers(network, layers) for network in networks]
+        self._at = -1
+        self._passes: list[list[_Stopped]] = []
+        self._start()
+
+    @property
+    def name(self) -> str | None:
+        """The layer where the walk stands; None at its end, and before its start."""
+        names = list(self._turn)
+        return names[self._at] if 0 <= self._at < len(names) else None
+
+    @property
+    def is_over(self) -> bool:
+        return self._at >= len(self._turn)
+
+    def stands_before(self, name: str) -> bool:
+        """Has the walk still to come to a layer?"""
+        return self._turn[name] > self._at
+
+    def advance(self) -> str | None:
+        """Leave the present layer and go on to the next; None at the end."""
+        self._at = min(self._at + 1, len(self._turn))
+        with evaluating(*self._networks):
+            for passes in self._passes:
+                for one in passes:
+                    one.to(self._at)
+        self._layers[-1].forget_renewed()
+        return self.name
+
+    def sights(self) -> list[tuple[Sight, ...]]:
+        """What every network has seen at the present layer, for every batch that reaches it."""
+        return [
+            tuple(Sight(one.visit.inputs, one.visit.output, one.visit.other) for one in passes)  # type: ignore[union-attr]
+            for passes in self._passes
+            if all(one.stands(self._at) for one in passes)
+        ]
+
+    def outputs(self) -> list[Tensor]:
+        """What the corrected network's present layer gives as it is now, batch by batch."""
+        with evaluating(self._networks[-1]):
+            return [passes[-1].present() for passes in self._passes if all(one.stands(self._at) for one in passes)]
+
+    def changed(self, *, rejoin: bool = False) -> None:
+        """The corrected network has other tensors now.
+
+        rejoin: the pass has read some of them already: it starts again and comes back to the present layer.
+        """
+        self._layers[-1].refresh()
+        if rejoin:
+            with evaluating(self._networks[-1]):
+                for number, passes in enumerate(self._passes):
+                    passes[-1].close()
+                    passes[-1] = self._stopped(len(self._networks) - 1, number)
+                    passes[-1].to(self._at)
+
+    def close(self) -> None:
+        """End all passes; what they hold is free."""
+        for passes in self._passes:
+            for one in passes:
+                one.close()
+        self._passes = []
+
+    def _start(self) -> None:
+        numbers = range(len(self._networks))
+        self._passes = [[self._stopped(n, number) for n in numbers] for number in range(len(self._batches))]
+
+    def _stopped(self, network: int, batch: int) -> _Stopped:
+        forward = partial(self._run, self._networks[network], self._batches[batch])
+        return _Stopped(forward, self._layers[network], self._turn)
+
+
+class _Stopped:
+    """One pass of the walk, and the visit where it stands."""
+
+    def __init__(self, forward: Callable[[], Any], layers: Layers, turn: dict[str, int]) -> None:
+        self._pass, self._layers, self._turn = Pass(forward, layers), layers, turn
+        self.visit: Visit | None = None
+        self._now: Tensor | None = None
+        self._used: tuple = ()
+
+    def to(self, at: int) -> None:
+        """Go on to the layer whose turn is `at`, or the first one after it."""
+        while self.visit is None or self._turn[self.visit.name] < at:
+            if self.visit is not None:
+                self._settle()
+            self.visit = self._pass.advance()
+            if self.visit is None:
+                return
+
+    def stands(self, at: int) -> bool:
+        return self.visit is not None and self._turn[self.visit.name] == at
+
+    @torch.no_grad()
+    def present(self) -> Tensor:
+        """The output of the present layer with its present tensors."""
+        assert self.visit is not None
+        used = self._layers.tensors(self.visit.name)
+        if _same(used, self.visit.used):
+            return self.visit.output
+        if self._now is None or not _same(used, self._used):
+            self._now, self._used = self.visit.again(*self._layers.of(self.visit.name)), used
+        return self._now
+
+    def close(self) -> None:
+        self._pass.close()
+        self.visit = self._now = None
+
+    def _settle(self) -> None:
+        """What the layer gives now is what the rest of the pass reads."""
+        assert self.visit is not None
+        now = self.present()
+        if now is not self.visit.output:
+            self.visit.output.data = now
+        self.visit = self._now = None
+        self._used = ()
+
+
+def _same(first: Sequence, second: Sequence) -> bool:
+    return all(a is b for a, b in zip(first, second, strict=True))

@@ -1,0 +1,64 @@
+"""Ours: rows move from where a rule starts them to where the group is rebuilt best, and every layer is refitted.
+
+The rule (published Intra-Fusion's, the barycentre, one of your own) says which channels a kept one starts to stand for;
+`docs/method.md` has the rest. The same method is `data-free` on synthetic inputs and `calibrated` on the user's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from intrafusion.correct.correction import LayerView
+from intrafusion.correct.refit import can_refit, match_statistics_, refit_
+from intrafusion.groups.apply import shift_carrier
+from intrafusion.groups.table import GroupTable
+from intrafusion.methods.method import Method
+from intrafusion.methods.view import View
+from intrafusion.ot import Pair, Plan, selection_pair
+from intrafusion.ot.rows import best_rows, read_back
+
+
+class Refit(Method):
+    """start: the method, a rule for example, whose pair the rows start from. inputs: `synthetic` or `calibration`."""
+
+    samples = fills_up = True
+
+    def __init__(self, start: Method, inputs: str) -> None:
+        self.start, self.inputs = start, inputs
+
+    @property
+    def label(self) -> str:
+        return "data-free" if self.inputs == "synthetic" else "calibrated"
+
+    def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
+        """The start's pair, its rows moved to where the group is rebuilt best.
+
+        In front of a depthwise convolution the rows stay: a mixture of channels that are filtered differently is no
+        filter of a mixture. What is lost is then left to the layers that read the group.
+        """
+        chosen = selection_pair(plan.kept, table.n)
+        if any(slot.is_depthwise for slot in table.slots):
+            return chosen
+        start = self.start.pair(table, plan, view)
+        readers = view.samples(table)
+        if not readers:
+            return start
+        halfway = (start.rows + chosen.rows.to(start.rows)) / 2
+        may_shift = shift_carrier(table) is not None
+        rows, shift = best_rows(halfway, readers, may_shift=may_shift)
+        read = read_back(rows, shift, readers)
+        rows, read = (_inside_classes(side.cpu(), table, plan) for side in (rows, read.T))
+        return Pair(rows, start.columns, plan.kept, shift.cpu() if may_shift else None, read.T)
+
+    def repair_(self, layer: LayerView, view: View) -> None:
+        """Refit the layer so that it gives what the dense one gives; where that is not possible, its batch-norm."""
+        if can_refit(layer.layer):
+            refit_(layer.layer, layer.norm, layer.dense, layer.dense_norm, layer.sights, layer.rows)
+        elif layer.norm is not None:
+            match_statistics_(layer.layer, layer.norm, layer.sights, layer.rows)
+
+
+def _inside_classes(rows: Tensor, table: GroupTable, plan: Plan) -> Tensor:
+    same = table.classes[plan.kept.cpu()][:, None] == table.classes[None, :]
+    return torch.where(same, rows, 0.0)

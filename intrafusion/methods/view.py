@@ -1,0 +1,73 @@
+"""What a method may look at while a network is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from intrafusion.correct.correction import Correction, layers_of
+from intrafusion.correct.survey import Run, visiting_order, watch
+from intrafusion.groups.features import channel_features
+from intrafusion.groups.table import GroupTable
+from intrafusion.ot.rows import Samples
+
+
+class View:
+    """One pruning step, seen by its method.
+
+    graph: torch-pruning's dependency graph; model: the network, as it is by now; run: calls a network on one batch;
+    example: the example inputs; batches: the inputs that the method asked for, () if none; seed: for what is drawn.
+    """
+
+    def __init__(
+        self,
+        graph: tp.DependencyGraph,
+        run: Run,
+        example: Any,
+        batches: Sequence = (),
+        *,
+        importance: Callable[[GroupTable], Tensor | None] = lambda table: None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        self.graph, self.model, self.run, self.example = graph, graph.model, run, example
+        self.batches, self.seed, self.progress = batches, seed, progress
+        self._importance = importance
+        self._order: list[str] | None = None
+        self.correction: Correction | None = None
+
+    @property
+    def order(self) -> list[str]:
+        """Names of the convolutions and linear layers, in the order of the forward pass."""
+        if self._order is None:
+            self._order = visiting_order(self.model, self.run, self.example, layers_of(self.graph))
+        return self._order
+
+    @property
+    def dense(self) -> nn.Module:
+        """The network as it was before the step. Raises ValueError if the method looks at no inputs."""
+        if self.correction is None:
+            raise ValueError("only methods that look at inputs see the dense network; others see it in begin(view)")
+        return self.correction.dense
+
+    def importance(self, table: GroupTable) -> Tensor | None:
+        """[n] the metric's score of every channel of a group, if it gave any."""
+        return self._importance(table)
+
+    def features(self, table: GroupTable, *parts: str) -> Tensor:
+        """[n, d] float64: each channel's weights, batch-norm folded in. parts: of `filters`, `readers`, `biases`."""
+        return channel_features(
+            self.graph, table, rows="filters" in parts, columns="readers" in parts, bias="biases" in parts
+        )
+
+    def samples(self, table: GroupTable) -> list[Samples]:
+        """What up to four readers of a group see, at places spread over all batches; needs `Method.samples`."""
+        return [] if self.correction is None else self.correction.samples(table)
+
+    def watch(self, readers: Mapping[str, Callable[[Tensor], None]]) -> None:
+        """One pass of the network over all batches, in which each named layer's inputs are shown to its function."""
+        layers = {name: norm for name, norm in layers_of(self.graph).items() if name in readers}
+        watch(self.model, self.run, self.batches, layers, lambda tape, visit: readers[visit.name](visit.inputs))

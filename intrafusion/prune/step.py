@@ -1,0 +1,196 @@
+"""One pruning step: what happens to a group, top to bottom.
+
+    1. score      the metric ranks the channels (`FusionMixin.estimate_importance`)
+    2. features   one row per channel: its weights in every layer of the group
+    3. plan       optimal transport from all channels to the kept ones
+    4. merge      a method turns the plan into a pair (R, S)
+    5. apply      the pair is written into the kept places, and torch-pruning cuts
+
+A method that looks at inputs walks the network forward on the way, and every layer behind the first cut is put right.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch_pruning.dependency.group import Group
+
+from intrafusion.correct.correction import Correction
+from intrafusion.groups.apply import apply_pair
+from intrafusion.groups.snapshot import Snapshot, frozen_parameters
+from intrafusion.groups.table import GroupTable
+from intrafusion.history.lineage import Lineage
+from intrafusion.history.replay import GroupCut
+from intrafusion.methods.method import Method
+from intrafusion.methods.view import View
+from intrafusion.ot import Pair, Plan, kept_only, selection_pair, transport_plan
+from intrafusion.prune import checks
+from intrafusion.prune.fused_group import FusedGroup, FusionError
+from intrafusion.prune.inputs import inputs_for
+from intrafusion.prune.report import GroupReport
+
+if TYPE_CHECKING:
+    from intrafusion.prune.pruner import FusionMixin
+
+
+class Step:
+    """One pruning step of a pruner, from the first group to the last.
+
+    Attributes:
+        cuts: what was done to each group so far, in order.
+        lineage: what became of every parameter, in this step and those before.
+        inputs: the batches that the step ran on, if the pruner's `keep_inputs` is set; otherwise (), so that they are
+            free when the step is over. The same holds for the copy of the dense network and all activations.
+    """
+
+    def __init__(self, pruner: FusionMixin) -> None:
+        checks.check_finite(pruner.model)
+        self._pruner = pruner
+        self.settings = pruner.fusion
+        self.method: Method = self.settings.method()
+        self.cuts: tuple[GroupCut, ...] = ()
+        self.lineage: Lineage = pruner.lineage
+        self.inputs: Sequence = ()
+        self._held: Callable[[], View | None] = lambda: None
+        self._inconsistent: frozenset[str] = frozenset()
+        self._at_once = False
+
+    @property
+    def view(self) -> View | None:
+        """What the method sees, as long as some group may still be pruned; None also for plain cutting."""
+        return self._held()
+
+    def groups(self, groups: Iterable[Group]) -> Iterator[FusedGroup]:
+        """The groups, in the order in which they are to be pruned, each as it is by then."""
+        if self.method.looks_ahead:
+            groups = list(groups)
+            view = self.begin(groups)
+            if view is not None and (correction := view.correction) is not None:
+                groups = sorted(groups, key=lambda group: correction.position(self._pruner.table(group)))
+        else:
+            view = self.begin(())
+        for group in groups:
+            yield FusedGroup.wrap(self._pruner.as_it_is(group), self, view)
+        self.finish()
+        self._at_once = True  # whoever kept a group, and prunes it now, wants the rest put right at once
+
+    def begin(self, groups: Sequence[Group]) -> View | None:
+        """Look at the network before it changes: a method is shown all groups that may be cut. None for plain cutting.
+
+        Who holds what it returns, as groups do, keeps the step going; the step itself does not.
+        """
+        pruner, method = self._pruner, self.method
+        if self.settings.is_discard:
+            return None
+        tables = [self._pruner.table(group) for group in groups]
+        self._inconsistent = pruner.inconsistent_groups()
+        batches = inputs_for(pruner, method)
+        self.inputs = batches if pruner.keep_inputs else ()
+        view = View(
+            pruner.DG, pruner.run, pruner.example_inputs, batches,
+            importance=pruner.score_of, seed=self.settings.seed, progress=pruner.progress,
+        )  # fmt: skip
+        if method.repairs or method.samples:
+            seen = weakref.ref(view)
+            repair_ = (lambda layer: method.repair_(layer, seen())) if method.repairs else None
+            view.correction = Correction(
+                pruner.DG, pruner.run, batches, tables, repair_,
+                after_cut=method.after_cut, survey=method.samples, progress=pruner.progress,
+            )  # fmt: skip
+        method.begin(view, tables)
+        self._held = weakref.ref(view)
+        return view
+
+    @torch.no_grad()
+    def prune(self, group: FusedGroup, record_history: bool) -> None:
+        """Fuse and cut one group, all or nothing. Raises FusionError, naming the group; the network is as it was."""
+        table = self._pruner.table(group)
+        removed = sorted({int(i) for i in group[0].idxs})
+        kept = torch.tensor([i for i in range(table.n) if i not in set(removed)], dtype=torch.long)
+        correction = self.view.correction if self.view is not None else None
+        modules = table.modules() if correction is None else list(self._pruner.model.modules())
+        snapshot, frozen = Snapshot(self._pruner.DG, modules), frozen_parameters(table.modules())
+        try:
+            if not 0 <= removed[0] <= removed[-1] < table.n:
+                raise ValueError(f"channels {removed[0]}..{removed[-1]} are to be removed of {table.n}")
+            with self.lineage.recording() as change:
+                if correction is not None:
+                    correction.come_to(table)
+                plan, pair, note = self._pair(group, table, kept)
+                change.mixed(table, pair)
+                with change.cutting(group):
+                    Group.prune(group, record_history=record_history)
+                for module, name in frozen:  # torch-pruning makes a cut parameter trainable
+                    module.get_parameter(name).requires_grad_(False)
+                if correction is not None:
+                    correction.cut(table, selection_pair(kept, table.n) if pair is None else pair)
+                    if self._at_once:
+                        correction.finish()
+        except Exception as error:
+            snapshot.restore()
+            if correction is not None:
+                correction.close()
+            where = f"while fusing group {table.name!r} ({table.n} -> {len(kept)} channels)"
+            raise FusionError(f"{where}: {error}") from error
+        self.cuts = (*self.cuts, GroupCut.of(self._pruner.DG, group, self._pruner.channel_groups_of(group), pair))
+        merged = "selection" if pair is None else self.method.label
+        cost, targets = (None, ()) if plan is None else (plan.cost, plan.main_targets)
+        entry = GroupReport(table.name, self._pruner.current_step, table.n, len(kept), merged, cost, note, targets)
+        self._pruner.reported(entry)
+
+    def _pair(self, group: FusedGroup, table: GroupTable, kept: Tensor) -> tuple[Plan | None, Pair | None, str]:
+        """(plan, pair, remark): features, plan, merge, apply. No pair: the group is only cut; the remark says why."""
+        view, settings = self.view, self.settings
+        if view is None:
+            return None, None, ""
+        reason = self._why_not(group, table, kept)
+        if reason:
+            return None, None, reason
+        plan = kept_only(kept, table.n) if not self.method.plan else transport_plan(
+            view.features(table, *settings.features), kept, classes=table.classes,
+            importance=view.importance(table), cost=settings.cost, source_mass=settings.source_mass,
+            target_mass=settings.target_mass, targets=settings.targets, seed=settings.seed,
+        )  # fmt: skip
+        pair = self.method.pair(table, plan, view)
+        apply_pair(table, pair)
+        self.method.mixed_(table, pair, view)
+        return plan, pair, _remark(plan) if self.method.plan else ""
+
+    def _why_not(self, group: FusedGroup, table: GroupTable, kept: Tensor) -> str:
+        """Why a group can only be cut ('' if it can be fused)."""
+        if table.name in self._inconsistent:
+            return "torch-pruning's index map does not describe the network here, and its cut may be wrong as well"
+        reason = checks.mismatch(group, table, kept)
+        if not reason and self._pruner.is_attention(group):
+            return "queries and keys meet in a product, which a linear merge cannot keep"
+        reason = reason or table.unsupported or checks.uneven_chunks(table, kept)
+        if not reason and not any(slot.makes_channels for slot in table.slots):
+            reason = "no layer of the group produces its channels"
+        return reason
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put right what lies behind the last cut. Raises FusionError; the network is then as it was before."""
+        view = self.view
+        if view is None:
+            return
+        snapshot = Snapshot(self._pruner.DG, self._pruner.model.modules())
+        try:
+            with self.lineage.recording():
+                if view.correction is not None:
+                    view.correction.finish()
+                if self.cuts:
+                    self.method.end_(view)
+        except Exception as error:
+            snapshot.restore()
+            raise FusionError(f"while refitting the layers after the cut: {error}") from error
+
+
+def _remark(plan: Plan) -> str:
+    if plan.stranded.any():
+        return f"{int(plan.stranded.sum())} channels are not transported to any kept channel, and were discarded"
+    return plan.status.value if plan.is_identity else ""
