@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from intrafusion.groups.layout import from_channels, gather, to_channels
+from intrafusion.groups.layout import from_channels, to_channels
 
 
 @dataclass(frozen=True)
@@ -170,13 +170,6 @@ def folded(pairs: Iterable[tuple[Any, Any, int]]) -> Iterator[None]:
         for layer, bn, data, grad, bias, affine in reversed(saved):
             layer.weight.data, layer.weight.grad = data, grad
             layer.bias, bn.affine = bias, affine
-
-
-def folded_rows(bn: Any, matrix: Tensor, local: Tensor) -> Tensor:
-    """[n, m·d] rows of a layer in root order, times its batch-norm's scale if it has one."""
-    if bn is not None:
-        matrix = read(bn).scale[:, None] * matrix
-    return gather(matrix, local)
 
 
 @torch.no_grad()

@@ -243,11 +243,11 @@ class LayerKind(ABC):
             draft.mix(place.owner, place.attribute, place.local, by, place.axis, place.chunks)
 
     def features(self, slot: Slot) -> Tensor | None:
-        """[n, d] float64, what makes each channel, batch-norm folded in; None if the layer has no say in it."""
+        """[n, d] what makes each channel, batch-norm folded in, to be read only; None if the layer has no say in it."""
         return None
 
     def columns(self, slot: Slot, bn: Any) -> Tensor | None:
-        """[n, d] float64, what reads each channel, times the scale of the batch-norm behind the layer (or None)."""
+        """[n, d] what reads each channel, times the scale of the batch-norm behind (or None), to be read only."""
         return None
 
     def shifts(self, slot: Slot) -> Tensor | None:

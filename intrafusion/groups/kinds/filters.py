@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from intrafusion.groups.batchnorm import bias_of, folded_rows, merge, read, row_average
+from intrafusion.groups.batchnorm import bias_of, merge, read, row_average
 from intrafusion.groups.draft import Draft, Mix
 from intrafusion.groups.gaussian import Gaussian
 from intrafusion.groups.kinds.base import LayerKind, Place, Reached, Side, Slot, kind_of, present
-from intrafusion.groups.layout import from_channels, gather, to_channels
+from intrafusion.groups.layout import from_channels, gather, pick, to_channels
 
 MOST_INPUTS = 8192
 """A layer whose outputs read more values than this is not refitted: its Gram matrix would not fit in memory."""
@@ -121,13 +121,18 @@ class Filters(LayerKind):
     def features(self, slot: Slot) -> Tensor | None:
         if slot.reads:
             return None
-        matrix = to_channels(slot.owner.weight.detach().double(), slot.axis, slot.chunks)
-        return folded_rows(slot.partner, matrix, slot.local)
+        matrix = to_channels(slot.owner.weight.detach(), slot.axis, slot.chunks)
+        if slot.partner is not None:
+            matrix = (read(slot.partner).scale[:, None] * matrix).to(matrix.dtype)
+        return pick(matrix, slot.local)
 
     def columns(self, slot: Slot, bn: Any) -> Tensor | None:
         if not slot.reads:
             return None
-        return gather(to_channels(self.folded_weight(slot.owner, bn), slot.axis, slot.chunks), slot.local)
+        weight = slot.owner.weight.detach()
+        if bn is not None:
+            weight = self.folded_weight(slot.owner, bn).to(weight.dtype)
+        return pick(to_channels(weight, slot.axis, slot.chunks), slot.local)
 
     def shifts(self, slot: Slot) -> Tensor | None:
         if slot.reads:
