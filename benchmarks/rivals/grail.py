@@ -7,17 +7,18 @@ G is the second moment of what the consumer reads, on unlabelled images; the pro
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from intrafusion.correct.observe import look
 from torch import Tensor
 
-from benchmarks.rivals.base import Rival, reestimate_, same_class
-from intrafusion.groups.layout import by_channel, channel_axis
-from intrafusion.groups.table import GroupTable
-from intrafusion.ot import Pair, Plan, selection_pair
-from intrafusion.running import evaluating
+from benchmarks.rivals.base import reestimate_, same_class
+from intrafusion import Method, Pair, Plan, method
+from intrafusion.groups.layout import by_channel
+from intrafusion.groups.table import GroupTable, Slot
+from intrafusion.methods.view import View
+from intrafusion.ot import selection_pair
 
 RIDGE = 1e-3
 
@@ -29,48 +30,67 @@ def reconstruct(gram: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
     return torch.linalg.solve(system, gram[kept]).T.contiguous()
 
 
-class Grail(Rival):
+@method("GRAIL")
+class Grail(Method):
     """Selection, then the ridge regression of all channels on the kept ones.
 
     The moments are the dense network's, as in the authors' vision code; taken layer by layer on the network as it is
     by then they did no better (ResNet-20 and VGG11-BN at 50 %).
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._grams: dict[str, Tensor | None] = {}
+    inputs = "calibration"
+    plan = False
 
-    def position(self, table: GroupTable) -> int:
-        self._grams[table.name] = None if table.unsupported else self.gram(table)
-        return super().position(table)
+    def __init__(self) -> None:
+        self._moments: dict[str, list[_Moments]] = {}
 
-    def pair(self, table: GroupTable, plan: Plan) -> Pair:
+    def begin(self, view: View, tables: Sequence[GroupTable]) -> None:
+        """The second moments of all groups, in one pass over the images."""
+        watched: dict[str, list[_Moments]] = {}
+        for table in tables:
+            slots = [slot for slot in table.slots if slot.reads and not table.unsupported]
+            self._moments[table.name] = [_Moments(slot) for slot in slots]
+            for moments in self._moments[table.name]:
+                watched.setdefault(moments.slot.name, []).append(moments)
+        view.watch({name: partial(_tell, [moments.see for moments in found]) for name, found in watched.items()})
+
+    def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
         chosen = selection_pair(plan.kept, table.n)
-        gram = self._grams[table.name]
-        if gram is None:
+        seen = [moments.gram for moments in self._moments[table.name] if moments.count]
+        if not seen:  # nobody reads the group
             return chosen
-        columns = torch.where(same_class(table, plan.kept), reconstruct(gram.cpu(), plan.kept.cpu()), 0.0)
+        gram = torch.stack(seen).sum(dim=0).cpu()
+        columns = torch.where(same_class(table, plan.kept), reconstruct(gram, plan.kept.cpu()), 0.0)
         return Pair(chosen.rows, columns, plan.kept)
 
-    def gram(self, table: GroupTable) -> Tensor | None:
-        """[n, n] second moments of a group's channels, summed over the consumers that read them; None if unread."""
-        readers = [slot for slot in table.slots if slot.reads and slot.name in self.order]
-        total = None
-        with evaluating(self.model):
-            for slot in readers:
-                summed, count = torch.zeros((), dtype=torch.float64), 0
-                for batch in self.images:
-                    inputs = look(lambda b=batch: self.run(self.model, b), slot.owner, None, add=False).inputs
-                    seen = by_channel(inputs, channel_axis(slot.owner)).double()
-                    local = slot.local.to(seen.device)
-                    copies = torch.where(local >= 0, seen[:, local.clamp(min=0)], 0.0).movedim(2, 1).flatten(0, 1)
-                    summed, count = copies.T @ copies + summed.to(copies), count + len(copies)
-                total = summed / count if total is None else total + summed / count
-        return total
 
-
+@method("GRAIL + batch-norm")
 class GrailReestimated(Grail):
     """The same, then the statistics of every batch-norm from the images."""
 
-    def finish(self) -> None:
-        reestimate_(self.model, self.run, self.images)
+    def end_(self, view: View) -> None:
+        reestimate_(view.model, view.run, view.batches)
+
+
+class _Moments:
+    """Running second moments of a group's channels, as one of its readers reads them."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot, self.count, self.sum = slot, 0, torch.zeros((), dtype=torch.float64)
+
+    def see(self, inputs: Tensor) -> None:
+        seen = by_channel(inputs, self.slot.kind.channel_axis).double()
+        local = self.slot.local.to(seen.device)
+        copies = torch.where(local >= 0, seen[:, local.clamp(min=0)], 0.0).movedim(2, 1).flatten(0, 1)
+        self.sum = copies.T @ copies + self.sum.to(copies)
+        self.count += len(copies)
+
+    @property
+    def gram(self) -> Tensor:
+        """[n, n]"""
+        return self.sum / self.count
+
+
+def _tell(each: Sequence[Callable[[Tensor], None]], inputs: Tensor) -> None:
+    for see in each:
+        see(inputs)

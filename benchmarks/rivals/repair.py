@@ -6,73 +6,73 @@ order of the forward pass, each on what the repaired layers before it give.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
-from benchmarks.rivals.base import Rival, Run, mean_spread, reestimate_, set_spread_
-from intrafusion.correct.sequential import Sequential
-from intrafusion.groups.layout import by_channel, channel_axis
+from benchmarks.rivals.base import mean_spread, reestimate_, set_spread_
+from intrafusion import Method, Pair, Plan, method
+from intrafusion.correct.correction import LayerView
+from intrafusion.groups.kinds.filters import filters_of
+from intrafusion.groups.layout import by_channel
 from intrafusion.groups.table import GroupTable
-from intrafusion.ot import Pair, Plan, selection_pair
+from intrafusion.methods.view import View
+from intrafusion.ot import selection_pair
 from intrafusion.ot.merge import barycentre
 
 
-class Reestimated(Rival):
+@method("discard + batch-norm")
+class Reestimated(Method):
     """Discard, then the statistics of every batch-norm from the images."""
 
-    def finish(self) -> None:
-        reestimate_(self.model, self.run, self.images)
+    inputs = "calibration"
+    plan = False
+
+    def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
+        return selection_pair(plan.kept, table.n)
+
+    def end_(self, view: View) -> None:
+        reestimate_(view.model, view.run, view.batches)
 
 
-class Repaired(Sequential):
-    """Discard (or merge as published Intra-Fusion does, with `merged`), then repair every layer."""
+@method("discard + REPAIR")
+class Repaired(Method):
+    """Discard, then repair every layer."""
 
-    def __init__(
-        self,
-        graph: tp.DependencyGraph,
-        run: Run,
-        example: Any,
-        images: Sequence,
-        *,
-        merged: bool = False,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(graph, run, images, progress=False)
-        self.merged = merged
+    inputs = "calibration"
+    plan = False
+    after_cut = True
 
-    def refit_until(self, table: GroupTable) -> None:
-        """All layers are repaired after the last cut."""
-
-    def pair(self, table: GroupTable, plan: Plan) -> Pair:
-        """The plan's rows, averaged: their scale is what the repair decides."""
-        pair = barycentre(plan) if self.merged else selection_pair(plan.kept, table.n)
-        self._spread = mean_spread(table, pair.rows.cpu())
-        return Pair(pair.rows.cpu(), pair.columns.cpu(), pair.kept)
-
-    def note(self, table: GroupTable, pair: Pair) -> None:
-        if not pair.is_selection:
-            set_spread_(self._spread, pair.kept)
-        super().note(table, pair)
+    def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
+        return selection_pair(plan.kept, table.n)
 
     @torch.no_grad()
-    def _refit(self, name: str) -> None:
-        layer, partner = self.model.get_submodule(name), self._partner[name]
-        bn = self.model.get_submodule(partner) if partner else None
-        rows = self._rows.get(name)
-        dense, now = (_Statistics(channel_axis(layer)) for _ in range(2))
-        for before, after in self._sights(name, add=False):
+    def repair_(self, layer: LayerView, view: View) -> None:
+        axis = filters_of(layer.layer).channel_axis
+        dense, now = _Statistics(axis), _Statistics(axis)
+        for before, after in layer.sights:
             dense.add(before.output)
             now.add(after.output)
-        mean, std = dense.mean, dense.std
-        if rows is not None:
-            weights = rows.weights.to(mean)
-            mean, std = weights @ mean, weights.abs() @ std
-        if len(mean) == len(now.mean):
-            rescale_(layer, bn, now.mean, now.std, mean, std)
+        weights = layer.rows.weights.to(dense.mean)
+        rescale_(layer.layer, layer.norm, now.mean, now.std, weights @ dense.mean, weights.abs() @ dense.std)
+
+
+@method("paper + REPAIR")
+class RepairedPaper(Repaired):
+    """Merge as published Intra-Fusion does, then repair every layer."""
+
+    plan = True
+
+    def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
+        """The plan's rows, averaged: their scale is what the repair decides."""
+        pair = barycentre(plan)
+        self._spread = mean_spread(table, pair.rows.cpu())
+        return pair
+
+    def mixed_(self, table: GroupTable, pair: Pair, view: View) -> None:
+        if not pair.is_selection:
+            set_spread_(self._spread, pair.kept)
 
 
 class _Statistics:

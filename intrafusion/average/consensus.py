@@ -28,7 +28,7 @@ from intrafusion.correct.refit import RowMap, can_refit, folded_weight, match_st
 from intrafusion.correct.survey import Survey, samples, visiting_order
 from intrafusion.correct.walk import Sight, Walk
 from intrafusion.groups.apply import shift_carrier
-from intrafusion.groups.layout import channel_axis
+from intrafusion.groups.kinds.filters import filters_of
 from intrafusion.groups.table import GroupTable, Slot
 from intrafusion.ot.rows import Samples, best_rows
 
@@ -87,7 +87,7 @@ class Consensus:
         apart = rows is not None
         rows = rows or RowMap.identity(outputs(layer))
         sights = [self._together(each, name, apart) for each in self._walk.sights()]
-        if not sights or self._is_close(*sights[0], rows, channel_axis(layer)):
+        if not sights or self._is_close(*sights[0], rows, filters_of(layer).channel_axis):
             return
         if can_refit(layer):
             refit_(layer, bn, SimpleNamespace(weight=self._wide(name, apart)), None, sights, rows)
@@ -135,7 +135,7 @@ class Consensus:
 
     def _together(self, each: Sequence[Sight], name: str, apart: bool) -> tuple[Sight, Sight]:
         """(the parents side by side, fused) views of a layer on one batch; outputs are apart or their mean."""
-        axis = channel_axis(self.fused.get_submodule(name))
+        axis = filters_of(self.fused.get_submodule(name)).channel_axis
         *before, now = each
         others = [sight.other for sight in before if sight.other is not None]
         made = [sight.output for sight in before]

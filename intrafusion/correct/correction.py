@@ -118,7 +118,7 @@ class Correction:
         self._note(table, pair)
         self._survey.forget(table)
         if self._walk is not None:
-            self._walk.changed(rejoin=any(map(_may_have_been_read, (owner for owner, _ in table.removable))))
+            self._walk.changed(rejoin=any(map(_may_have_been_read, (owner for owner, _ in table.reach))))
 
     def finish(self) -> None:
         """Put the layers right that are left."""

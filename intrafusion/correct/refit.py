@@ -18,7 +18,7 @@ from intrafusion.correct.walk import Sight
 from intrafusion.groups.batchnorm import read
 from intrafusion.groups.kinds.base import kind_of
 from intrafusion.groups.kinds.filters import filters_of
-from intrafusion.groups.layout import by_channel, channel_axis, from_channels
+from intrafusion.groups.layout import by_channel, from_channels
 from intrafusion.ot.regression import Fit, Moments, ridge
 
 _FOLDS = 2
@@ -70,7 +70,7 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Iterable[tupl
     Raises ValueError if an activation is not finite.
     """
     fits, reads, changed, narrow = _Folds(), _Folds(), False, False
-    axis, groups = channel_axis(layer), getattr(layer, "groups", 1)
+    axis, groups = filters_of(layer).channel_axis, filters_of(layer).groups(layer)
     for before, now in sights:
         narrow = before.inputs.shape[axis] != now.inputs.shape[axis]
         target = rows(before.output, axis)
@@ -104,7 +104,7 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Iterable[tupl
 @torch.no_grad()
 def match_statistics_(layer: Any, bn: Any, sights: Iterable[tuple[Sight, Sight]], rows: RowMap) -> None:
     """Set a batch-norm so that its output has the mean and spread that it should: for layers that are not refitted."""
-    axis = channel_axis(layer)
+    axis = filters_of(layer).channel_axis
     totals: list[Moments | None] = [None, None]
     for before, now in sights:
         for i, value in enumerate((rows(before.output, axis), now.output)):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from intrafusion.correct.tape import Call, Layers, Tape, Visit
-from intrafusion.groups.layout import channel_axis, gather, to_channels
+from intrafusion.groups.layout import gather, to_channels
 from intrafusion.groups.table import GroupTable, Slot
 from intrafusion.ot.rows import Samples
 from intrafusion.running import evaluating
@@ -236,7 +236,7 @@ def _window(z: Tensor, h: Tensor, calls: Sequence[Call], slot: Slot, n: int) -> 
     """None if what the reader reads is not understood."""
     copies = slot.local.shape[1]
     plain = slot.size == n * copies and torch.equal(slot.local, torch.arange(n * copies).reshape(n, copies))
-    axis = channel_axis(slot.owner) % z.dim() if z.dim() == h.dim() else 1
+    axis = slot.kind.channel_axis % z.dim() if z.dim() == h.dim() else 1
     if not plain or z.dim() < 2 or z.shape[axis] != n:
         return None
     sides = [call.block for call in calls]

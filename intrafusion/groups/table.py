@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,13 +40,10 @@ class GroupTable:
     immovable: str = ""
     reach: dict[tuple[Owner, Callable], Tensor] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def removable(self) -> dict[tuple[Owner, Callable], dict[int, set[int]]]:
-        """By (layer, handler), the local channels that go with each root channel."""
-        return {
-            key: {root: {i for i in row if i >= 0} for root, row in enumerate(local.tolist()) if max(row) >= 0}
-            for key, local in self.reach.items()
-        }
+    def coupled(self, owner: Owner, handler: Callable, roots: Tensor) -> set[int] | None:
+        """The channels of a layer that go with `roots` (numbers, or a mask [n]); None if the group does not reach it."""
+        local = self.reach.get((owner, handler))
+        return None if local is None else set(local[roots].flatten().tolist()) - {-1}
 
     def modules(self) -> list[nn.Module]:
         """Every module whose tensors a fusion or a cut of this group may change."""

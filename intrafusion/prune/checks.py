@@ -130,15 +130,16 @@ def importance_problem(score: Any, n: int) -> str:
 
 def mismatch(group: Any, table: GroupTable, kept: Tensor) -> str:
     """Why the channels that torch-pruning will cut are not those that the group couples ('' if they are)."""
-    removed = set(range(table.n)) - set(kept.tolist())
+    removed = torch.ones(table.n, dtype=torch.bool)
+    removed[kept.cpu()] = False
     item: Any
     for item in group:
         if not hasattr(item, "dep"):
             return "torch-pruning leaves part of the group alone (grouped-query attention)"
-        reached = table.removable.get((item.dep.target.module, item.dep.handler))
-        if reached is None:
+        coupled = table.coupled(item.dep.target.module, item.dep.handler, removed)
+        if coupled is None:
             return "torch-pruning cuts a layer that the group does not reach"
-        if set().union(*(reached.get(root, set()) for root in removed)) != {int(i) for i in item.idxs}:
+        if coupled != {int(i) for i in item.idxs}:
             return (
                 f"torch-pruning cuts other channels of {item.dep.target.name.split(' ')[0]} than those coupled with it"
             )
