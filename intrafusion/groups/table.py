@@ -41,7 +41,7 @@ class GroupTable:
     reach: dict[tuple[Owner, Callable], Tensor] = field(default_factory=dict, repr=False)
 
     def coupled(self, owner: Owner, handler: Callable, roots: Tensor) -> set[int] | None:
-        """The channels of a layer that go with `roots` (numbers, or a mask [n]); None if the group does not reach it."""
+        """The channels of a layer that go with `roots` (numbers, or a mask [n]); None if it is not reached so."""
         local = self.reach.get((owner, handler))
         return None if local is None else set(local[roots].flatten().tolist()) - {-1}
 
