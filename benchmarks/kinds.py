@@ -17,7 +17,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.rivals.methods import ours
+from benchmarks.rivals.methods import prune
 from intrafusion import Fusion
 from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.data.sources import digits
@@ -118,7 +118,7 @@ def pruned(dense: nn.Module, data: Dataset, ratio: float, preset: str, images: i
     l1 = tp.importance.GroupMagnitudeImportance(p=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ours(Fusion.preset(preset), dense, None, ratio, l1, torch.zeros(1, *data.shape), images=batches)
+        return prune(Fusion.preset(preset), dense, None, ratio, l1, torch.zeros(1, *data.shape), images=batches)
 
 
 def main() -> None:

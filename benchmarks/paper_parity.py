@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -40,6 +41,7 @@ from intrafusion.ot import pairwise_cost
 
 RATIOS = (0.3, 0.5, 0.7)
 HERE = Path(__file__).parent
+ARCHIVE = "cifar10-jpeg.tar.gz"
 NETWORKS = {
     "VGG11-BN": ("cifar_vgg11_bn", "vgg11_bn_cifar10", "features.{}.", (25, 22, 18, 15, 11, 8, 4, 0)),
     "ResNet-20": (
@@ -78,6 +80,12 @@ def load(network: str, root: Path) -> tuple[nn.Module, list[str]]:
     model = build_model(name)
     load_weights_(model, root / "checkpoints" / f"{checkpoint}.safetensors")
     return model.eval(), [pattern.format(number).rstrip(".") for number in numbers]
+
+
+def images(root: Path, **settings: Any) -> Dataset:
+    """CIFAR-10 in the folder that also holds the checkpoints, which may hold archives of other images too."""
+    archive = root / ARCHIVE
+    return image_folder(archive if archive.is_file() else root, **settings)
 
 
 def pruned(dense: nn.Module, roots: list[str], ratio: float, fusion: Fusion, method: str = "", **ours) -> nn.Module:
@@ -158,7 +166,7 @@ def main() -> None:
     lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
     done = {tuple(row[:4]): row[4] for row in map(json.loads, lines)}
     dense = {network: load(network, Path(arguments.data))[0] for network in networks}
-    data = image_folder(Path(arguments.data))
+    data = images(Path(arguments.data))
     for network, group, roots, ratio, method, fusion in cells(networks, arguments.quick):
         if (network, group, ratio, method) in done:
             continue

@@ -118,6 +118,15 @@ _HOME = {
     ),
     "schedule": (),
     "groups.batchnorm": ("recenter_batchnorms_",),
+    "methods": (
+        "Method",
+        "merge_rule",
+        "method",
+    ),
+    "ot": (
+        "Pair",
+        "Plan",
+    ),
     "training.loop": (
         "DivergedError",
         "History",

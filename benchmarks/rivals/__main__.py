@@ -125,7 +125,7 @@ def _networks(arguments: argparse.Namespace) -> list[Network]:
     if arguments.data is None:
         raise LabError("name the folder with the data: --data, or the variable INTRAFUSION_DATA")
     root = Path(arguments.data)
-    data = image_folder(root)
+    data = paper_parity.images(root)
     names = arguments.network or (["ResNet-20"] if arguments.quick else list(paper_parity.NETWORKS))
     return [Network(name, *paper_parity.load(name, root), data) for name in names]
 

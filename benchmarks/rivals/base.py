@@ -1,98 +1,62 @@
-"""What the rivals share: a corrector that only chooses pairs, the pruner that runs it, statistics from images."""
+"""What the rivals share: weights described before the first cut, the spread of merged channels, statistics from images.
+
+Every rival is a `Method` of this package, registered by its name: `IntraFusionPruner(..., fusion=Fusion(merge=name))`
+prunes with it, as with one of ours.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-import torch_pruning as tp
-from intrafusion.correct.corrector import Corrector
 from torch import Tensor, nn
 from torch_pruning import ops
 
-from intrafusion import Fusion
+from intrafusion import Fusion, IntraFusionPruner, Method
 from intrafusion.groups.batchnorm import read
-from intrafusion.groups.features import channel_features
 from intrafusion.groups.table import GroupTable, Slot
-from intrafusion.ot import Pair, Plan, selection_pair
-from intrafusion.prune.pruner import FusionMixin
-from intrafusion.running import call_order, evaluating, to_device
+from intrafusion.methods.view import View
+from intrafusion.running import call_order, evaluating
 
 Run = Callable[[nn.Module, Any], Any]
-MakeCorrector = Callable[[tp.DependencyGraph, Run, Any, Sequence], Corrector]
-"""(graph, run, example, images) -> a corrector."""
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-class Rival:
-    """A corrector that chooses a pair per group, in the order of the forward pass, and refits nothing.
-
-    graph: of the network that is pruned. run: calls a network on one batch. example: one batch, to see the order of the
-    layers. images: the batches a method may look at, () for a data-free one. seed: for methods that draw something.
-    """
-
-    def __init__(self, graph: tp.DependencyGraph, run: Run, example: Any, images: Sequence = (), seed: int = 0) -> None:
-        self.graph, self.model, self.run, self.images, self.seed = graph, graph.model, run, images, seed
-        with evaluating(self.model):
-            self.order = call_order(lambda: run(self.model, example), self.model, _LAYERS)
-
-    def position(self, table: GroupTable) -> int:
-        places = [self.order.index(s.name) for s in table.slots if s.produces and s.name in self.order]
-        return min(places, default=len(self.order))
-
-    def refit_until(self, table: GroupTable) -> None:
-        """Nothing is refitted."""
-
-    def pair(self, table: GroupTable, plan: Plan) -> Pair:
-        """Discard, unless a method knows better."""
-        return selection_pair(plan.kept, table.n)
-
-    def note(self, table: GroupTable, pair: Pair) -> None:
-        """Nothing is remembered."""
-
-    def finish(self) -> None:
-        """Nothing is repaired."""
-
-
-class WeightRival(Rival):
+class WeightRival(Method):
     """A rival that compares the weights of the dense network, whatever was pruned before.
 
     The groups are described before the first cut, as in the papers: a later group's weights do not change with the
-    pairs of the groups before it.
+    pairs of the groups before it. Of the plan only the kept channels are looked at.
+
+    Attributes:
+        parts: what of the weights is compared, as `View.features` calls it.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._weights: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    plan = False
+    parts: tuple[str, ...] = ("filters", "biases")
 
-    def position(self, table: GroupTable) -> int:
-        if not table.unsupported:
-            self._weights[table.name] = tuple(_features(self.graph, table, kind) for kind in _KINDS)  # pyright: ignore
-        return super().position(table)
+    def __init__(self) -> None:
+        self._weights: dict[tuple[str, str], Tensor] = {}
 
-    def filters(self, table: GroupTable) -> Tensor:
-        """[n, d] the folded filters that produce each channel."""
-        return self._weights[table.name][0]
+    def begin(self, view: View, tables: Sequence[GroupTable]) -> None:
+        for table in tables:
+            for part in self.parts if not table.unsupported else ():
+                self._weights[table.name, part] = _features(view, table, part)
 
-    def shifts(self, table: GroupTable) -> Tensor:
-        """[n, p] the folded bias of each channel in every producer."""
-        return self._weights[table.name][1]
+    def weights(self, table: GroupTable, part: str) -> Tensor:
+        """[n, d] one part of the weights of a group's channels, batch-norm folded in; d is 0 where there is none.
 
-    def columns(self, table: GroupTable) -> Tensor:
-        """[n, d] the weights that read each channel."""
-        return self._weights[table.name][2]
+        `filters` that produce each channel, `readers` of it, the folded `biases` of its producers.
+        """
+        return self._weights[table.name, part]
 
 
-_KINDS = ("rows", "bias", "columns")
-
-
-def _features(graph: tp.DependencyGraph, table: GroupTable, kind: str) -> Tensor:
+def _features(view: View, table: GroupTable, part: str) -> Tensor:
     try:
-        return channel_features(graph, table, **{"rows": False, "columns": False, "bias": False, kind: True})
+        return view.features(table, part)
     except ValueError:  # nothing of this kind in the group
         return torch.zeros(table.n, 0, dtype=torch.float64)
 
@@ -135,8 +99,8 @@ def set_spread_(wanted: list[tuple[Any, Tensor, Tensor]], kept: Tensor) -> None:
 
 
 @torch.no_grad()
-def reestimate_(model: nn.Module, run: Run, images: Sequence) -> None:
-    """Replace the statistics of every batch-norm by those of the images, all batches weighing the same."""
+def reestimate_(model: nn.Module, run: Run, batches: Sequence) -> None:
+    """Replace the statistics of every batch-norm by those of the batches, each of which weighs the same."""
     norms: list[Any] = [m for m in model.modules() if isinstance(m, ops.TORCH_BATCHNORM) and m.running_mean is not None]
     saved = [(bn, bn.momentum) for bn in norms]
     with evaluating(model):
@@ -145,52 +109,36 @@ def reestimate_(model: nn.Module, run: Run, images: Sequence) -> None:
             bn.num_batches_tracked = torch.zeros_like(bn.num_batches_tracked)
             bn.momentum = None  # a plain average over the batches
             bn.train()
-        for batch in images:
+        for batch in batches:
             run(model, batch)
     for bn, momentum in saved:
         bn.momentum = momentum
 
 
-_NO_PLAN = Fusion(merge="barycentre", target_mass="free", cost="cosine")
-"""The cheapest plan there is: most rivals look at which channels are kept, and at nothing else of it."""
-
-
-class RivalPruner(FusionMixin, tp.pruner.BasePruner):
-    """Torch-Pruning's pruner with another paper's corrector in place of ours."""
-
-    make_corrector: MakeCorrector
-
-    def _new_corrector(self) -> Corrector:
-        device = next(self.model.parameters()).device
-        images = [to_device(batch, device) for batch in self._calibration]
-        return self.make_corrector(self.DG, self._run, self._example, images)
-
-
-def prune_with(
-    make: MakeCorrector,
+def pruned(
+    fusion: Fusion,
     dense: nn.Module,
     roots: Sequence[str] | None,
     ratio: float,
     importance: Callable,
     example_inputs: Any,
-    images: Sequence[Tensor] | None,
-    fusion: Fusion = _NO_PLAN,
+    images: Sequence[Tensor] | None = None,
 ) -> nn.Module:
-    """A pruned copy of `dense`, its groups merged and repaired by the corrector that `make` gives.
+    """A pruned copy of `dense`, by the pruner that a user has.
 
-    fusion: how the plan is made that the corrector is shown.
+    roots: the layers whose groups are pruned; None for all but the layer called last. images: only for a method that
+    looks at images of the user's own.
     """
     model = copy.deepcopy(dense)
-    pruner = RivalPruner(
+    pruner = IntraFusionPruner(
         model,
         example_inputs,
         importance,
         pruning_ratio=ratio,
         ignored_layers=ignored_layers(model, roots, example_inputs),
-        fusion=replace(fusion, correct="data-free" if images is None else "calibrated"),
+        fusion=fusion,
         calibration=images,
     )
-    pruner.make_corrector = make
     pruner.step()
     return model
 

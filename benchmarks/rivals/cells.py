@@ -134,9 +134,9 @@ class SharedInputs:
 
 @contextmanager
 def shared_inputs() -> Iterator[SharedInputs]:
-    """Within it, our pruner makes the synthetic inputs of one network and seed only once."""
+    """Within it, a pruner makes the synthetic inputs of one network and seed only once."""
     shared = SharedInputs()
-    with mock.patch("intrafusion.prune.pruner.synthetic_inputs", shared):
+    with mock.patch("intrafusion.prune.inputs.synthetic_inputs", shared):
         yield shared
 
 

@@ -19,10 +19,12 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from benchmarks.rivals.base import WeightRival, mean_spread, reestimate_, set_spread_
+from intrafusion import Pair, Plan, method
 from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.batchnorm import bias_of, read
 from intrafusion.groups.table import GroupTable
-from intrafusion.ot import Pair, Plan, pairwise_cost, selection_pair
+from intrafusion.methods.view import View
+from intrafusion.ot import pairwise_cost, selection_pair
 
 _RESTARTS = 10
 
@@ -96,53 +98,58 @@ def repair_factor(filters: Tensor, membership: Tensor) -> Tensor:
     return torch.where(size > 1, factor, 1.0)
 
 
+@method("Folding")
 class Folding(WeightRival):
     """Folded, and left at that."""
 
-    def fold(self, table: GroupTable, plan: Plan) -> Pair:
-        """The pair of the clusters of [rows, columns], both sides scaled to the same total norm.
+    parts = ("filters", "readers")
 
-        (On training images this did as well as or better than the sides unscaled, with the biases, or rows alone.)
+    def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
+        """The pair of the clusters of [filters, readers], both sides scaled to the same total norm.
+
+        (On training images this did as well as or better than the sides unscaled, with the biases, or filters alone.)
         """
-        sides = [side / side.norm() for side in (self.filters(table), self.columns(table)) if side.norm() > 0]
+        sides = [self.weights(table, part) for part in self.parts]
+        sides = [side / side.norm() for side in sides if side.norm() > 0]
         if not sides:
             return selection_pair(plan.kept, table.n)
         features = torch.cat([side.to(sides[0]) for side in sides], dim=1)
-        return mean_pair(cluster(features, plan.kept, table.classes, self.seed), plan.kept)
-
-    def pair(self, table: GroupTable, plan: Plan) -> Pair:
-        return self.fold(table, plan)
+        return mean_pair(cluster(features, plan.kept, table.classes, view.seed), plan.kept)
 
 
+@method("Fold-AR")
 class FoldAR(Folding):
     """Approximate repair: the deviation of every merged pre-activation is scaled, its mean stays."""
 
-    def pair(self, table: GroupTable, plan: Plan) -> Pair:
-        folded = self.fold(table, plan)
-        factor = repair_factor(self.filters(table).cpu(), folded.columns)
+    def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
+        folded = super().pair(table, plan, view)
+        factor = repair_factor(self.weights(table, "filters").cpu(), folded.columns)
         shift = None
         if shift_carrier(table) is not None:
             shift = (1 - factor) * (folded.rows @ means(table))
         return Pair(factor[:, None] * folded.rows, folded.columns, plan.kept, shift)
 
 
+@method("Fold-R")
 class FoldR(Folding):
     """Repair from images: merged batch-norms keep their members' mean weight and get new statistics.
 
     A network without batch-norm is only folded.
     """
 
-    def pair(self, table: GroupTable, plan: Plan) -> Pair:
-        folded = self.fold(table, plan)
+    inputs = "calibration"
+
+    def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
+        folded = super().pair(table, plan, view)
         self._spread = mean_spread(table, folded.rows)
         return folded
 
-    def note(self, table: GroupTable, pair: Pair) -> None:
+    def mixed_(self, table: GroupTable, pair: Pair, view: View) -> None:
         if not pair.is_selection:
             set_spread_(self._spread, pair.kept)
 
-    def finish(self) -> None:
-        reestimate_(self.model, self.run, self.images)
+    def end_(self, view: View) -> None:
+        reestimate_(view.model, view.run, view.batches)
 
 
 def means(table: GroupTable) -> Tensor:

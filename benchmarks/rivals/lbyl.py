@@ -11,16 +11,18 @@ weights are tuned per network and ratio in the paper.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.rivals.base import WeightRival, prune_with
+from benchmarks.rivals.base import WeightRival, pruned
+from intrafusion import Fusion, Pair, Plan, method
 from intrafusion.groups.table import GroupTable
-from intrafusion.ot import Pair, Plan, selection_pair
+from intrafusion.methods import METHODS
+from intrafusion.methods.view import View
+from intrafusion.ot import selection_pair
 from intrafusion.running import evaluating
 
 WEIGHT_BN, WEIGHT_RIDGE = 0.1, 1.0
@@ -52,22 +54,31 @@ def combine(
     return columns
 
 
+@method("LBYL")
 class LBYL(WeightRival):
-    """All kept channels for each removed one."""
+    """All kept channels for each removed one.
 
-    def __init__(
-        self, *args: Any, weight_bn: float = WEIGHT_BN, weight_ridge: float = WEIGHT_RIDGE, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.weight_bn, self.weight_ridge = weight_bn, weight_ridge
+    Attributes:
+        weight_bn, weight_ridge: settings of a method are attributes of its class; another pair is another class.
+    """
 
-    def pair(self, table: GroupTable, plan: Plan) -> Pair:
-        filters, shifts = self.filters(table), self.shifts(table)
+    weight_bn, weight_ridge = WEIGHT_BN, WEIGHT_RIDGE
+
+    def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
+        filters, shifts = self.weights(table, "filters"), self.weights(table, "biases")
         classes = table.classes.to(filters.device)
         columns = combine(
             filters, shifts.to(filters), plan.kept.to(filters.device), classes, self.weight_bn, self.weight_ridge
         )
         return Pair(selection_pair(plan.kept, table.n).rows, columns.cpu(), plan.kept)
+
+
+def candidate(weight_bn: float, weight_ridge: float) -> str:
+    """The name of LBYL with these two weights, registered when it is first asked for."""
+    name = f"LBYL({weight_bn}, {weight_ridge})"
+    if name not in METHODS:
+        method(name)(type("LBYL", (LBYL,), {"weight_bn": weight_bn, "weight_ridge": weight_ridge}))
+    return name
 
 
 def tuned_lbyl(
@@ -82,14 +93,13 @@ def tuned_lbyl(
 ) -> nn.Module:
     """LBYL with the two weights whose network agrees most with the dense one on unlabelled images.
 
-    images: batches [N, ...]; `TUNED_ON` of them are used. Nothing is drawn: `seed` does nothing.
+    The weights are chosen for the whole network, so that each candidate is pruned to its end: no method of its own, but
+    the best of several. images: batches [N, ...]; `TUNED_ON` of them are used. Nothing is drawn: `seed` does nothing.
     """
     few = [batch.split(TUNED_ON)[0] for batch in images[:1]]
     candidates = [
-        prune_with(
-            partial(LBYL, weight_bn=bn, weight_ridge=ridge), dense, roots, ratio, importance, example_inputs, None
-        )
-        for bn, ridge in product(GRID_BN, GRID_RIDGE)
+        pruned(Fusion(merge=candidate(*weights)), dense, roots, ratio, importance, example_inputs)
+        for weights in product(GRID_BN, GRID_RIDGE)
     ]
     return max(candidates, key=lambda model: agreement(dense, model, few))
 

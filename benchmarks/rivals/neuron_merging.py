@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals.base import WeightRival, same_class
+from intrafusion import Pair, Plan, method
 from intrafusion.groups.table import GroupTable
-from intrafusion.ot import Pair, Plan, selection_pair
+from intrafusion.methods.view import View
+from intrafusion.ot import selection_pair
 
 THRESHOLD = 0.1
 """Published for convolutions: below this cosine similarity a channel is not merged."""
@@ -49,10 +51,11 @@ def merge_into_nearest(
     return columns
 
 
+@method("Neuron Merging")
 class NeuronMerging(WeightRival):
     """One kept channel for each removed one."""
 
-    def pair(self, table: GroupTable, plan: Plan) -> Pair:
-        filters, shifts = self.filters(table), self.shifts(table)
+    def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
+        filters, shifts = self.weights(table, "filters"), self.weights(table, "biases")
         columns = merge_into_nearest(filters, shifts.to(filters), plan.kept, same_class(table, plan.kept))
         return Pair(selection_pair(plan.kept, table.n).rows, columns.cpu(), plan.kept)

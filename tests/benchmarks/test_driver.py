@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.rivals import __main__ as driver
 from benchmarks.rivals import cells, figure, rows, table
-from benchmarks.rivals.methods import METHODS, Method
+from benchmarks.rivals.methods import METHODS, Entry
 from benchmarks.rivals.rows import Cell, Row
 from benchmarks.rivals.table import Place, Results
 from intrafusion.lab.data.sources import digits
@@ -110,7 +110,7 @@ def test_methods_keep_the_same_channels_and_the_network_is_left_alone(network, i
         return original(*args, **kwargs)
 
     for name, method in (("quiet", original), ("restless", restless)):
-        monkeypatch.setitem(cells.METHODS, "discard", Method("discard", False, "", method))
+        monkeypatch.setitem(cells.METHODS, "discard", Entry("discard", False, "", method))
         cell = Cell("digits", importance, 0.5, "discard", 1, 50)
         model, _ = cells._prune(network, cell, cells.SharedInputs())
         kept[name] = model.features[3].weight
@@ -152,7 +152,7 @@ def test_a_method_that_raises_is_a_row(network, monkeypatch):
     def broken(*_args, **_kwargs):
         raise ValueError("cannot")
 
-    monkeypatch.setitem(cells.METHODS, "paper", Method("paper", False, "", broken))
+    monkeypatch.setitem(cells.METHODS, "paper", Entry("paper", False, "", broken))
     failed = cells.measure(network, Cell("digits", "L1", 0.5, "paper", 0, 0), cells.SharedInputs())
     assert failed.error == "ValueError: cannot"
     text = table.report(Results.of([failed], 0), "command", 0)

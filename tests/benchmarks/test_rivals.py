@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,17 +11,17 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from benchmarks.rivals import lbyl
-from benchmarks.rivals.base import Rival, ignored_layers, prune_with, reestimate_
-from benchmarks.rivals.folding import FoldAR, Folding, cluster, repair_factor
-from benchmarks.rivals.grail import RIDGE, Grail, reconstruct
-from benchmarks.rivals.lbyl import LBYL, combine
-from benchmarks.rivals.methods import METHODS, Method
-from benchmarks.rivals.neuron_merging import NeuronMerging, merge_into_nearest
-from benchmarks.rivals.repair import Repaired
+from benchmarks.rivals import base, lbyl
+from benchmarks.rivals.base import ignored_layers, reestimate_
+from benchmarks.rivals.folding import cluster, repair_factor
+from benchmarks.rivals.grail import RIDGE, reconstruct
+from benchmarks.rivals.lbyl import candidate, combine
+from benchmarks.rivals.methods import METHODS, Entry
+from benchmarks.rivals.neuron_merging import merge_into_nearest
+from intrafusion import Fusion
 from tests.nets import PICO, Case, Mlp, Plain, randomise_
 
-EXACT_LBYL = partial(LBYL, weight_bn=1.0, weight_ridge=1e-9)
+EXACT_LBYL = candidate(1.0, 1e-9)
 
 
 def l1():
@@ -50,21 +49,22 @@ def first_channels(group) -> torch.Tensor:
     return torch.arange(len(group[0].idxs), 0.0, -1.0)
 
 
-def pruned(make, model: nn.Module, data=None) -> nn.Module:
-    return prune_with(make, model, ["conv1"], 0.5, first_channels, torch.zeros(1, 3, 8, 8), data)
+def pruned(name: str, model: nn.Module, data=None) -> nn.Module:
+    return base.pruned(Fusion(merge=name), model, ["conv1"], 0.5, first_channels, torch.zeros(1, 3, 8, 8), data)
 
 
-@pytest.mark.parametrize("make", [Folding, FoldAR, NeuronMerging, EXACT_LBYL])
-def test_duplicates_merge_exactly(make):
+@pytest.mark.parametrize("name", ["Folding", "Fold-AR", "Neuron Merging", EXACT_LBYL])
+def test_duplicates_merge_exactly(name):
     model, (data, _) = duplicated(), images()
-    merged = pruned(make, model)
+    merged = pruned(name, model)
     assert merged.conv1.out_channels == 4
     torch.testing.assert_close(merged(data), model(data), rtol=1e-4, atol=1e-4)
 
 
 def test_grail_merges_duplicates_up_to_its_ridge():
     model, data = duplicated(), images()
-    error, loss = ((pruned(make, model, data)(data[0]) - model(data[0])).norm() for make in (Grail, Rival))
+    error = (pruned("GRAIL", model, data)(data[0]) - model(data[0])).norm()
+    loss = (pruned("selection", model)(data[0]) - model(data[0])).norm()
     assert error < 0.02 * loss
 
 
@@ -95,7 +95,7 @@ def test_fold_ar_factor_restores_the_deviation_of_a_mean_of_correlated_signals()
 def test_fold_ar_keeps_the_mean_and_spread_that_the_batch_norm_stands_for():
     model = randomise_(Plain())
     nn.init.ones_(model.bn1.weight)
-    plain, repaired = (pruned(make, model) for make in (Folding, FoldAR))
+    plain, repaired = (pruned(name, model) for name in ("Folding", "Fold-AR"))
     torch.testing.assert_close(plain.bn1.bias, repaired.bn1.bias)
     assert (repaired.bn1.weight.abs() >= plain.bn1.weight.abs() - 1e-6).all()
     torch.testing.assert_close(repaired.bn1.weight.abs(), torch.ones(4), rtol=1e-4, atol=1e-4)
@@ -140,7 +140,7 @@ def test_tuned_lbyl_is_the_candidate_nearest_to_the_dense_network(monkeypatch):
 
 def test_grail_is_the_ridge_regression_of_what_the_consumer_reads():
     model, data = randomise_(Plain()), images()
-    merged = pruned(Grail, model, data)
+    merged = pruned("GRAIL", model, data)
     with torch.no_grad():
         h = torch.relu(model.bn1(model.conv1(torch.cat(data)))).movedim(1, -1).flatten(0, 2).double().numpy()
     p = h[:, :4]
@@ -156,10 +156,10 @@ def test_grail_reads_uncorrelated_activations_from_themselves_alone():
     torch.testing.assert_close(columns, torch.tensor([[1, 0], [0, 0], [0, 1]], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_repair_gives_every_hidden_layer_the_statistics_it_had(merged):
+@pytest.mark.parametrize("name", ["discard + REPAIR", "paper + REPAIR"])
+def test_repair_gives_every_hidden_layer_the_statistics_it_had(name):
     model, data = randomise_(Plain()), images()
-    repaired = pruned(partial(Repaired, merged=merged), model, data)
+    repaired = pruned(name, model, data)
     with torch.no_grad():
         want, have = (_second_layer(net, torch.cat(data)) for net in (model, repaired))
     for statistic in (torch.mean, torch.std):
@@ -179,6 +179,35 @@ def test_reestimated_statistics_are_those_of_the_images_and_the_momentum_stays()
     torch.testing.assert_close(model.bn1.running_var, z.var(dim=(0, 2, 3)))
     assert model.bn1.momentum == 0.1
     assert not model.training
+
+
+@pytest.mark.parametrize(("name", "like"), [("discard + batch-norm", "selection"), ("GRAIL + batch-norm", "GRAIL")])
+def test_reestimation_changes_the_statistics_of_the_method_without_it_and_nothing_else(name, like):
+    model, data = randomise_(Plain()), images()
+    found, wanted = pruned(name, model, data), pruned(like, model, data if like == "GRAIL" else None)
+    reestimate_(wanted, lambda net, batch: net(batch), data)
+    for key, value in wanted.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+
+
+def test_fold_r_keeps_the_spread_of_merged_batch_norms_and_takes_their_statistics_from_the_images():
+    model, data = duplicated(), images(batches=1)
+    merged = pruned("Fold-R", model, data)
+    torch.testing.assert_close(merged.bn1.weight.abs(), model.bn1.weight[:4].abs())
+    with torch.no_grad():
+        z = merged.conv1(data[0])
+    torch.testing.assert_close(merged.bn1.running_mean, z.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(merged.bn1.running_var, z.var(dim=(0, 2, 3)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_where_nothing_is_cut_nothing_is_changed(name, monkeypatch):
+    monkeypatch.setattr(lbyl, "GRID_BN", (1.0,))
+    monkeypatch.setattr(lbyl, "GRID_RIDGE", (1.0,))
+    model = randomise_(Plain())
+    left = METHODS[name].prune(model, ["conv1"], 0.0, l1(), torch.zeros(1, 3, 8, 8), images=images(), seed=0)
+    for key, value in model.state_dict().items():
+        assert torch.equal(left.state_dict()[key], value), key
 
 
 def test_discard_is_torch_pruning():
@@ -208,7 +237,7 @@ def discarded() -> dict[str, dict[str, tuple[int, ...]]]:
     return {case.name: shapes(_prune(METHODS["discard"], case)) for case in PICO}
 
 
-def _prune(method: Method, case: Case) -> nn.Module:
+def _prune(method: Entry, case: Case) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # groups that can only be cut are named in a warning
         data = images(case.shape) if method.images else None
