@@ -85,7 +85,7 @@ def _in_own_process(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     record = json.loads(lines[-1]) if lines else {"row": name, "over": True}
     if record.get("over"):
         took = time.perf_counter() - start
-        record["over"] = round(took) if stopped else False
+        record["over"] = max(1, round(took)) if stopped else False
         record["error"] = "" if stopped else (errors.strip().splitlines() or ["it ended early"])[-1]
     return record | {"command": shlex.join(command)}
 

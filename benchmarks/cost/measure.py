@@ -27,6 +27,7 @@ def measure(row: Row, device: str, report: Callable[[dict[str, Any]], None]) -> 
     found |= {"seconds": [], "reference": [], "passes": [], "inputs": 0}
     counted = row.method not in (TORCH_PRUNING, *PLAN_ONLY)
     images = batches(row, row.images, device) if row.images else []
+    report(found)
     if counted:
         found |= _dense_passes(row, device)
         report(found)

@@ -54,7 +54,8 @@ def _rows() -> list[Row]:
     rows += [Row("vgg16_bn", method, 224) for method in (TORCH_PRUNING, "paper")]
     rows += [Row("resnet50", method, 224, images, 1) for method, images in (("calibrated", 64), ("data-free", 0))]
     rows += [Row("resnet50", "GRAIL", 224, 64, 1)]
-    rows += [Row(f"chain-{layers}", "calibrated", 8, 1000, 1) for layers in (10, 20, 40, 80)]
+    for layers in (10, 20, 40, 80):
+        rows += [Row(f"chain-{layers}", TORCH_PRUNING, 8), Row(f"chain-{layers}", "calibrated", 8, 1000, 1)]
     for network in _CHECKPOINTS:
         for method, images in (("calibrated", 1000), ("data-free", 0), ("GRAIL", 1000)):
             rows.append(Row(network, method, 32, images, 1))
@@ -92,13 +93,15 @@ def build(row: Row) -> nn.Module:
     torch.manual_seed(0)
     if row.layers:
         return Chain(row.layers).eval()
-    from intrafusion.lab.models import MODELS, build_model
+    from intrafusion.lab.models import build_model
     from intrafusion.lab.weights import load_weights_
 
-    known = row.network in MODELS
-    model = build_model(row.network if known else f"torchvision:{row.network}", 10 if known else 1000)
-    checkpoint = _data() / "checkpoints" / f"{_CHECKPOINTS.get(row.network, '')}.safetensors"
-    if row.network in _CHECKPOINTS and checkpoint.is_file():
+    if row.network not in _CHECKPOINTS:
+        return build_model(f"torchvision:{row.network}", 1000).eval()
+    model = build_model(row.network, 10)
+    folder = Path(os.environ.get("INTRAFUSION_DATA", ""))
+    checkpoint = folder / "checkpoints" / f"{_CHECKPOINTS[row.network]}.safetensors"
+    if checkpoint.is_file():
         load_weights_(model, checkpoint)
     return model.eval()
 
@@ -159,7 +162,3 @@ def _grail(row: Row, model: nn.Module, example: Tensor, importance: Any, images:
     layers = (nn.Conv2d, nn.Linear)
     roots = [name for name, m in model.named_modules() if isinstance(m, layers) and m not in ignored]
     METHODS["GRAIL"].prune(model, roots, 0.5, importance, example, images=images)
-
-
-def _data() -> Path:
-    return Path(os.environ.get("INTRAFUSION_DATA", ""))
