@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -166,9 +166,7 @@ class Correction:
             return  # cut in a way that the table does not tell
         if self._after_cut:
             given = walk.outputs()
-            sights = [
-                (before, Sight(now.inputs, out, now.other)) for (before, now), out in zip(sights, given, strict=True)
-            ]
+            sights = [(before, replace(now, output=out)) for (before, now), out in zip(sights, given, strict=True)]
         view = LayerView(
             name,
             layer,

@@ -7,8 +7,9 @@ output is added to a residual stream, the target also takes up what the stream h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from intrafusion.groups.layout import by_channel, from_channels
 from intrafusion.ot.regression import Fit, Moments, ridge
 
 _FOLDS = 2
-_PATCH_VALUES = 2**25
-"""As many values of unfolded inputs are held at once (256 MB in float64)."""
+_PATCH_VALUES = 2**24
+"""As many values of unfolded inputs are held at once (64 MB in float32)."""
+_PER_VALUE, _FEWEST = 32, 16384
+"""A layer whose outputs read d values is fitted on at most `_PER_VALUE` d places, or `_FEWEST` if that is more."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def can_refit(layer: Any) -> bool:
 
 
 @torch.no_grad()
-def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Iterable[tuple[Sight, Sight]], rows: RowMap) -> bool:
+def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Sequence[tuple[Sight, Sight]], rows: RowMap) -> bool:
     """Give a layer (and its batch-norm) new weights; False, and nothing changed, if its inputs are the dense ones.
 
     dense, dense_bn: the same layer of the dense network. sights: (dense, pruned), one pair per batch. rows: what the
@@ -69,36 +72,47 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Iterable[tupl
 
     Raises ValueError if an activation is not finite.
     """
-    fits, reads, changed, narrow = _Folds(), _Folds(), False, False
-    axis, groups = filters_of(layer).channel_axis, filters_of(layer).groups(layer)
+    kind = filters_of(layer)
+    axis, groups = kind.channel_axis, kind.groups(layer)
+    compensates = rows.is_identity and all(_other(before, now) is not None for before, now in sights)
+    narrow = any(before.inputs.shape[axis] != now.inputs.shape[axis] for before, now in sights)
+    if not narrow and not any(_differ(before, now, compensates) for before, now in sights):
+        return False
+    fits, reads = _Folds(groups), _Folds()
+    per_image = layer.weight[0].numel()
     for before, now in sights:
-        narrow = before.inputs.shape[axis] != now.inputs.shape[axis]
-        target = rows(before.output, axis)
-        if rows.is_identity and before.other is not None and now.other is not None:
-            lost = before.other - now.other if before.other.shape == now.other.shape else None
-            changed = changed or (lost is not None and bool(lost.any()))
-            target = target if lost is None else target + lost
-        changed = changed or narrow or not torch.equal(before.inputs, now.inputs)
-        if not changed:  # what is the same for one batch is the same for all
-            return False
-        if not (torch.isfinite(target).all() and torch.isfinite(now.inputs).all()):
-            raise ValueError("the calibration inputs give activations that are not finite")
-        each = len(now.inputs) * filters_of(layer).patch_values(layer, now.inputs[0], target[0])
-        for fold, chosen in fits.share(len(target), target.device, pieces=-(-each // _PATCH_VALUES)):
-            patches, wanted = filters_of(layer).patches(layer, now.inputs[chosen]), by_channel(target[chosen], axis)
-            fits.add(fold, _by_group(patches, groups), _by_group(wanted, groups))
-            if narrow and groups == 1:
-                reads.add(fold, by_channel(now.inputs[chosen], axis), by_channel(before.inputs[chosen], axis))
+        windows = kind.windows(layer, now.inputs, now.geometry)
+        dense_output = before.output.movedim(axis, -1)
+        lost = _other(before, now) if compensates else None
+        lost = None if lost is None else lost.movedim(axis, -1)
+        for fold, at in fits.places(dense_output.shape[:-1], per_image, len(sights), now.inputs.device):
+            target = rows(dense_output[at], -1)
+            target = target if lost is None else target + lost[at]
+            fits.add(fold, windows[at].flatten(1), target)
+        if narrow and groups == 1:
+            now_inputs, dense_inputs = now.inputs.movedim(axis, -1), before.inputs.movedim(axis, -1)
+            for fold, at in reads.places(now_inputs.shape[:-1], now_inputs.shape[-1], len(sights), now.inputs.device):
+                reads.add(fold, now_inputs[at], dense_inputs[at])
     if groups > 1:
         prior = folded_weight(layer, bn)
     else:
-        weight = filters_of(layer).folded_weight(dense, dense_bn)
+        weight = kind.folded_weight(dense, dense_bn)
         if narrow:
-            read_from = ridge(reads.sums, torch.zeros_like(reads.sums[0].xy.mT)).weight
-            weight = torch.einsum("mn...,nk->mk...", weight, read_from)
+            weight = torch.einsum("mn...,nk->mk...", weight, reads.fit(None).weight[0])
         prior = torch.einsum("lm,m...->l...", rows.weights.to(weight), weight)
-    _write_(layer, bn, ridge(fits.sums, prior.flatten(1).unflatten(0, (groups, -1))))
+    _write_(layer, bn, fits.fit(prior.flatten(1).unflatten(0, (groups, -1))))
     return True
+
+
+def _other(before: Sight, now: Sight) -> Tensor | None:
+    """What the stream that the output is added to has lost, if it is added to one in both networks."""
+    if before.other is None or now.other is None or before.other.shape != now.other.shape:
+        return None
+    return before.other - now.other
+
+
+def _differ(before: Sight, now: Sight, compensates: bool) -> bool:
+    return not torch.equal(before.inputs, now.inputs) or (compensates and not torch.equal(before.other, now.other))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -120,34 +134,60 @@ def match_statistics_(layer: Any, bn: Any, sights: Iterable[tuple[Sight, Sight]]
 
 
 class _Folds:
-    """Running sums in two folds; images alternate between them, however they are batched."""
+    """Running sums in two folds; images alternate between them, however they are batched.
 
-    def __init__(self) -> None:
+    Sums are taken about the first piece's mean: features whose mean is far above their spread do not cancel.
+    """
+
+    def __init__(self, groups: int = 1) -> None:
+        self._groups = groups
         self._sums: list[Moments | None] = [None] * _FOLDS
+        self._about: tuple[Tensor, Tensor] | None = None
         self._seen = 0
+        self._generator = torch.Generator().manual_seed(0)
 
-    def share(self, count: int, device: torch.device, pieces: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """(fold, images of the batch that belong to it), in at least that many pieces if there are enough images."""
-        numbers = torch.arange(count, device=device)
+    def places(
+        self, shape: Sequence[int], values: int, batches: int, device: torch.device
+    ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """(fold, index of some places of an activation), in pieces of a bearable size.
+
+        shape: of the places of one batch, images first. values: how many are read at each. There are at most as many
+        places in all batches together as determine the regression well.
+        """
+        count, wanted = math.prod(shape), max(_FEWEST, _PER_VALUE * values) // batches
+        chosen = torch.arange(count)
+        if count > wanted:
+            chosen = torch.randperm(count, generator=self._generator)[:wanted]
+        image = torch.div(chosen, max(1, count // shape[0]), rounding_mode="floor")
         for fold in range(_FOLDS):
-            members = numbers[(numbers + self._seen) % _FOLDS == fold]
-            for chosen in members.tensor_split(max(1, min(len(members), -(-pieces // _FOLDS)))):
-                if len(chosen):
-                    yield fold, chosen
-        self._seen += count
+            members = chosen[(image + self._seen) % _FOLDS == fold]
+            for piece in members.split(max(1, _PATCH_VALUES // values)):
+                if len(piece):
+                    yield fold, torch.unravel_index(piece.to(device), tuple(shape))
+        self._seen += shape[0]
 
     def add(self, fold: int, x: Tensor, y: Tensor) -> None:
+        """x: [samples, groups * d], y: [samples, groups * m]"""
+        x, y = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (x, y))
+        if self._about is None:
+            self._about = x.mean(dim=0), y.mean(dim=0)
+        x, y = (
+            (value - mean).unflatten(1, (self._groups, -1)).movedim(1, 0)
+            for value, mean in zip((x, y), self._about, strict=True)
+        )
         more, total = Moments.of(x, y), self._sums[fold]
         self._sums[fold] = more if total is None else total + more
 
-    @property
-    def sums(self) -> list[Moments]:
-        return [total for total in self._sums if total is not None]
-
-
-def _by_group(values: Tensor, groups: int) -> Tensor:
-    """[samples, groups * d] -> [groups, samples, d]"""
-    return values.unflatten(1, (groups, -1)).movedim(1, 0)
+    def fit(self, prior: Tensor | None) -> Fit:
+        """The regression; prior: [groups, m, d], None for zeros. Raises ValueError for what is not finite."""
+        sums = [total for total in self._sums if total is not None]
+        if not all(torch.isfinite(part.xx.sum() + part.xy.sum() + part.yy.sum()) for part in sums):
+            raise ValueError("the calibration inputs give activations that are not finite")
+        fit = ridge(sums, torch.zeros_like(sums[0].xy.mT) if prior is None else prior)
+        assert self._about is not None
+        x, y = (mean.double().unflatten(0, (self._groups, -1)) for mean in self._about)
+        bias = fit.bias + y - (fit.weight @ x[..., None])[..., 0]
+        return replace(fit, bias=bias, mean=fit.mean + y)
 
 
 def folded_weight(layer: Any, bn: Any) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from intrafusion.groups.kinds.filters import Geometry
+
 _LAYER_CALLS = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.embedding,
     torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
@@ -91,6 +93,18 @@ class Visit:
     calls: list[tuple[Callable, tuple, dict]]
     used: tuple[Tensor | None, ...]
     other: Tensor | None = None
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the call reads its input."""
+        _, args, kwargs = self.calls[0]
+        axes = self.inputs.dim() - 2
+
+        def of(name: str, at: int, default: int) -> Any:
+            value = args[at] if at < len(args) else kwargs.get(name, default)
+            return (value,) * axes if isinstance(value, int) else value if isinstance(value, str) else tuple(value)
+
+        return Geometry(of("stride", 3, 1), of("padding", 4, 0), of("dilation", 5, 1))
 
     def again(self, layer: Any, norm: Any) -> Tensor:
         """What the same calls give with the tensors that the layer and its batch-norm have now."""

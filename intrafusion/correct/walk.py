@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from intrafusion.correct.passes import Pass
 from intrafusion.correct.tape import Layers, Visit
+from intrafusion.groups.kinds.filters import PLAIN, Geometry
 from intrafusion.running import evaluating
 
 
@@ -26,12 +27,13 @@ class Sight:
     """One layer in one forward pass.
 
     inputs: what the layer read. output: what the layer, with the batch-norm that belongs to it, gave. other: what is
-    added to the output next, if anything.
+    added to the output next, if anything. geometry: how a convolution read its input.
     """
 
     inputs: Tensor
     output: Tensor
     other: Tensor | None
+    geometry: Geometry = PLAIN
 
 
 class Walk:
@@ -73,14 +75,19 @@ class Walk:
         with evaluating(*self._networks):
             for passes in self._passes:
                 for one in passes:
-                    one.to(self._at)
+                    try:
+                        one.to(self._at)
+                    except Exception:  # it may hold sizes from before a cut: a pass from the start holds none
+                        if one is not passes[-1] or not one.resumed:
+                            raise
+                        self._rejoin(passes)
         self._layers[-1].forget_renewed()
         return self.name
 
     def sights(self) -> list[tuple[Sight, ...]]:
         """What every network has seen at the present layer, for every batch that reaches it."""
         return [
-            tuple(Sight(one.visit.inputs, one.visit.output, one.visit.other) for one in passes)  # type: ignore[union-attr]
+            tuple(one.sight() for one in passes)
             for passes in self._passes
             if all(one.stands(self._at) for one in passes)
         ]
@@ -98,10 +105,13 @@ class Walk:
         self._layers[-1].refresh()
         if rejoin:
             with evaluating(self._networks[-1]):
-                for number, passes in enumerate(self._passes):
-                    passes[-1].close()
-                    passes[-1] = self._stopped(len(self._networks) - 1, number)
-                    passes[-1].to(self._at)
+                for passes in self._passes:
+                    self._rejoin(passes)
+
+    def _rejoin(self, passes: list[_Stopped]) -> None:
+        passes[-1].close()
+        passes[-1] = self._stopped(len(self._networks) - 1, self._passes.index(passes))
+        passes[-1].to(self._at)
 
     def close(self) -> None:
         """End all passes; what they hold is free."""
@@ -125,6 +135,7 @@ class _Stopped:
     def __init__(self, forward: Callable[[], Any], layers: Layers, turn: dict[str, int]) -> None:
         self._pass, self._layers, self._turn = Pass(forward, layers), layers, turn
         self.visit: Visit | None = None
+        self.resumed = False
         self._now: Tensor | None = None
         self._used: tuple = ()
 
@@ -132,6 +143,7 @@ class _Stopped:
         """Go on to the layer whose turn is `at`, or the first one after it."""
         while self.visit is None or self._turn[self.visit.name] < at:
             if self.visit is not None:
+                self.resumed = True
                 self._settle()
             self.visit = self._pass.advance()
             if self.visit is None:
@@ -139,6 +151,10 @@ class _Stopped:
 
     def stands(self, at: int) -> bool:
         return self.visit is not None and self._turn[self.visit.name] == at
+
+    def sight(self) -> Sight:
+        assert self.visit is not None
+        return Sight(self.visit.inputs, self.visit.output, self.visit.other, self.visit.geometry)
 
     @torch.no_grad()
     def present(self) -> Tensor:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch_pruning import ops
 
 from intrafusion.groups.draft import Draft, Mix
 from intrafusion.groups.kinds.base import LayerKind, Place, Reached, Side, Slot, present, register
-from intrafusion.groups.kinds.filters import MOST_INPUTS, Filters
+from intrafusion.groups.kinds.filters import MOST_INPUTS, Filters, Geometry
 
 
 class Convolution(Filters):
@@ -35,22 +34,21 @@ class Convolution(Filters):
         return layer.groups
 
     def can_refit(self, owner: Any) -> bool:
-        """1d and 2d convolutions, grouped ones too, of bearable width."""
-        ordinary = isinstance(owner, (nn.Conv1d, nn.Conv2d)) and owner.padding_mode == "zeros"
-        return ordinary and owner.weight[0].numel() <= MOST_INPUTS
+        """Any number of dimensions, any padding, grouped ones too, of bearable width."""
+        return owner.weight[0].numel() <= MOST_INPUTS
 
-    def patches(self, layer: Any, inputs: Tensor) -> Tensor:
-        kernel, dilation, stride, padding = layer.kernel_size, layer.dilation, layer.stride, _padding(layer)
-        if isinstance(layer, nn.Conv1d):
-            inputs = inputs[..., None]
-            kernel, dilation, stride, padding = (*kernel, 1), (*dilation, 1), (*stride, 1), (*padding, 0)
-        if set(kernel) == {1} and set(padding) == {0}:
-            return inputs[:, :, :: stride[0], :: stride[1]].movedim(1, -1).flatten(0, -2)
-        patches = F.unfold(inputs, kernel, dilation=dilation, padding=padding, stride=stride)
-        return patches.transpose(1, 2).flatten(0, 1)
-
-    def patch_values(self, layer: Any, inputs: Tensor, output: Tensor) -> int:
-        return output[0].numel() * inputs.shape[0] * math.prod(layer.kernel_size)
+    def windows(self, layer: Any, inputs: Tensor, call: Geometry) -> Tensor:
+        kernel = layer.kernel_size
+        if any(padding := _padding(kernel, call)):
+            inputs = F.pad(inputs, padding)
+        images, channels, *sides = inputs.shape
+        to_image, to_channel, *steps = inputs.stride()
+        each = list(zip(sides, steps, kernel, call.stride, call.dilation, strict=True))
+        places = [(side - apart * (size - 1) - 1) // stride + 1 for side, _, size, stride, apart in each]
+        return inputs.as_strided(
+            (images, *places, channels, *kernel),
+            (to_image, *(s * stride for _, s, _, stride, _ in each), to_channel, *(s * a for _, s, _, _, a in each)),
+        )
 
 
 class Depthwise(Convolution):
@@ -96,12 +94,15 @@ class Transposed(Convolution):
         return slot
 
 
-def _padding(layer: Any) -> tuple[int, ...]:
-    if layer.padding == "valid":
-        return (0,) * len(layer.kernel_size)
-    if layer.padding == "same":
-        return tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
-    return layer.padding
+def _padding(kernel: Sequence[int], call: Geometry) -> list[int]:
+    """As `F.pad` wants it. With `same` and an even kernel there is one more behind than before."""
+    pairs = [(0, 0)] * len(kernel)
+    if call.padding == "same":
+        whole = [apart * (size - 1) for size, apart in zip(kernel, call.dilation, strict=True)]
+        pairs = [(total // 2, total - total // 2) for total in whole]
+    elif not isinstance(call.padding, str):
+        pairs = [(side, side) for side in call.padding]
+    return [side for pair in reversed(pairs) for side in pair]
 
 
 DEPTHWISE, TRANSPOSED = Depthwise(), Transposed()

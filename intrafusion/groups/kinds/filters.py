@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,19 @@ from intrafusion.groups.layout import from_channels, gather, pick, to_channels
 
 MOST_INPUTS = 8192
 """A layer whose outputs read more values than this is not refitted: its Gram matrix would not fit in memory."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How one call of a convolution reads its input: what really arrives there, not what the layer's attributes say."""
+
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+
+
+PLAIN = Geometry()
+"""Of a layer that is no convolution."""
 
 
 class Filters(LayerKind):
@@ -33,12 +47,11 @@ class Filters(LayerKind):
         """How many channels the layer reads."""
 
     @abstractmethod
-    def patches(self, layer: Any, inputs: Tensor) -> Tensor:
-        """[samples, d] what each output of the layer reads, in the order of its flattened weight."""
+    def windows(self, layer: Any, inputs: Tensor, call: Geometry) -> Tensor:
+        """[*places, ...] a view: for every place of an output all that is read there, in the order of the weight.
 
-    @abstractmethod
-    def patch_values(self, layer: Any, inputs: Tensor, output: Tensor) -> int:
-        """How many values one image's patches have. inputs, output: of one image."""
+        inputs: what the call of the layer was given. call: how it reads them.
+        """
 
     def groups(self, layer: Any) -> int:
         """How many chunks of inputs are read, each by its own outputs."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from intrafusion.groups.kinds.base import register
-from intrafusion.groups.kinds.filters import MOST_INPUTS, Filters
+from intrafusion.groups.kinds.filters import MOST_INPUTS, Filters, Geometry
 
 
 class Linear(Filters):
@@ -25,11 +25,8 @@ class Linear(Filters):
     def can_refit(self, owner: Any) -> bool:
         return owner.in_features <= MOST_INPUTS
 
-    def patches(self, layer: Any, inputs: Tensor) -> Tensor:
-        return inputs.flatten(0, -2)
-
-    def patch_values(self, layer: Any, inputs: Tensor, output: Tensor) -> int:
-        return inputs.numel()
+    def windows(self, layer: Any, inputs: Tensor, call: Geometry) -> Tensor:
+        return inputs
 
 
 register(Linear())
