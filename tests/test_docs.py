@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch_pruning as tp
 from torch.utils.data import DataLoader, TensorDataset
 
 import intrafusion
+from intrafusion.methods import METHODS
 from intrafusion.models import DigitsCNN
-from intrafusion.ot import merge
 
 ROOT = Path(intrafusion.__file__).parent.parent
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -69,12 +70,21 @@ def given() -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Pages register methods, and a name can be taken once."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
 def test_the_snippets_of_a_page_run_one_after_the_other(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(merge, "MERGE_RULES", dict(merge.MERGE_RULES))  # the README adds one
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     intrafusion.save(DigitsCNN(), "mine.safetensors")
     names, found = given(), snippets(page)

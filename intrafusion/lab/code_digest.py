@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 PRUNING_CODE = (
-    "ot", "running.py", "groups", "correct", "history", "prune", "models.py", "lab/pruning.py", "lab/measure.py",
-    "lab/models.py",
+    "ot", "running.py", "groups", "correct", "history", "methods", "prune", "models.py", "lab/pruning.py",
+    "lab/measure.py", "lab/models.py",
 )  # fmt: skip
 TRAINING_CODE = (
     "training/loop.py", "training/seeds.py", "training/settings.py", "training/state.py", "training/processes.py",
