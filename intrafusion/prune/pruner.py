@@ -60,8 +60,9 @@ class FusionMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__init__" in cls.__dict__:
-            return  # a subclass with a constructor of its own has its own signature
+        if cls.__init__ is not FusionMixin.__init__:  # a constructor of one's own, here or in a parent: its signature
+            cls.__signature__ = None
+            return
         after = cls.__mro__[cls.__mro__.index(FusionMixin) + 1]
         host = inspect.signature(after)
         keyword = inspect.Parameter.KEYWORD_ONLY
