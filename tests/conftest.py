@@ -45,6 +45,12 @@ def shared_data() -> Path:
     return Path(root)
 
 
+@pytest.fixture(scope="session")
+def cifar10_archive(shared_data: Path) -> Path:
+    """The images among what else that folder may hold."""
+    return shared_data / "cifar10-jpeg.tar.gz"
+
+
 @pytest.fixture
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latencies are measured as ever, but not for as long."""

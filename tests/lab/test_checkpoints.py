@@ -19,9 +19,9 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "cifar10_resnet20.yam
 
 
 @pytest.fixture
-def cifar10(shared_data: Path, image_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
+def cifar10(cifar10_archive: Path, image_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     monkeypatch.setenv("INTRAFUSION_CACHE", str(image_cache))
-    return image_folder(shared_data, progress=False)
+    return image_folder(cifar10_archive, progress=False)
 
 
 def score(network: str, file: str, data: Dataset, root: Path) -> Accuracy:
@@ -42,16 +42,16 @@ def test_resnet20_scores_87_70_on_all_test_images(cifar10: Dataset, shared_data:
     assert found.percent == pytest.approx(87.70, abs=0.1)
 
 
-def test_vgg11_scores_1758_of_2000(cifar10: Dataset, shared_data: Path) -> None:
-    data = image_folder(shared_data, test_images=2000, progress=False)
+def test_vgg11_scores_1758_of_2000(cifar10: Dataset, cifar10_archive: Path, shared_data: Path) -> None:
+    data = image_folder(cifar10_archive, test_images=2000, progress=False)
     found = score("cifar_vgg11_bn", "vgg11_bn_cifar10", data, shared_data)
     assert found.total == 2000
     assert abs(found.correct - 1758) <= 2  # rounding may turn a tie on another machine
 
 
-def test_the_shipped_recipe_shows_that_fusion_helps(cifar10: Dataset, shared_data: Path, tmp_path: Path) -> None:
+def test_the_shipped_recipe_shows_that_fusion_helps(cifar10: Dataset, cifar10_archive: Path, tmp_path: Path) -> None:
     """Published on 10,000 images at 30 %: 36.76 discarded, 67.74 fused."""
-    given = [f"data.root={shared_data}", f"output={tmp_path / 'out'}", "data.test_images=1000", "prune.ratios=0.3"]
+    given = [f"data.root={cifar10_archive}", f"output={tmp_path / 'out'}", "data.test_images=1000", "prune.ratios=0.3"]
     run(load_recipe(RECIPE, [*given, "fusion=paper"]), progress=False)
     lines = (tmp_path / "out" / "report.md").read_text().splitlines()
     cells = next(line for line in lines if line.startswith("| 0.3 |")).split("|")

@@ -9,9 +9,8 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from benchmarks.paper_parity import NETWORKS, PAPER, accuracy, expected, load, pruned
+from benchmarks.paper_parity import NETWORKS, PAPER, accuracy, expected, images, load, pruned
 from intrafusion import IntraFusionPruner
-from intrafusion.lab.data.sources import image_folder
 
 
 def fold_by_hand(model: nn.Module) -> nn.Module:
@@ -66,6 +65,6 @@ def test_a_published_cell_is_reproduced(group, ratio, tolerance, shared_data, im
     dense, names = load("ResNet-20", shared_data)
     roots = names if group == "all at once" else [group]
     discarded, fused = expected()["ResNet-20"][group][[0.3, 0.5, 0.7].index(ratio)]
-    data = image_folder(shared_data, progress=False)
+    data = images(shared_data, progress=False)
     assert accuracy(pruned(dense, roots, ratio, PAPER), data) == pytest.approx(fused, abs=tolerance)
     assert accuracy(pruned(dense, roots, ratio, PAPER.discarded()), data) == pytest.approx(discarded, abs=tolerance)
