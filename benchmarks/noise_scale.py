@@ -26,7 +26,6 @@ from torch import nn
 from tqdm import tqdm
 
 import intrafusion
-from benchmarks.align import halves
 from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.data.sources import digits
 from intrafusion.lab.errors import LabError
@@ -69,7 +68,7 @@ class Pairing:
 def measure(data: Dataset, lr: float, batch: int, seed: int, epochs: int) -> Iterator[Pairing]:
     """One pairing for each start; the first network is the same in both."""
     settings = TrainSection(epochs=epochs, lr=lr, batch_size=batch, seed=seed)
-    left, right = halves(data, seed=seed)
+    left, right = data.parts(2, seed=seed)
     first, history = _trained(left, settings, seed)
     images = [inputs for inputs, _ in data.draw("train", 250, seed=0)]
     test = partial(score, data=data)
