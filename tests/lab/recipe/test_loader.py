@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from intrafusion import Fusion
+from intrafusion import Fusion, Pair, Plan
 from intrafusion.lab.errors import RecipeError, UsageError
 from intrafusion.lab.recipe.loader import Recipe, load_recipe, read_recipe, recipe_schema, to_yaml
 from intrafusion.lab.recipe.nodes import parse
@@ -324,3 +324,20 @@ def violations(schema: dict[str, Any], value: Any, path: str = "") -> Iterator[s
         and schema.get("exclusiveMinimum", value - 1) < value < schema.get("exclusiveMaximum", value + 1)
     ):
         yield path
+
+
+def halves(plan: Plan) -> Pair:
+    columns = 0.5 * plan.coupling / plan.source[:, None]
+    return Pair(rows=columns.T.clone(), columns=columns, kept=plan.kept)
+
+
+def test_a_merge_rule_is_imported_by_name() -> None:
+    name = f"{__name__}:halves"
+    text = GOOD + f"fusion: {{preset: barycentre, merge: '{name}'}}\n"
+    recipe = read_recipe(text, "r.yaml")
+    assert recipe.fusion == Fusion(merge=name)
+    assert read_recipe(to_yaml(recipe), "again.yaml").fusion == recipe.fusion
+    with pytest.raises(RecipeError, match=r"r\.yaml:9: fusion: Fusion\.merge: method '.*:thirds' cannot be imported: "):
+        read_recipe(text.replace("halves", "thirds"), "r.yaml")
+    with pytest.raises(RecipeError, match=r"fusion\.merge: unknown value 'halves'; did you mean|allowed: "):
+        read_recipe(GOOD + "fusion: {merge: halves}\n", "r.yaml")
