@@ -39,7 +39,7 @@ class Draft:
     def of(self, owner: Any, attribute: str) -> Tensor:
         """The present value of owner.attribute in float64 (a free parameter's attribute is `data`)."""
         known = self.values.get((owner, attribute))
-        return getattr(owner, attribute).detach().double() if known is None else known
+        return (getattr(owner, attribute).detach() if known is None else known).double()
 
     def put(self, owner: Any, attribute: str, value: Tensor) -> None:
         self.values[owner, attribute] = value
@@ -52,8 +52,9 @@ class Draft:
 
     def mix(self, owner: Any, attribute: str, local: Tensor, by: Mix, axis: int, chunks: int) -> None:
         """Mix the channels along one axis of a tensor. local, axis, chunks: as in `kinds.base.Place`."""
-        old = self.of(owner, attribute)
-        matrix = to_channels(old, axis, chunks).clone()
+        known = self.values.get((owner, attribute))
+        old = getattr(owner, attribute).detach() if known is None else known
+        matrix = to_channels(old, axis, chunks).clone()  # in its own precision: it may be half of the network
         mix_(matrix, *(t.to(matrix.device) for t in (local, by.weights, by.places)))
         self.put(owner, attribute, from_channels(matrix, old, axis, chunks))
 
@@ -63,7 +64,7 @@ class Draft:
         for (owner, attribute), value in self.values.items():
             old = getattr(owner, attribute)
             new = value.to(old.dtype)
-            if not torch.isfinite(new).all():
+            if new.numel() and not torch.isfinite(torch.stack(new.aminmax())).all():  # without a copy
                 raise ValueError(f"the fused {attribute} of {type(owner).__name__} would not be finite in {old.dtype}")
             ready.append((owner, attribute, new))
         for owner, attribute, new in ready:

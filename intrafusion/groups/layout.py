@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+_BLOCK = 2**23
+"""Numbers that are mixed at a time, 64 MB in float64."""
+_SPARSE = 0.05
+"""Where so few of the weights are not zero, going from one to the next is faster than a matrix product."""
 
 
 def to_channels(weight: Tensor, axis: int = 0, chunks: int = 1) -> Tensor:
@@ -48,17 +53,16 @@ def pick(matrix: Tensor, local: Tensor) -> Tensor:
 def mix_(matrix: Tensor, local: Tensor, weights: Tensor, places: Tensor) -> None:
     """matrix[place of root i] <- sum over roots j of weights[i, j] · matrix[place of j], in place.
 
-    matrix: [L, d], local: [n, m], weights: [c, n], places: [c] root channels that are written. All is read before
-    anything is written.
+    matrix: [L, d], local: [n, m], weights: [c, n], places: [c] root channels that are written. A block of
+    columns is read, in float64, before any of it is written; a plan gives few weights that are not zero.
     """
-    mixed = (weights @ gather(matrix, local)).unflatten(1, (local.shape[1], matrix.shape[1]))
     target = local[places]
-    matrix[target[target >= 0]] = mixed[target >= 0]
-
-
-def channel_axis(layer: nn.Module) -> int:
-    """Where a layer's activations have their channels."""
-    return -1 if isinstance(layer, nn.Linear) else 1
+    there, weights = target >= 0, weights.double()
+    if int(weights.count_nonzero()) < _SPARSE * weights.numel():
+        weights = weights.to_sparse()
+    for block in matrix.split(max(1, _BLOCK // max(1, local.numel())), dim=1):
+        mixed = (weights @ gather(block.double(), local)).unflatten(1, (local.shape[1], block.shape[1]))
+        block[target[there]] = mixed[there].to(block.dtype)
 
 
 def by_channel(value: Tensor, axis: int) -> Tensor:
