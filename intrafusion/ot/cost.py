@@ -55,11 +55,16 @@ def pairwise_cost(x: Features, y: Features, kind: str = "l1") -> Tensor:
     if kind == "l1":
         cost = _l1(x, y)
         if not torch.isfinite(cost).all():
-            x.squares(), y.squares("target")  # says which one
+            _name_the_one_that_is_not_finite(x, y)
         return cost
     if kind == "cosine":
         x, y = x.normalised(), y.normalised("target")
     return _from_products(x, y, kind)
+
+
+def _name_the_one_that_is_not_finite(x: Rows, y: Rows) -> None:
+    for rows, name in ((x, "channel"), (y, "target")):
+        rows.squares(name)
 
 
 def _from_products(x: Rows, y: Rows, kind: str) -> Tensor:
@@ -73,7 +78,7 @@ def _from_products(x: Rows, y: Rows, kind: str) -> Tensor:
             mark[:, 0] += (rows * rows).sum(dim=1)
             mark[:, 1] += (rows * angles).sum(dim=1)
     if not all(torch.isfinite(mark).all() for mark in marks):
-        x.squares(), y.squares("target")  # says which one
+        _name_the_one_that_is_not_finite(x, y)
     if kind == "l2":
         cost = (marks[0][:, :1] + marks[1][:, 0] - 2 * products).clamp_(min=0.0).sqrt_()
     else:
