@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import filter as matching
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,8 +21,8 @@ PLAN_ONLY = ("paper", "barycentre")
 """Methods that look at weights alone: they are compared with torch-pruning, not with forward passes."""
 _BATCH = {224: 32, 32: 250, 8: 250}
 _CHECKPOINTS = {"cifar_resnet20": "resnet20_cifar10", "cifar_vgg11_bn": "vgg11_bn_cifar10"}
-_LEFT_ALONE = {"cifar_resnet20": ("conv1", "conv2", "linear"), "cifar_vgg11_bn": ("classifier",)}
-"""What of a CIFAR network roots no pruned group, by the last part of its name: the stream and the classifier."""
+_LEFT_ALONE = {"cifar_resnet20": ("conv1", "layer*.conv2", "linear"), "cifar_vgg11_bn": ("classifier",)}
+"""What of a CIFAR network roots no pruned group: the stream and the classifier."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def left_alone(row: Row, model: nn.Module) -> list[nn.Module]:
     """The layers that root no pruned group: the classifier, and in the CIFAR ResNet the stream."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     if row.network in _LEFT_ALONE:
-        return [layer for name, layer in layers.items() if name.rpartition(".")[2] in _LEFT_ALONE[row.network]]
+        names = [name for pattern in _LEFT_ALONE[row.network] for name in matching(layers, pattern)]
+        return [layers[name] for name in names]
     return [list(layers.values())[-1]]
 
 

@@ -80,3 +80,16 @@ def test_chains_have_the_layers_that_they_are_called_by():
     for row in (row for row in ROWS.values() if row.layers):
         layers = [m for m in rows.build(row).modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
         assert len(layers) == row.layers
+
+
+def test_all_but_the_stream_and_the_classifier_of_a_cifar_network_is_pruned(monkeypatch):
+    monkeypatch.delenv("INTRAFUSION_DATA", raising=False)
+    pruned = {}
+    for network in ("cifar_resnet20", "cifar_vgg11_bn"):
+        model = rows.build(ROWS[f"{network}/calibrated"])
+        ignored = rows.left_alone(ROWS[f"{network}/calibrated"], model)
+        layers = {m: name for name, m in model.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))}
+        pruned[network] = [name for layer, name in layers.items() if layer not in ignored]
+    stages = [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in (0, 1, 2)]
+    assert pruned["cifar_resnet20"] == stages
+    assert len(pruned["cifar_vgg11_bn"]) == 8
