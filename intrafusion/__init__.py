@@ -8,6 +8,7 @@ if _TYPE_CHECKING:
     from intrafusion.average.networks import fuse
     from intrafusion.checkpoint import CheckpointError, load, save
     from intrafusion.groups.batchnorm import recenter_batchnorms_
+    from intrafusion.groups.kinds.normalisation import register_norm
     from intrafusion.methods import Method, merge_rule, method
     from intrafusion.onnx.export import ExportError, export
     from intrafusion.ot import Pair, Plan
@@ -65,6 +66,7 @@ __all__ = [
     "method",
     "one_shot_scheduler",
     "recenter_batchnorms_",
+    "register_norm",
     "save",
     "transfer_optimizer_state",
 ]
@@ -118,6 +120,7 @@ _HOME = {
     ),
     "schedule": (),
     "groups.batchnorm": ("recenter_batchnorms_",),
+    "groups.kinds.normalisation": ("register_norm",),
     "methods": (
         "Method",
         "merge_rule",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -147,8 +147,13 @@ class Change:
                 self._problems[address] = "it was cut to another number of dimensions"
                 continue
             for axis in range(old.dim()):
-                if old.shape[axis] != new.shape[axis]:
+                if old.shape[axis] == new.shape[axis]:
+                    continue
+                kept = self._told(address, axis, old.shape[axis], new.shape[axis], zip(items, targets, strict=True))
+                if kept is None:
                     axes[axis].append(address)
+                else:
+                    self._cuts[address].append(Cut(axis, kept))
         for axis, changed in axes.items():
             numbers = self._numbers(axis, items, targets, shells, free)
             for address in changed:
@@ -158,6 +163,31 @@ class Change:
                     self._problems[address] = f"how its {type(address[0]).__name__} is cut could not be followed"
                     continue
                 self._cuts[address].append(Cut(axis, kept))
+
+    def _told(self, address: Address, axis: int, old: int, new: int, cut: Iterable) -> Tensor | None:
+        """What is left of a linear layer's or an ordinary convolution's weight, by what torch-pruning was told to cut.
+
+        None for anything else, and where that is not plain: then only a trial tells.
+        """
+        layer, name = address
+        if not isinstance(layer, (nn.Linear, ops.TORCH_CONV)) or getattr(layer, "groups", 1) > 1 or name != "weight":
+            return None
+        outputs = axis == int(getattr(layer, "transposed", False))
+        found = {
+            tuple(sorted({int(i) for i in idxs}))
+            for (dep, idxs), target in cut
+            if target is layer
+            and type(dep.handler.__self__).__module__.startswith("torch_pruning.")
+            and self._graph.is_out_channel_pruning_fn(dep.handler) == outputs
+        }
+        if len(found) != 1 or axis > 1:
+            return None
+        (removed,) = found
+        if not removed or removed[-1] >= old or old - len(removed) != new:
+            return None
+        left = torch.ones(old, dtype=torch.bool)
+        left[list(removed)] = False
+        return left.nonzero().flatten()
 
     def replaced(self) -> Iterator[tuple[Address, nn.Parameter | None, nn.Parameter]]:
         """(address, parameter before, parameter now) wherever it is another object now."""

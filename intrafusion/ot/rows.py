@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,38 +99,38 @@ def optimise_rows(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> tu
     The result is never worse than the start on the held-out samples; without samples, or with far fewer than rows, it
     is the start.
     """
-    readers = [reader for reader in readers if 2 * int((~reader.held_out).sum()) >= len(rows)]
-    if not readers:
+    views = [_View(reader) for reader in readers if 2 * int((~reader.held_out).sum()) >= len(rows)]
+    if not views:
         return rows, shift
-    spread = _spread(readers[0].z)  # R is conditioned by what it multiplies
-    z_dtype = readers[0].z.dtype
+    spread = _spread(views[0].samples.z)  # R is conditioned by what it multiplies
+    z_dtype = views[0].samples.z.dtype
     scaled = (rows.to(z_dtype) * spread).contiguous().requires_grad_(True)
     offset = shift.to(z_dtype).clone().requires_grad_(True)
     optimiser = torch.optim.LBFGS(
         [scaled, offset], lr=1.0, max_iter=_INNER, history_size=10, line_search_fn="strong_wolfe"
     )
     best = (float("inf"), rows, shift)
-    work = sum(reader.z.numel() for reader in readers) * len(rows) * (_INNER + 1)
-    enough = _SOLVED * sum(float(_power(reader)) for reader in readers)
+    work = sum(view.samples.z.numel() for view in views) * len(rows) * (_INNER + 1)
+    enough = _SOLVED * sum(view.power for view in views)
     steps = max(1, min(_OUTER, _WORK // max(1, work)))
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        with torch.enable_grad():
+            moved = scaled / spread
+            loss = torch.stack([view.loss(moved, offset) for view in views]).sum()
+            loss.backward()
+        return loss
+
     for step in range(steps + 1):
         with torch.no_grad():
             present = scaled / spread
-            error = sum(float(_held_out_error(reader, present, offset)) for reader in readers)
+            error = sum(view.held_out_error(present, offset) for view in views)
             if not error < best[0]:
                 break
             best = (error, present.double().clone(), offset.double().clone())
         if step == steps or error < enough:
             break
-
-        def closure() -> Tensor:
-            optimiser.zero_grad()
-            with torch.enable_grad():
-                moved = scaled / spread
-                loss = torch.stack([_loss(reader, moved, offset) for reader in readers]).sum()
-                loss.backward()
-            return loss
-
         optimiser.step(closure)
     return best[1], best[2].detach()
 
@@ -137,56 +138,89 @@ def optimise_rows(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> tu
 @torch.no_grad()
 def read_back(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> Tensor:
     """S: [n, k] float64, by which the new channels of rows [k, n], shift [k] give the old ones best, least squares."""
-    everything = [torch.ones_like(reader.held_out) for reader in readers]
-    new = [_forward(r, rows.to(r.z), shift.to(r.z), chosen) for r, chosen in zip(readers, everything, strict=True)]
-    return _read_back(torch.cat(new), torch.cat([reader.h for reader in readers]))[0]
+    new = torch.cat([_forward(r, rows.to(r.z), shift.to(r.z), r.z) for r in readers])
+    target = torch.cat([reader.h for reader in readers])
+    return _read_back(new - new.mean(dim=0), target - target.mean(dim=0))
 
 
-def _forward(reader: Samples, rows: Tensor, shift: Tensor, chosen: Tensor) -> Tensor:
-    """h' = f(R z + r) for the chosen samples: [p, k]."""
-    z = reader.z[chosen]
+class _View:
+    """One reader's samples, in two parts: those that are fitted and those that judge.
+
+    With C the covariances of the new channels h' and of what the reader should read, h, both about their means, the
+    error that the best S leaves under the metric M is
+
+        tr M (C_hh - S C_h'h - C_hh' S^T + S C_h'h' S^T)
+
+    and its gradient with respect to h', S being at its optimum, is -2 (h M S - h' S^T M S) / P: no sample is ever
+    multiplied by M itself, which is as wide as the group.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        fitted, judged = ~samples.held_out, samples.held_out
+        self._z = samples.z[fitted], samples.z[judged]
+        self._mean = samples.h[fitted].mean(dim=0)
+        self._h = samples.h[fitted] - self._mean, samples.h[judged] - self._mean
+        self._metric = samples.metric.to(samples.h)
+        self._own = [float(_weighted(self._metric, h)) for h in self._h]
+        judged_h = self._h[1] - self._h[1].mean(dim=0)
+        self.power = float(_weighted(self._metric, judged_h)) if len(judged_h) else 0.0
+        """The error on the held-out samples of reading nothing but the mean."""
+
+    def loss(self, rows: Tensor, shift: Tensor) -> Tensor:
+        """The error on the samples that are fitted, differentiable in rows [k, n] and shift [k]."""
+        return _Error.apply(_forward(self.samples, rows, shift, self._z[0]), self._h[0], self._metric, self._own[0])  # type: ignore[return-value]
+
+    def held_out_error(self, rows: Tensor, shift: Tensor) -> float:
+        """The error on the held-out samples, with the S and the means of the others."""
+        fitted = _forward(self.samples, rows, shift, self._z[0])
+        mean = fitted.mean(dim=0)
+        read = _read_back(fitted - mean, self._h[0])
+        judged = _forward(self.samples, rows, shift, self._z[1]) - mean
+        return float(_left(judged, self._h[1], read.to(judged), self._metric, self._own[1]))
+
+
+class _Error(torch.autograd.Function):
+    """The error that the best affine reading of h' [P, k] leaves of h [P, n], which has mean 0: see `_View`."""
+
+    @staticmethod
+    def forward(ctx: Any, new: Tensor, h: Tensor, metric: Tensor, own: float) -> Tensor:
+        new = new - new.mean(dim=0)
+        read = _read_back(new, h).to(new)
+        seen = metric @ read
+        gradient = h @ seen - new @ (read.T @ seen)
+        ctx.save_for_backward((-2.0 / max(1, len(h))) * (gradient - gradient.mean(dim=0)))
+        return _left(new, h, read, metric, own)
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return given[0] * gradient, None, None, None
+
+
+def _left(new: Tensor, h: Tensor, read: Tensor, metric: Tensor, own: float) -> Tensor:
+    """The mean error of reading h [P, n] from new [P, k] by read [n, k] under the metric; own: of reading nothing."""
+    seen = metric @ read
+    cross = ((new.T @ h) * seen.T).sum()
+    square = ((new.T @ new) * (read.T @ seen)).sum()
+    return own + (square - 2 * cross) / max(1, len(h))
+
+
+def _forward(reader: Samples, rows: Tensor, shift: Tensor, z: Tensor) -> Tensor:
+    """h' = f(R z + r): [p, k]."""
     mixed = torch.einsum("kn,pn...->pk...", rows, z)
     return reader.f(mixed + shift.reshape(1, -1, *[1] * (mixed.dim() - 2)))
 
 
-def _read_back(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """S [n, k] and s [n] by which h [p, k] gives target [p, n] best, least squares."""
-    h, target = h.double(), target.double()
-    mean_h, mean_target = h.mean(dim=0), target.mean(dim=0)
-    h, target = h - mean_h, target - mean_target
-    gram = h.T @ h
+def _read_back(new: Tensor, h: Tensor) -> Tensor:
+    """S [n, k] float64 by which new [p, k] gives h [p, n] best, least squares; both have mean 0."""
+    gram, cross = (new.T @ new).double(), (new.T @ h).double()
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + 1e-12)
-    read = torch.linalg.solve(gram, h.T @ target).T
-    return read, mean_target - read @ mean_h
+    return torch.linalg.solve(gram, cross).T
 
 
-def _loss(reader: Samples, rows: Tensor, shift: Tensor) -> Tensor:
-    """The error on the samples that are not held out. S and s are at their optimum: no gradient flows through them."""
-    chosen = ~reader.held_out
-    h, target = _forward(reader, rows, shift, chosen), reader.h[chosen]
-    return _error(reader, h, target, _read_back(h.detach(), target))
-
-
-def _held_out_error(reader: Samples, rows: Tensor, shift: Tensor) -> Tensor:
-    """The error on the held-out samples, with the S and s of the others."""
-    fitted, judged = ~reader.held_out, reader.held_out
-    linear = _read_back(_forward(reader, rows, shift, fitted), reader.h[fitted])
-    return _error(reader, _forward(reader, rows, shift, judged), reader.h[judged], linear)
-
-
-def _power(reader: Samples) -> Tensor:
-    """The error on the held-out samples of reading nothing but the mean."""
-    target = reader.h[reader.held_out]
-    return _weighted(reader, target - target.mean(dim=0))
-
-
-def _error(reader: Samples, h: Tensor, target: Tensor, linear: tuple[Tensor, Tensor]) -> Tensor:
-    read, shift = (value.to(h) for value in linear)
-    return _weighted(reader, target - h @ read.T - shift)
-
-
-def _weighted(reader: Samples, error: Tensor) -> Tensor:
-    return ((error @ reader.metric) * error).sum() / max(1, len(error))
+def _weighted(metric: Tensor, error: Tensor) -> Tensor:
+    return ((error @ metric) * error).sum() / max(1, len(error))
 
 
 def _spread(z: Tensor) -> Tensor:

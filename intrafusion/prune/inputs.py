@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from intrafusion.correct.synthetic import synthetic_count, synthetic_inputs
 from intrafusion.methods.method import Method
 from intrafusion.prune.fused_group import FusionError
+from intrafusion.prune.host import Host
 from intrafusion.running import to_device
 
-if TYPE_CHECKING:
-    from intrafusion.prune.pruner import FusionMixin
 
-
-def inputs_for(pruner: FusionMixin, method: Method) -> list[Any]:
+def inputs_for(pruner: Host, method: Method) -> list[Any]:
     """The batches for one step, on the network's device.
 
     Raises FusionError if the method wants synthetic inputs and the network does not run on any.

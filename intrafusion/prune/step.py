@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch_pruning.dependency.group import Group
 
-from intrafusion.correct.correction import Correction
+from intrafusion.correct.correction import Correction, LayerView
 from intrafusion.groups.apply import apply_pair
 from intrafusion.groups.snapshot import Snapshot, frozen_parameters
 from intrafusion.groups.table import GroupTable
@@ -30,11 +29,9 @@ from intrafusion.methods.view import View
 from intrafusion.ot import Pair, Plan, kept_only, selection_pair, transport_plan
 from intrafusion.prune import checks
 from intrafusion.prune.fused_group import FusedGroup, FusionError
+from intrafusion.prune.host import Host
 from intrafusion.prune.inputs import inputs_for
 from intrafusion.prune.report import GroupReport
-
-if TYPE_CHECKING:
-    from intrafusion.prune.pruner import FusionMixin
 
 
 class Step:
@@ -47,7 +44,7 @@ class Step:
             free when the step is over. The same holds for the copy of the dense network and all activations.
     """
 
-    def __init__(self, pruner: FusionMixin) -> None:
+    def __init__(self, pruner: Host) -> None:
         checks.check_finite(pruner.model)
         self._pruner = pruner
         self.settings = pruner.fusion
@@ -95,8 +92,7 @@ class Step:
             importance=pruner.score_of, seed=self.settings.seed, progress=pruner.progress,
         )  # fmt: skip
         if method.repairs or method.samples:
-            seen = weakref.ref(view)
-            repair_ = (lambda layer: method.repair_(layer, seen())) if method.repairs else None
+            repair_ = _repair(method, view) if method.repairs else None
             view.correction = Correction(
                 pruner.DG, pruner.run, batches, tables, repair_,
                 after_cut=method.after_cut, survey=method.samples, progress=pruner.progress,
@@ -188,6 +184,17 @@ class Step:
         except Exception as error:
             snapshot.restore()
             raise FusionError(f"while refitting the layers after the cut: {error}") from error
+
+
+def _repair(method: Method, view: View) -> Callable[[LayerView], None]:
+    """The method's repair; the view, which holds what calls it, is not held by that."""
+    seen = weakref.ref(view)
+
+    def repair_(layer: LayerView) -> None:
+        if (now := seen()) is not None:
+            method.repair_(layer, now)
+
+    return repair_
 
 
 def _remark(plan: Plan) -> str:

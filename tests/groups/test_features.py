@@ -1,4 +1,4 @@
-"""Features are read where they are: no wide layer is copied, and nothing is held in a precision that it does not have."""
+"""Features are read where they are: no wide layer is copied, and none is held in more digits than it has."""
 
 from __future__ import annotations
 

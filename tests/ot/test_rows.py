@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from intrafusion.ot.rows import bound_means
+from intrafusion.ot.rows import Samples, _View, bound_means
 
 MEAN = torch.tensor([0.5, -1.0, 8.0]).double()
 COV = torch.diag(torch.tensor([1.0, 4.0, 0.25]).double())
@@ -32,3 +32,34 @@ def test_rows_without_variance_are_left_alone() -> None:
     shift = torch.tensor([7.0, -1e6, 0.0]).double()
     assert torch.equal(bound_means(0 * EYE, shift, (EYE, NONE), MEAN, COV), shift)
     assert torch.equal(bound_means(EYE, shift, (0 * EYE, NONE), MEAN, COV), shift)
+
+
+def test_the_error_and_its_gradient_are_those_of_the_plain_formula() -> None:
+    """The residual of the regression under the metric, differentiated by autograd with the regression held fixed."""
+    generator = torch.Generator().manual_seed(0)
+    z, reads = torch.randn(400, 6, generator=generator), torch.randn(6, 9, generator=generator)
+    z[:, 3] += 5
+    samples = Samples(z, torch.relu(z), torch.relu, reads @ reads.T / 6, torch.arange(400) % 4 == 3)
+    rows = torch.randn(3, 6, generator=generator, requires_grad=True)
+    shift = torch.randn(3, generator=generator, requires_grad=True)
+    view = _View(samples)
+    loss = view.loss(rows, shift)
+    found = torch.autograd.grad(loss, (rows, shift))
+
+    fitted = ~samples.held_out
+    new, h = torch.relu(z[fitted] @ rows.T + shift), samples.h[fitted]
+    about = (new - new.mean(dim=0)).detach().double()
+    gram = about.T @ about
+    gram.diagonal().add_(1e-3 * gram.diagonal().mean() + 1e-12)
+    read = torch.linalg.solve(gram, about.T @ (h - h.mean(dim=0)).double()).T.float()
+    error = h - h.mean(dim=0) - (new - new.mean(dim=0)) @ read.T
+    plain = ((error @ samples.metric) * error).sum() / len(h)
+    torch.testing.assert_close(loss, plain)
+    for ours, theirs in zip(found, torch.autograd.grad(plain, (rows, shift)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        judged = samples.held_out
+        left = samples.h[judged] - h.mean(dim=0) - (torch.relu(z[judged] @ rows.T + shift) - new.mean(dim=0)) @ read.T
+        torch.testing.assert_close(
+            torch.tensor(view.held_out_error(rows, shift)), ((left @ samples.metric) * left).sum() / int(judged.sum())
+        )
