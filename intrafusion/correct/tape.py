@@ -207,7 +207,7 @@ class Layers:
 
     def tensors(self, name: str) -> tuple[Tensor | None, ...]:
         """All that a call of the layer and its batch-norm reads beside its input."""
-        layer, norm = self._modules[name]
+        layer, norm = self.of(name)
         own = (layer.weight, getattr(layer, "bias", None))
         return own if norm is None else (*own, norm.running_mean, norm.running_var, norm.weight, norm.bias)
 

@@ -36,6 +36,8 @@ INPUTS = ("none", "synthetic", "calibration")
 class Method:
     """One way of merging channels. An object lives for one pruning step, and may remember what it likes.
 
+    Groups come in the order of the forward pass if the method asks for samples or repairs, else in torch-pruning's.
+
     Attributes:
         inputs: one of `INPUTS`.
         fills_up: whether few inputs of the user's own are filled up with synthetic ones.
@@ -148,7 +150,8 @@ def _maker(value: Any, name: str) -> Callable[[], Method]:
         return _named(value, name)
     if isinstance(value, type) or not callable(value):
         raise TypeError(f"{value!r} is neither a function from a plan to a pair nor a subclass of Method")
-    return lambda: Rule(value, name)
+    rule: Any = value
+    return lambda: Rule(rule, name)
 
 
 def _named(cls: type[Method], name: str) -> Callable[[], Method]:

@@ -154,7 +154,7 @@ class Step:
         pair = self.method.pair(table, plan, view)
         apply_pair(table, pair)
         self.method.mixed_(table, pair, view)
-        return plan, pair, _remark(plan) if self.method.plan else ""
+        return (plan, pair, _remark(plan)) if self.method.plan else (None, pair, "")
 
     def _why_not(self, group: FusedGroup, table: GroupTable, kept: Tensor) -> str:
         """Why a group can only be cut ('' if it can be fused)."""
