@@ -2,9 +2,10 @@
 
     P = argmin <C, P>   subject to   P 1 = a,   P^T 1 = b,   P >= 0        (Theus et al. 2024, section 3)
 
-solved exactly by network simplex (POT), or, where the target masses are not prescribed, channel by channel: `free`
-relaxes P^T 1 = b; `partial` relaxes P 1 = a as well, by one more target that is the zero channel. What is nearer to
-nothing than to any kept channel is then transported nowhere: no kept channel has to absorb what it cannot stand for.
+solved exactly, by network simplex (POT) or as an assignment where half of a group of equal masses is kept; or, where
+the target masses are not prescribed, channel by channel: `free` relaxes P^T 1 = b; `partial` relaxes P 1 = a as well,
+by one more target that is the zero channel. What is nearer to nothing than to any kept channel is then transported
+nowhere: no kept channel has to absorb what it cannot stand for.
 
 Where the cost is a distance and the targets are the kept channels themselves, mass that can stay does: where channel i
 sends some to j and takes as much from s, s may as well send it to j at once, for C(s, j) <= C(s, i) + C(i, j). So
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from intrafusion.ot.assignment import assign
 from intrafusion.ot.cost import METRICS, pairwise_cost
 from intrafusion.ot.parts import Features, Rows
 from intrafusion.ot.targets import TARGETS, representatives
@@ -42,7 +44,7 @@ class PlanStatus(Enum):
     """How a plan came about; the value is the sentence a user reads."""
 
     IDENTITY = "every channel is kept, so each one stays where it is"
-    EXACT = "optimal (network simplex)"
+    EXACT = "optimal (network simplex or assignment)"
     NEAREST = "every channel goes whole to its nearest target (target masses left free)"
     PARTIAL = "every channel goes whole to its nearest target, or nowhere if nothing is nearer (partial transport)"
 
@@ -94,11 +96,13 @@ def solve(cost: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, float]:
     Raises ValueError for a cost or masses that are not finite, negative masses or masses that are all zero;
     RuntimeError if the solver does not reach the optimum (POT itself would only warn, or return garbage).
     """
-    import ot
-
     if not torch.isfinite(cost).all():
         raise ValueError("the transport cost is not finite")
     a, b = (_as_distribution(mass, name) for mass, name in ((source, "source"), (target, "target")))
+    if len(a) == len(b) and max(np.ptp(a), np.ptp(b)) < 1e-12 / len(a):
+        return _one_to_one(cost)
+    import ot  # takes longer to import than most groups take to solve
+
     c = np.ascontiguousarray(cost.detach().cpu().double().numpy())
     coupling, log = ot.emd(a, b, c, numItermax=max(1_000_000, 100 * c.size), log=True)
     if log["result_code"] != 1:
@@ -106,6 +110,14 @@ def solve(cost: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, float]:
     if max(np.abs(coupling.sum(1) - a).max(), np.abs(coupling.sum(0) - b).max()) > 1e-9:
         raise RuntimeError("the transport solver returned a plan that loses mass; please report this cost matrix")
     return torch.from_numpy(coupling).to(cost.device), float(log["cost"])
+
+
+def _one_to_one(cost: Tensor) -> tuple[Tensor, float]:
+    """As `solve` for as many targets as sources, all of one mass: some permutation is optimal (Birkhoff)."""
+    order, mean = assign(cost)
+    coupling = torch.zeros(cost.shape, dtype=torch.float64)
+    coupling[order, torch.arange(len(order))] = 1.0 / len(order)
+    return coupling.to(cost.device), mean
 
 
 def transport_plan(

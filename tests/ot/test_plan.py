@@ -229,3 +229,17 @@ def test_parts_in_single_precision_give_the_plan_of_the_whole_in_double():
     parts = transport_plan(list(x.float().split([1, 99, 200], dim=1)), kept)
     assert torch.allclose(parts.coupling, whole.coupling, atol=1e-12)
     assert parts.cost == pytest.approx(whole.cost, rel=1e-6)
+
+
+@given(n=st.integers(1, 12), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_an_assignment_costs_what_the_network_simplex_would(n, seed):
+    import ot
+
+    cost = torch.rand(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    mass = np.full(n, 1 / n)
+    coupling, paid = solve(cost, torch.ones(n), torch.ones(n))
+    assert paid == pytest.approx(ot.emd2(mass, mass, cost.numpy()), abs=1e-12)
+    assert paid == pytest.approx(float((coupling * cost).sum()), abs=1e-12)
+    assert torch.allclose(coupling.sum(dim=0), torch.from_numpy(mass))
+    assert torch.allclose(coupling.sum(dim=1), torch.from_numpy(mass))
