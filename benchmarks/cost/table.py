@@ -42,10 +42,10 @@ def _cells(name: str, records: dict[str, dict[str, Any]]) -> list[str]:
     first = records.get("chain-10/calibrated", {}).get("seconds") if row.layers else None
     shortest = _middle(first, 0) / 10 if first else None
     return [
-        row.network, row.method, more + _number(wall), _number(cpu), more + _number(ratios[0]), _number(ratios[1]),
+        row.network, row.method, _number(wall, more), _number(cpu), _number(ratios[0], more), _number(ratios[1]),
         str(record.get("inputs") or ""), _number(_middle(one_pass, 0)), more * (passes[0] is not None) +
         _number(passes[0]), _number(passes[1]), _number(peak), _number(peak / plain if peak and plain else None),
-        _number(layers), _number(layers / shortest if layers and shortest else None),
+        _number(layers, more), _number(layers / shortest if layers and shortest else None, more),
     ]  # fmt: skip
 
 
@@ -64,8 +64,8 @@ def _difference(whole: float | None, part: float | None, unit: float | None) -> 
     return None if whole is None or part is None or not unit else (whole - part) / unit
 
 
-def _number(value: float | None) -> str:
-    """Three digits."""
+def _number(value: float | None, more: str = "") -> str:
+    """Three digits; more: "> " before a number that is only known to be larger."""
     if value is None:
         return ""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return more + (f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}")
