@@ -63,6 +63,46 @@ def input_batches(batches: Iterable) -> list:
     return batches
 
 
+def merged(batches: list, most: int = 16) -> list:
+    """The same inputs in about `most` batches, where they are more and can be put together.
+
+    Each batch is walked through on its own: thousands of single inputs would be thousands of passes. Only batches that
+    differ in nothing but what lies along the first axis, which all their tensors share, are put together.
+    """
+    if len(batches) <= most or len({_shape(batch) for batch in batches}) > 1 or _shape(batches[0]) is None:
+        return batches
+    each = -(-len(batches) // most)
+    return [_joined(batches[start : start + each]) for start in range(0, len(batches), each)]
+
+
+def _shape(batch: Any) -> tuple | None:
+    """What two batches must have in common to be put together; None for one that cannot be."""
+    items = list(batch.items()) if isinstance(batch, dict) else list(enumerate(batch))
+    tensors = [value for _, value in items if isinstance(value, Tensor)]
+    sizes = {value.shape[0] if value.dim() else None for value in tensors}
+    if len(sizes) != 1 or None in sizes:
+        return None
+    try:
+        return tuple(
+            (key, value.shape[1:], value.dtype, value.device)
+            if isinstance(value, Tensor)
+            else (key, hash(value), value)
+            for key, value in items
+        )
+    except TypeError:  # something that cannot be compared
+        return None
+
+
+def _joined(batches: list) -> Any:
+    def join(key: Any) -> Any:
+        values = [batch[key] for batch in batches]
+        return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+
+    if isinstance(batches[0], dict):
+        return {key: join(key) for key in batches[0]}
+    return tuple(join(number) for number in range(len(batches[0])))
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch of inputs with its tensors on `device`."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ class LayerView:
 class Correction:
     """graph: of the network that is pruned. run: calls a network on one batch. batches: the inputs. tables: of the
     groups that are going to be cut. repair_: puts one layer right. after_cut: whether that is done when the layer's
-    own group has been cut, or before. survey: whether samples are going to be asked for.
+    own group has been cut, or before. survey: whether samples are going to be asked for. memory: how many bytes of
+    activations may be held at a time; what is beyond lies in files.
 
     The dense network is a copy, taken now. Memory holds two networks and what their passes will still read.
     """
@@ -64,11 +65,12 @@ class Correction:
         *,
         after_cut: bool = False,
         survey: bool = True,
+        memory: int | None = None,
         progress: bool = True,
     ) -> None:
         self.graph, self.model, self.run, self.batches = graph, graph.model, run, batches
         self.dense = copy.deepcopy(graph.model).requires_grad_(False).eval()
-        self._repair_, self._after_cut = repair_, after_cut
+        self._repair_, self._after_cut, self._memory = repair_, after_cut, memory
         partners = layers_of(graph)
         self.layers = {name: partners[name] for name in visiting_order(self.dense, run, batches[0], partners)}
         self._survey = Survey(self.dense, run, batches, self.layers, tables if survey else (), progress=progress)
@@ -96,7 +98,7 @@ class Correction:
         if self._walk is not None and not self._walk.stands_before(name) and self._walk.name != name:
             self._end_walk()
         if self._walk is None:
-            self._walk = Walk((self.dense, self.model), self.run, self.batches, self.layers)
+            self._walk = Walk((self.dense, self.model), self.run, self.batches, self.layers, self._memory)
             self._bar.reset()
         while self._walk.name != name:
             self._advance()
@@ -124,7 +126,7 @@ class Correction:
         """Put the layers right that are left."""
         if self._touched and self._repair_ is not None:
             if self._walk is None:
-                self._walk = Walk((self.dense, self.model), self.run, self.batches, self.layers)
+                self._walk = Walk((self.dense, self.model), self.run, self.batches, self.layers, self._memory)
             while not self._walk.is_over:
                 self._advance()
         self.close()
@@ -161,12 +163,9 @@ class Correction:
         layer, dense = self.model.get_submodule(name), self.dense.get_submodule(name)
         norm = self.layers[name]
         rows = self._rows.get(name) or RowMap.identity(outputs(dense))
-        sights = walk.sights()
+        sights = walk.sights(present=self._after_cut)
         if isinstance(layer, nn.Embedding) or len(rows.weights) != outputs(layer) or not sights:
             return  # cut in a way that the table does not tell
-        if self._after_cut:
-            given = walk.outputs()
-            sights = [(before, replace(now, output=out)) for (before, now), out in zip(sights, given, strict=True)]
         view = LayerView(
             name,
             layer,

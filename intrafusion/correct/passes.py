@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from intrafusion.correct.parking import Live
 from intrafusion.correct.tape import Layers, Tape, Visit
 
 
@@ -24,14 +25,15 @@ class _Closed(BaseException):
 class Pass:
     """One forward pass of a network, stopped wherever a visit of one of `layers` is over.
 
-    forward: runs the network. The network must be in eval mode; gradients are off.
+    forward: runs the network. The network must be in eval mode; gradients are off. live: is told of every tensor that
+    the pass makes.
 
     >>> one = Pass(lambda: network(batch), layers)
     >>> while (visit := one.advance()) is not None: ...
     """
 
-    def __init__(self, forward: Callable[[], Any], layers: Layers) -> None:
-        self._forward = forward
+    def __init__(self, forward: Callable[[], Any], layers: Layers, live: Live | None = None) -> None:
+        self._forward, self._live = forward, Live() if live is None else live
         self._tape = Tape(layers, self._execute, read=self._stop)
         self._resumed, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._message: Any = None
@@ -64,6 +66,7 @@ class Pass:
                     raise self._error
                 return None
             self._reply = _answer(*message)
+            self._live.add(self._reply[0])
             self._resumed.release()
 
     def close(self) -> None:

@@ -21,8 +21,10 @@ from tqdm import tqdm
 from intrafusion.running import evaluating
 
 _LEAVES = 60
-_STEPS = 20
-_RATE = 0.05
+_STEPS, _RATE, _BETAS = 12, 0.15, (0.8, 0.99)
+"""Of Adam on the pixels; its rate falls linearly to 0. (20 steps at a rate of 0.05 leave half of the gap that is left
+here, take 5/3 of the time, and give pruned networks of the same accuracy on training images.)
+"""
 _PIXELS = 500 * 32 * 32
 """As many images as fit into this many pixels, but at least `_FEWEST`."""
 _FEWEST, _MOST = 64, 500
@@ -157,13 +159,15 @@ def _match_statistics_(model: nn.Module, norms: list, batch: Any, run: Callable,
     try:
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
-        optimiser = torch.optim.Adam(pixels, lr=_RATE)
+        optimiser = torch.optim.Adam(pixels, lr=_RATE, betas=_BETAS)
+        falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, _STEPS)
         for _ in range(_STEPS):
             gaps.clear()
             run(model, batch)
             optimiser.zero_grad()
             torch.stack(gaps).sum().backward()
             optimiser.step()
+            falling.step()
             bar.update()
     finally:
         for hook in hooks:

@@ -9,15 +9,17 @@ rest of the pass reads. Nothing that lies behind is computed again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from intrafusion.correct.parking import Live, Parking
 from intrafusion.correct.passes import Pass
-from intrafusion.correct.tape import Layers, Visit
+from intrafusion.correct.tape import Layers, Visit, flat
 from intrafusion.groups.kinds.filters import PLAIN, Geometry
 from intrafusion.running import evaluating
 
@@ -36,9 +38,27 @@ class Sight:
     geometry: Geometry = PLAIN
 
 
+class ByBatch(Sequence):
+    """Something for every batch, made when it is asked for. Look at one batch at a time: the one before may be in a
+    file by then.
+    """
+
+    def __init__(self, count: int, of: Callable[[int], Any]) -> None:
+        self._count, self._of = count, of
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return self._of(number)
+
+
 class Walk:
     """networks: in eval mode while it walks; the last one is corrected. run: calls a network on one batch of inputs.
     layers: the layers where the walk stops, in the order of the forward pass, each with its batch-norm's name or ''.
+    memory: how many bytes of activations may be held; what is beyond lies in files.
     """
 
     def __init__(
@@ -47,13 +67,15 @@ class Walk:
         run: Callable[[nn.Module, Any], Any],
         batches: Sequence,
         layers: dict[str, str],
+        memory: int | None = None,
     ) -> None:
         self._networks, self._run, self._batches = list(networks), run, batches
         self._turn = {name: number for number, name in enumerate(layers)}
         self._layers = [Layers(network, layers) for network in networks]
+        self._parking = Parking(memory)
         self._at = -1
-        self._passes: list[list[_Stopped]] = []
-        self._start()
+        numbers = range(len(self._networks))
+        self._passes = [[self._stopped(n, number) for n in numbers] for number in range(len(self._batches))]
 
     @property
     def name(self) -> str | None:
@@ -76,7 +98,7 @@ class Walk:
             for passes in self._passes:
                 for one in passes:
                     try:
-                        one.to(self._at)
+                        self._move(one)
                     except Exception:  # it may hold sizes from before a cut: a pass from the start holds none
                         if one is not passes[-1] or not one.resumed:
                             raise
@@ -84,18 +106,28 @@ class Walk:
         self._layers[-1].forget_renewed()
         return self.name
 
-    def sights(self) -> list[tuple[Sight, ...]]:
-        """What every network has seen at the present layer, for every batch that reaches it."""
-        return [
-            tuple(one.sight() for one in passes)
-            for passes in self._passes
-            if all(one.stands(self._at) for one in passes)
-        ]
+    def sights(self, *, present: bool = False) -> Sequence[tuple[Sight, ...]]:
+        """What every network has seen at the present layer, for every batch that reaches it.
 
-    def outputs(self) -> list[Tensor]:
+        present: the corrected network's output as its layer is now, not as it was when the walk came here.
+        """
+        reached = self._reached()
+
+        def of(number: int) -> tuple[Sight, ...]:
+            passes = self._passes[reached[number]]
+            for one in passes:
+                self._wake(one)
+            sights = [one.sight() for one in passes]
+            if present:
+                sights[-1] = replace(sights[-1], output=self._present(passes[-1]))
+            return tuple(sights)
+
+        return ByBatch(len(reached), of)
+
+    def outputs(self) -> Sequence[Tensor]:
         """What the corrected network's present layer gives as it is now, batch by batch."""
-        with evaluating(self._networks[-1]):
-            return [passes[-1].present() for passes in self._passes if all(one.stands(self._at) for one in passes)]
+        reached = self._reached()
+        return ByBatch(len(reached), lambda number: self._present(self._passes[reached[number]][-1]))
 
     def changed(self, *, rejoin: bool = False) -> None:
         """The corrected network has other tensors now.
@@ -108,21 +140,37 @@ class Walk:
                 for passes in self._passes:
                     self._rejoin(passes)
 
-    def _rejoin(self, passes: list[_Stopped]) -> None:
-        passes[-1].close()
-        passes[-1] = self._stopped(len(self._networks) - 1, self._passes.index(passes))
-        passes[-1].to(self._at)
-
     def close(self) -> None:
         """End all passes; what they hold is free."""
         for passes in self._passes:
             for one in passes:
                 one.close()
         self._passes = []
+        self._parking.close()
 
-    def _start(self) -> None:
-        numbers = range(len(self._networks))
-        self._passes = [[self._stopped(n, number) for n in numbers] for number in range(len(self._batches))]
+    def _reached(self) -> list[int]:
+        return [number for number, passes in enumerate(self._passes) if all(one.stands(self._at) for one in passes)]
+
+    def _present(self, one: _Stopped) -> Tensor:
+        self._wake(one)
+        with evaluating(self._networks[-1]):
+            return one.present()
+
+    def _move(self, one: _Stopped) -> None:
+        self._wake(one)
+        one.to(self._at)
+        self._wake(one)
+
+    def _wake(self, one: _Stopped) -> None:
+        foreign = (value for value in flat(self._batches) if isinstance(value, Tensor))
+        owned = (tensor for network in self._networks for tensor in (*network.parameters(), *network.buffers()))
+        self._parking.wake(one.live, chain(foreign, owned))
+
+    def _rejoin(self, passes: list[_Stopped]) -> None:
+        self._parking.forget(passes[-1].live)
+        passes[-1].close()
+        passes[-1] = self._stopped(len(self._networks) - 1, self._passes.index(passes))
+        self._move(passes[-1])
 
     def _stopped(self, network: int, batch: int) -> _Stopped:
         forward = partial(self._run, self._networks[network], self._batches[batch])
@@ -133,7 +181,8 @@ class _Stopped:
     """One pass of the walk, and the visit where it stands."""
 
     def __init__(self, forward: Callable[[], Any], layers: Layers, turn: dict[str, int]) -> None:
-        self._pass, self._layers, self._turn = Pass(forward, layers), layers, turn
+        self.live = Live()
+        self._pass, self._layers, self._turn = Pass(forward, layers, self.live), layers, turn
         self.visit: Visit | None = None
         self.resumed = False
         self._now: Tensor | None = None
@@ -165,9 +214,11 @@ class _Stopped:
             return self.visit.output
         if self._now is None or not _same(used, self._used):
             self._now, self._used = self.visit.again(*self._layers.of(self.visit.name)), used
+            self.live.add(self._now)
         return self._now
 
     def close(self) -> None:
+        self.live.fetch()  # frames that unwind may still look at what they hold
         self._pass.close()
         self.visit = self._now = None
 

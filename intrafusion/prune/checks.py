@@ -60,6 +60,14 @@ def calibration_batches(calibration: Any, method: Method, name: str) -> list:
     return input_batches(calibration)
 
 
+def memory_limit(value: Any) -> float | None:
+    """GiB, as given. Raises ValueError for what is no positive number."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and value > 0):
+        raise ValueError(f"memory_limit is {value!r}: it must be a number of GiB above 0, or None")
+    return value
+
+
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")

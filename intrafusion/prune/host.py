@@ -28,6 +28,7 @@ class Host(Protocol):
     lineage: Lineage
     progress: bool
     keep_inputs: bool
+    memory_limit: float | None
 
     def table(self, group: Group) -> GroupTable: ...
 

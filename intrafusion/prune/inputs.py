@@ -8,7 +8,7 @@ from intrafusion.correct.synthetic import synthetic_count, synthetic_inputs
 from intrafusion.methods.method import Method
 from intrafusion.prune.fused_group import FusionError
 from intrafusion.prune.host import Host
-from intrafusion.running import to_device
+from intrafusion.running import merged, to_device
 
 
 def inputs_for(pruner: Host, method: Method) -> list[Any]:
@@ -34,4 +34,4 @@ def inputs_for(pruner: Host, method: Method) -> list[Any]:
                     "fusion='calibrated' with calibration=<batches of your own>, or fusion='paper', which needs none"
                 ) from error
     device = next(pruner.model.parameters()).device
-    return [to_device(batch, device) for batch in (*own, *drawn)]
+    return [to_device(batch, device) for batch in merged(own) + drawn]

@@ -69,13 +69,20 @@ class FusionMixin:
         ours = [
             inspect.Parameter("fusion", keyword, default="data-free", annotation="str | Fusion"),
             inspect.Parameter("calibration", keyword, default=None, annotation="Iterable | None"),
+            inspect.Parameter("memory_limit", keyword, default=None, annotation="float | None"),
         ]
         cls.__signature__ = host.replace(parameters=[*host.parameters.values(), *ours])
 
     def __init__(
-        self, *args: Any, fusion: str | Fusion = "data-free", calibration: Iterable | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        fusion: str | Fusion = "data-free",
+        calibration: Iterable | None = None,
+        memory_limit: float | None = None,
+        **kwargs: Any,
     ) -> None:
         self.fusion = Fusion.of(fusion)
+        self.memory_limit = checks.memory_limit(memory_limit)
         self.calibration = checks.calibration_batches(calibration, self.fusion.method(), f"fusion={self.fusion.name!r}")
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         checks.check_arguments(bound.arguments)
@@ -278,7 +285,9 @@ class IntraFusionPruner(FusionMixin, tp.pruner.BasePruner):
     """Drop-in for `torch_pruning`'s `BasePruner` (= `MetaPruner` = `MagnitudePruner`): same arguments, same order.
 
     fusion: (keyword-only) a preset name of `intrafusion.PRESETS`, or a `Fusion`. calibration: (keyword-only) batches of
-    inputs without labels, for `fusion="calibrated"`: tensors, tuples or dictionaries of them.
+    inputs without labels, for `fusion="calibrated"`: tensors, tuples or dictionaries of them. memory_limit:
+    (keyword-only) GiB of activations that are held at a time, None for as much as it takes; what is beyond lies in
+    temporary files.
 
     >>> pruner = IntraFusionPruner(model, example_inputs, importance, pruning_ratio=0.5, ignored_layers=[model.fc])
     >>> pruner.step()                      # or: for group in pruner.step(interactive=True): group.prune()

@@ -96,6 +96,7 @@ class Step:
             view.correction = Correction(
                 pruner.DG, pruner.run, batches, tables, repair_,
                 after_cut=method.after_cut, survey=method.samples, progress=pruner.progress,
+                memory=None if pruner.memory_limit is None else int(pruner.memory_limit * 2**30),
             )  # fmt: skip
         method.begin(view, tables)
         self._held = weakref.ref(view)

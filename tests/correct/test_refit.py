@@ -17,7 +17,7 @@ def sights(dense, pruned, name, batches, bn=""):
     """What both networks see at one layer, batch by batch."""
     walk = Walk((dense.eval(), pruned.eval()), lambda model, x: model(x), batches, {name: bn})
     walk.advance()
-    found = walk.sights()
+    found = list(walk.sights())
     walk.close()
     return found
 
