@@ -9,11 +9,10 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +50,7 @@ class Live:
         for storage in self.storages(foreign):
             path = folder / f"{id(self)}-{len(self._files)}"
             size = storage.nbytes()
-            _bytes(storage).cpu().numpy().tofile(path)
+            _file(path, size).copy_(_bytes(storage))
             storage.resize_(0)
             self._files.append((storage, size, path))
 
@@ -59,7 +58,7 @@ class Live:
         """Bring everything back."""
         for storage, size, path in self._files:
             storage.resize_(size)
-            _bytes(storage).copy_(torch.from_numpy(np.fromfile(path, dtype=np.uint8)))
+            _bytes(storage).copy_(_file(path, size))
             path.unlink()
         self._files = []
 
@@ -72,10 +71,15 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
 
 
+def _file(path: Path, size: int) -> Tensor:
+    """A file as bytes, made if it is not there."""
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+
+
 class Parking:
     """Keeps what several passes hold below `most` bytes (None: whatever it takes), the least lately used in files.
 
-    One pass is always in memory, however much it holds.
+    The passes of one batch are always in memory together, however much they hold.
     """
 
     def __init__(self, most: int | None) -> None:
@@ -83,15 +87,16 @@ class Parking:
         self._awake: OrderedDict[Live, int] = OrderedDict()
         self._folder: tempfile.TemporaryDirectory | None = None
 
-    def wake(self, live: Live, foreign: Iterable[Tensor]) -> None:
-        """This one is needed now."""
+    def wake(self, lives: Sequence[Live], foreign: Iterable[Tensor]) -> None:
+        """These are needed now, together."""
         if self._most is None:
             return
-        live.fetch()
         addresses = {tensor.untyped_storage().data_ptr() for tensor in foreign if tensor.layout == torch.strided}
-        self._awake[live] = sum(storage.nbytes() for storage in live.storages(addresses))
-        self._awake.move_to_end(live)
-        while len(self._awake) > 1 and sum(self._awake.values()) > self._most:
+        for live in lives:
+            live.fetch()
+            self._awake[live] = sum(storage.nbytes() for storage in live.storages(addresses))
+            self._awake.move_to_end(live)
+        while len(self._awake) > len(lives) and sum(self._awake.values()) > self._most:
             oldest, _ = self._awake.popitem(last=False)
             oldest.park(addresses, self._place())
 

@@ -6,6 +6,7 @@ before the reader (pre-activations), `h` what the reader reads, `f` the calls fr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,7 +161,7 @@ class _Reader:
             return
         share = max(1, min(_POSITIONS, max(2 * self.n, _PRODUCTS // self.n**2)) // self.batches)
         chosen = torch.randperm(window.count, generator=self.generator)[:share].to(inputs.device)
-        self.calls, self.maker = chain, tape.maker(before)
+        self.calls, self.maker = chain[:-1] if window.flattened else chain, tape.maker(before)
         self.places.append((window, chosen))
         self.z.append(window.inputs(before, chosen))
         self.h.append(window.output(inputs, chosen))
@@ -205,11 +206,13 @@ class _Window:
     """How one value that a reader reads comes from channels at one place, in a window, or in the whole image.
 
     axis: of the channels in both tensors. shape: of the places. side: of the window; None for the whole image.
+    flattened: whether the reader has the places of one image in one axis with the channels.
     """
 
     axis: int
     shape: tuple[int, ...]
     side: int | None
+    flattened: bool = False
 
     @property
     def count(self) -> int:
@@ -217,6 +220,8 @@ class _Window:
 
     def output(self, value: Tensor, places: Tensor) -> Tensor:
         """[P, n] what is read at some places, numbered in row-major order."""
+        if self.flattened and value.dim() == 2:
+            value = value.unflatten(1, (-1, *self.shape[1:]))
         return value.movedim(self.axis, -1)[torch.unravel_index(places, self.shape)]
 
     def inputs(self, value: Tensor, places: Tensor) -> Tensor:
@@ -239,15 +244,19 @@ def _window(z: Tensor, h: Tensor, calls: Sequence[Call], slot: Slot, n: int) -> 
     axis = slot.kind.channel_axis % z.dim() if z.dim() == h.dim() else 1
     if not plain or z.dim() < 2 or z.shape[axis] != n:
         return None
-    sides = [call.block for call in calls]
+    flattened = copies > 1 and h.dim() == 2 < z.dim() and bool(calls) and calls[-1].flattens
+    sides = [call.block for call in (calls[:-1] if flattened else calls)]
+    if flattened and None not in sides:
+        side = math.prod(sides)  # type: ignore[arg-type]
+        places = tuple(size // side for size in z.shape[2:])
+        known = z.dim() == 4 or side == 1
+        return _Window(1, (len(h), *places), side, flattened=True) if known and math.prod(places) == copies else None
     if z.shape == h.shape and copies == 1 and all(side == 1 for side in sides):
         return _Window(axis, tuple(z.movedim(axis, -1).shape[:-1]), 1)
     if axis != 1:
         return None
     if z.dim() == 4 and h.dim() == 4 and all(side is not None for side in sides):
-        side = 1
-        for one in sides:
-            side *= one or 1
+        side = math.prod(sides)  # type: ignore[arg-type]
         shape = (h.shape[0], *h.shape[2:])
         return _Window(1, shape, side) if (z.shape[2] // side, z.shape[3] // side) == shape[1:] else None
     return _Window(1, (h.shape[0],), None) if h.dim() == 2 and copies == 1 else None

@@ -41,8 +41,9 @@ _CHANNELWISE = {
     Tensor.tanh, F.softplus, F.selu, F.celu, torch.clamp, Tensor.clamp, F.dropout, F.dropout1d, F.dropout2d,
     F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
     F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool2d,
-    torch.flatten, Tensor.flatten, torch.mean, Tensor.mean, Tensor.contiguous,
+    torch.mean, Tensor.mean, Tensor.contiguous,
 }  # fmt: skip
+_RESHAPES = {torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view}
 _POINTWISE_NAMES = ("relu", "gelu", "silu", "mish", "hard", "sigmoid", "tanh", "elu", "softplus", "clamp", "dropout")
 
 
@@ -58,6 +59,11 @@ class Call:
         return self.func(value, *self.args, **self.kwargs)
 
     @property
+    def flattens(self) -> bool:
+        """Does it put channels and their positions into one axis?"""
+        return self.func is torch.flatten
+
+    @property
     def block(self) -> int | None:
         """Side of the window of inputs that one output depends on: 1 pointwise, s for an s x s pool, None for all."""
         name = self.func.__name__
@@ -66,6 +72,24 @@ class Call:
         if name in ("max_pool2d", "avg_pool2d") or name == "boolean_dispatch" or "pool2d" in name:
             return _pool_window(self.args, self.kwargs) if "adaptive" not in name else None
         return None
+
+
+_ADAPTIVE = {
+    "adaptive_avg_pool1d": F.avg_pool1d, "adaptive_avg_pool2d": F.avg_pool2d, "adaptive_avg_pool3d": F.avg_pool3d,
+    "adaptive_max_pool2d": F.max_pool2d,
+}  # fmt: skip
+
+
+def _as_windows(func: Callable, before: Tensor, out: Tensor) -> tuple[Callable, int] | None:
+    """The pool with windows of one size, and that size, that an adaptive pool is; None if it is another's."""
+    pool = _ADAPTIVE.get(_name(func))
+    if pool is None or before.dim() != out.dim() or before.dim() < 3:
+        return None
+    sides = {
+        (size // max(1, fewer), size % max(1, fewer))
+        for size, fewer in zip(before.shape[2:], out.shape[2:], strict=True)
+    }
+    return (pool, sides.pop()[0]) if len(sides) == 1 and next(iter(sides))[1] == 0 else None
 
 
 def _pool_window(args: tuple, kwargs: dict) -> int | None:
@@ -312,7 +336,12 @@ class Tape(TorchFunctionMode):
         self._origins.pop(id(out), None)
         if before is None or any(isinstance(value, Tensor) for value in flat((args[1:], kwargs))):
             return out
-        if func in _CHANNELWISE or _name(func) == "boolean_dispatch":
+        flattens = func in _RESHAPES and out.dim() == 2 < before.dim() and out.shape[0] == before.shape[0]
+        if flattens:  # however it is written, and whatever sizes are written there
+            func, args, kwargs = torch.flatten, (first, 1), {}
+        elif (windows := _as_windows(func, before, out)) is not None:
+            func, args, kwargs = windows[0], (first, windows[1]), {}
+        if flattens or func in _CHANNELWISE or _name(func) == "boolean_dispatch":
             if "inplace" in kwargs:
                 kwargs["inplace"] = False
             if earlier is not None:

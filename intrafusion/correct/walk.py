@@ -115,11 +115,10 @@ class Walk:
 
         def of(number: int) -> tuple[Sight, ...]:
             passes = self._passes[reached[number]]
-            for one in passes:
-                self._wake(one)
+            self._wake(passes)
             sights = [one.sight() for one in passes]
             if present:
-                sights[-1] = replace(sights[-1], output=self._present(passes[-1]))
+                sights[-1] = replace(sights[-1], output=self._present(passes))
             return tuple(sights)
 
         return ByBatch(len(reached), of)
@@ -127,7 +126,7 @@ class Walk:
     def outputs(self) -> Sequence[Tensor]:
         """What the corrected network's present layer gives as it is now, batch by batch."""
         reached = self._reached()
-        return ByBatch(len(reached), lambda number: self._present(self._passes[reached[number]][-1]))
+        return ByBatch(len(reached), lambda number: self._present(self._passes[reached[number]]))
 
     def changed(self, *, rejoin: bool = False) -> None:
         """The corrected network has other tensors now.
@@ -151,20 +150,20 @@ class Walk:
     def _reached(self) -> list[int]:
         return [number for number, passes in enumerate(self._passes) if all(one.stands(self._at) for one in passes)]
 
-    def _present(self, one: _Stopped) -> Tensor:
-        self._wake(one)
+    def _present(self, passes: Sequence[_Stopped]) -> Tensor:
+        self._wake(passes)
         with evaluating(self._networks[-1]):
-            return one.present()
+            return passes[-1].present()
 
     def _move(self, one: _Stopped) -> None:
-        self._wake(one)
+        self._wake([one])
         one.to(self._at)
-        self._wake(one)
+        self._wake([one])
 
-    def _wake(self, one: _Stopped) -> None:
+    def _wake(self, passes: Sequence[_Stopped]) -> None:
         foreign = (value for value in flat(self._batches) if isinstance(value, Tensor))
         owned = (tensor for network in self._networks for tensor in (*network.parameters(), *network.buffers()))
-        self._parking.wake(one.live, chain(foreign, owned))
+        self._parking.wake([one.live for one in passes], chain(foreign, owned))
 
     def _rejoin(self, passes: list[_Stopped]) -> None:
         self._parking.forget(passes[-1].live)

@@ -7,6 +7,7 @@ import torch_pruning as tp
 from torch import Tensor
 
 from intrafusion.groups.kinds.base import Slot
+from intrafusion.groups.layout import at_least_float32
 from intrafusion.groups.table import GroupTable, batchnorm_of
 
 
@@ -24,7 +25,8 @@ def feature_parts(
     """[n, d_i] each, together the features of a group's channels: views of the weights where they can be, to be read.
 
     rows: the filters that produce a channel (and depthwise filters, embeddings, free parameters); columns: the weights
-    that read it; bias: the folded shift of every producer. What is computed comes in the precision of its weights.
+    that read it; bias: the folded shift of every producer. What is computed comes in the precision of its weights, or
+    float32 if that is more.
     Raises ValueError if nothing is left to compare.
     """
     parts: list[Tensor] = []
@@ -35,7 +37,8 @@ def feature_parts(
             slot.kind.columns(slot, batchnorm_of(graph, slot.owner)) if columns else None,
             slot.kind.shifts(slot) if bias else None,
         )
-        parts += [part if own is None else part.to(own.dtype) for part in found if part is not None]
+        dtype = torch.float64 if own is None else at_least_float32(own.dtype)
+        parts += [part.to(dtype) for part in found if part is not None]
     if not parts:
         raise ValueError("no layer of the group has weights to compare with the chosen features")
     return parts

@@ -68,3 +68,8 @@ def mix_(matrix: Tensor, local: Tensor, weights: Tensor, places: Tensor) -> None
 def by_channel(value: Tensor, axis: int) -> Tensor:
     """[samples, channels]"""
     return value.movedim(axis, -1).flatten(0, -2)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums of values in `dtype` are computed in: half precision overflows."""
+    return torch.promote_types(dtype, torch.float32)

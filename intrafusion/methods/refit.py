@@ -42,11 +42,12 @@ class Refit(Method):
             return chosen
         start = self.start.pair(table, plan, view)
         readers = view.samples(table)
-        if not readers:
-            return start
+        if not readers:  # nothing says which rows are good: those that stay are, for readers that will be refitted
+            consumers = [slot for slot in table.slots if slot.reads]
+            return chosen if consumers and all(can_refit(slot.owner) for slot in consumers) else start
         halfway = (start.rows + chosen.rows.to(start.rows)) / 2
         may_shift = shift_carrier(table) is not None
-        rows, shift = best_rows(halfway, readers, may_shift=may_shift)
+        rows, shift = best_rows(halfway, readers, may_shift=may_shift, selection=chosen.rows)
         read = read_back(rows, shift, readers)
         rows, read = (_inside_classes(side.cpu(), table, plan) for side in (rows, read.T))
         return Pair(rows, start.columns, plan.kept, shift.cpu() if may_shift else None, read.T)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from intrafusion.correct.correction import Correction, layers_of
 from intrafusion.correct.survey import Run, visiting_order, watch
-from intrafusion.groups.features import channel_features
+from intrafusion.groups.features import channel_features, feature_parts
 from intrafusion.groups.table import GroupTable
 from intrafusion.ot.rows import Samples
 
@@ -60,6 +60,12 @@ class View:
     def features(self, table: GroupTable, *parts: str) -> Tensor:
         """[n, d] float64: each channel's weights, batch-norm folded in. parts: of `filters`, `readers`, `biases`."""
         return channel_features(
+            self.graph, table, rows="filters" in parts, columns="readers" in parts, bias="biases" in parts
+        )
+
+    def feature_parts(self, table: GroupTable, *parts: str) -> Sequence[Tensor]:
+        """The same, layer by layer and in the network's precision: [n, d_i] each, to be read only."""
+        return feature_parts(
             self.graph, table, rows="filters" in parts, columns="readers" in parts, bias="biases" in parts
         )
 

@@ -43,10 +43,13 @@ class Samples:
     held_out: Tensor
 
 
-def best_rows(start: Tensor, readers: Sequence[Samples], *, may_shift: bool) -> tuple[Tensor, Tensor]:
+def best_rows(
+    start: Tensor, readers: Sequence[Samples], *, may_shift: bool, selection: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Rows [k, n] and shift [k], in float64: from `start` [k, n], at matched spread, to where the readers rebuild best.
 
-    may_shift: whether something can carry the shift; otherwise it is 0. Raises ValueError for activations that are not
+    may_shift: whether something can carry the shift; otherwise it is 0. selection: rows [k, n] that leave the kept
+    channels as they are; they are taken where no other rows are better. Raises ValueError for activations that are not
     finite.
     """
     channels = torch.cat([reader.z.movedim(1, -1).flatten(0, -2) for reader in readers]).double()
@@ -55,7 +58,7 @@ def best_rows(start: Tensor, readers: Sequence[Samples], *, may_shift: bool) -> 
     mean, cov = channels.mean(dim=0), torch.cov(channels.T)
     rows, shift = match_spread(start.to(cov), mean, cov)
     given = rows, shift if may_shift else torch.zeros_like(shift)
-    rows, shift = optimise_rows(*given, readers)
+    rows, shift = optimise_rows(*given, readers, selection)
     if may_shift:
         shift = bound_means(rows, shift, given, mean.to(rows), cov.to(rows))
     return rows, shift
@@ -93,11 +96,13 @@ def bound_means(rows: Tensor, shift: Tensor, start: tuple[Tensor, Tensor], mean:
     return shift + centre.clamp(-limit, limit) - centre
 
 
-def optimise_rows(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> tuple[Tensor, Tensor]:
+def optimise_rows(
+    rows: Tensor, shift: Tensor, readers: Sequence[Samples], selection: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Improve rows [k, n] and shift [k] for all readers of a group at once. Returns them in float64.
 
-    The result is never worse than the start on the held-out samples; without samples, or with far fewer than rows, it
-    is the start.
+    The result is never worse than the start, or than a selection, on the held-out samples; without samples, or with far
+    fewer than rows, it is the start.
     """
     views = [_View(reader) for reader in readers if 2 * int((~reader.held_out).sum()) >= len(rows)]
     if not views:
@@ -110,6 +115,8 @@ def optimise_rows(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> tu
         [scaled, offset], lr=1.0, max_iter=_INNER, history_size=10, line_search_fn="strong_wolfe"
     )
     best = (float("inf"), rows, shift)
+    if selection is not None:
+        best = _without_descent(selection.to(rows), torch.zeros_like(shift), views)
     work = sum(view.samples.z.numel() for view in views) * len(rows) * (_INNER + 1)
     enough = _SOLVED * sum(view.power for view in views)
     steps = max(1, min(_OUTER, _WORK // max(1, work)))
@@ -122,17 +129,24 @@ def optimise_rows(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> tu
             loss.backward()
         return loss
 
-    for step in range(steps + 1):
-        with torch.no_grad():
-            present = scaled / spread
-            error = sum(view.held_out_error(present, offset) for view in views)
-            if not error < best[0]:
-                break
-            best = (error, present.double().clone(), offset.double().clone())
-        if step == steps or error < enough:
+    last = float("inf")
+    for step in range(steps + 1 if best[0] >= enough else 0):
+        present = _without_descent((scaled / spread).detach(), offset.detach(), views)
+        if not present[0] < last:
+            break
+        best, last = min(best, present, key=lambda one: one[0]), present[0]
+        if step == steps or last < enough:
             break
         optimiser.step(closure)
-    return best[1], best[2].detach()
+    return best[1], best[2]
+
+
+@torch.no_grad()
+def _without_descent(rows: Tensor, shift: Tensor, views: Sequence[_View]) -> tuple[float, Tensor, Tensor]:
+    """(held-out error, rows, shift), the latter in float64 and not those that descend on."""
+    z = views[0].samples.z
+    error = sum(view.held_out_error(rows.to(z), shift.to(z)) for view in views)
+    return error, rows.double().clone(), shift.double().clone()
 
 
 @torch.no_grad()

@@ -146,10 +146,12 @@ def _checked_features(value: object) -> tuple[str, ...]:
 
 
 PRESETS: dict[str, Fusion] = {
-    "data-free": Fusion(merge="barycentre", correct="data-free"),
-    "calibrated": Fusion(merge="barycentre", correct="calibrated"),
+    "data-free": Fusion(merge="barycentre", cost="l2", correct="data-free"),
+    "calibrated": Fusion(merge="barycentre", cost="l2", correct="calibrated"),
     "paper": Fusion(merge="paper", score_on="folded", rescore=True),
     "barycentre": Fusion(merge="barycentre"),
     "discard": Fusion(merge="selection"),
 }
-"""`paper`: the published method. `barycentre`: mean/sum, exact for duplicates. `discard`: plain torch-pruning."""
+"""`data-free`, `calibrated`: ours; the plan is only where a descent starts, so its cost is a matrix product. `paper`:
+the published method. `barycentre`: mean/sum, exact for duplicates. `discard`: plain torch-pruning.
+"""

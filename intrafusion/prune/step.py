@@ -148,7 +148,7 @@ class Step:
         if reason:
             return None, None, reason
         plan = kept_only(kept, table.n) if not self.method.plan else transport_plan(
-            view.features(table, *settings.features), kept, classes=table.classes,
+            view.feature_parts(table, *settings.features), kept, classes=table.classes,
             importance=view.importance(table), cost=settings.cost, source_mass=settings.source_mass,
             target_mass=settings.target_mass, targets=settings.targets, seed=settings.seed,
         )  # fmt: skip

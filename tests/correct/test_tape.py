@@ -59,13 +59,13 @@ def test_the_calls_before_a_layer_can_be_replayed():
     for name, expected in (
         ("b", ["relu"]),
         ("c", ["gelu", "max_pool2d"]),
-        ("fc", ["relu", "adaptive_avg_pool2d", "flatten"]),
+        ("fc", ["relu", "avg_pool2d", "flatten"]),
     ):
         inputs, value, chain, _ = seen[name]
         assert [call.func.__name__.replace("boolean_dispatch", "max_pool2d") for call in chain] == expected
         for call in chain:
             value = call(value)
-        assert torch.equal(value, inputs), name
+        assert torch.allclose(value, inputs), name
     assert [call.block for call in seen["c"][2]] == [1, 2]
 
 

@@ -13,7 +13,7 @@ from intrafusion.groups.batchnorm import bias_of, merge, read, row_average
 from intrafusion.groups.draft import Draft, Mix
 from intrafusion.groups.gaussian import Gaussian
 from intrafusion.groups.kinds.base import LayerKind, Place, Reached, Side, Slot, kind_of, present
-from intrafusion.groups.layout import from_channels, gather, pick, to_channels
+from intrafusion.groups.layout import at_least_float32, from_channels, gather, pick, to_channels
 
 MOST_INPUTS = 8192
 """A layer whose outputs read more values than this is not refitted: its Gram matrix would not fit in memory."""
@@ -136,7 +136,7 @@ class Filters(LayerKind):
             return None
         matrix = to_channels(slot.owner.weight.detach(), slot.axis, slot.chunks)
         if slot.partner is not None:
-            matrix = (read(slot.partner).scale[:, None] * matrix).to(matrix.dtype)
+            matrix = (read(slot.partner).scale[:, None] * matrix).to(at_least_float32(matrix.dtype))
         return pick(matrix, slot.local)
 
     def columns(self, slot: Slot, bn: Any) -> Tensor | None:
@@ -144,7 +144,7 @@ class Filters(LayerKind):
             return None
         weight = slot.owner.weight.detach()
         if bn is not None:
-            weight = self.folded_weight(slot.owner, bn).to(weight.dtype)
+            weight = self.folded_weight(slot.owner, bn).to(at_least_float32(weight.dtype))
         return pick(to_channels(weight, slot.axis, slot.chunks), slot.local)
 
     def shifts(self, slot: Slot) -> Tensor | None:
