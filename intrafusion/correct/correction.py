@@ -73,7 +73,9 @@ class Correction:
         self._repair_, self._after_cut, self._memory = repair_, after_cut, memory
         partners = layers_of(graph)
         self.layers = {name: partners[name] for name in visiting_order(self.dense, run, batches[0], partners)}
-        self._survey = Survey(self.dense, run, batches, self.layers, tables if survey else (), progress=progress)
+        shown = tables if survey else ()
+        lean = repair_ is not None
+        self._survey = Survey(self.dense, run, batches, self.layers, shown, lean=lean, progress=progress)
         self._rows: dict[str, RowMap] = {}
         self._walk: Walk | None = None
         self._touched = False

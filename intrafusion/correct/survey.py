@@ -21,9 +21,9 @@ from intrafusion.groups.table import GroupTable, Slot
 from intrafusion.ot.rows import Samples
 from intrafusion.running import evaluating
 
-_POSITIONS, _PRODUCTS = 16000, 2**32
-"""On how many positions of an activation the rows of n channels are chosen: at most `_POSITIONS`, fewer where positions
-times n^2 would be more than `_PRODUCTS`, but at least 2 n."""
+_PLACES, _VALUES = 16000, 2**22
+"""At how many places of an activation the rows of n channels are chosen: at most `_PLACES`, fewer where n channels at so
+many places would be more than `_VALUES`, but at least 2 n."""
 _MOST_READERS = 4
 
 Run = Callable[[nn.Module, Any], Any]
@@ -72,7 +72,11 @@ def _first_calls(layers: Layers, called: Callable[[Tape, Visit], None], follow: 
 
 
 class Survey:
-    """Samples of what the readers of `tables` see in a network. order: of its layers, as `visiting_order` gives it."""
+    """Samples of what the readers of `tables` see in a network.
+
+    layers: in the order of `visiting_order`. lean: what the first layer of a group gives will be told to `samples`, and
+    is not kept.
+    """
 
     def __init__(
         self,
@@ -82,6 +86,7 @@ class Survey:
         layers: dict[str, str],
         tables: Iterable[GroupTable],
         *,
+        lean: bool = False,
         progress: bool = False,
     ) -> None:
         self._network = network
@@ -89,7 +94,13 @@ class Survey:
         by_layer: dict[str, list[_Reader]] = {}
         order = list(layers)
         for table in tables:
-            readers = [_Reader(slot, table.n, len(batches)) for slot in _readers_of(table, order)]
+            first = min(
+                (slot.name for slot in table.slots if slot.makes_channels and slot.name in layers),
+                key=order.index,
+                default="",
+            )
+            told = first if lean else ""
+            readers = [_Reader(slot, table.n, len(batches), told) for slot in _readers_of(table, order)]
             self._readers[table.name] = readers
             for reader in readers:
                 by_layer.setdefault(reader.slot.name, []).append(reader)
@@ -145,6 +156,7 @@ class _Reader:
     slot: Slot
     n: int
     batches: int
+    told: str
     calls: Sequence[Call] = ()
     maker: str = ""
     understood: bool = True
@@ -159,23 +171,22 @@ class _Reader:
         if window is None:
             self.understood, self.z, self.h, self.places = False, [], [], []
             return
-        share = max(1, min(_POSITIONS, max(2 * self.n, _PRODUCTS // self.n**2)) // self.batches)
+        share = max(1, min(_PLACES, max(2 * self.n, _VALUES // self.n)) // self.batches)
         chosen = torch.randperm(window.count, generator=self.generator)[:share].to(inputs.device)
         self.calls, self.maker = chain[:-1] if window.flattened else chain, tape.maker(before)
         self.places.append((window, chosen))
-        self.z.append(window.inputs(before, chosen))
+        if not self.told or self.maker != self.told:
+            self.z.append(window.inputs(before, chosen))
         self.h.append(window.output(inputs, chosen))
 
     def reading(self, network: nn.Module, outputs: Sequence[Tensor] = ()) -> Reading:
         """outputs: of the maker in the pruned network, or nothing."""
-        if not (self.understood and self.h):
+        z = self.z
+        if self.h and len(outputs) == len(self.places):
+            z = [window.inputs(value, chosen) for value, (window, chosen) in zip(outputs, self.places, strict=True)]
+        if not (self.understood and self.h) or len(z) < len(self.h):
             nothing = torch.zeros(0)
             return Reading(nothing, nothing, (), nothing, understood=False)
-        z = self.z
-        if len(outputs) == len(z) and all(
-            value.shape[window.axis] == self.n for value, (window, _) in zip(outputs, self.places, strict=True)
-        ):
-            z = [window.inputs(value, chosen) for value, (window, chosen) in zip(outputs, self.places, strict=True)]
         reads = _reads(network.get_submodule(self.slot.name), self.slot)
         return Reading(torch.cat(z), torch.cat(self.h), self.calls, reads)
 

@@ -29,7 +29,7 @@ _PIXELS = 500 * 32 * 32
 """As many images as fit into this many pixels, but at least `_FEWEST`."""
 _FEWEST, _MOST = 64, 500
 _ENOUGH = 1000
-"""From so many inputs of the user's own, synthetic ones are no longer added."""
+"""From so many inputs of the user's own, or as many pixels as that many of 32 x 32, synthetic ones are not added."""
 _BATCH, _SMALLEST_BATCH = 125, 16
 """Images that are matched together: as many as fit into `_PIXELS` / 4, between these two."""
 
@@ -45,7 +45,7 @@ def synthetic_count(model: nn.Module, example: Any, batches: Sequence = ()) -> i
     if not batches:
         return max(1, count)
     own = sum(len(next(v for v in _values(batch) if torch.is_tensor(v))) for batch in batches)
-    if image is None or image.dim() != 4 or not _norms(model):
+    if image is None or image.dim() != 4 or not _norms(model) or own * image[0, 0].numel() >= _ENOUGH * 32 * 32:
         return 0
     return max(0, min(count, _ENOUGH - own))
 
@@ -146,14 +146,7 @@ def _match_statistics_(model: nn.Module, norms: list, batch: Any, run: Callable,
     gaps: list[Tensor] = []
 
     def measure(bn: Any, args: tuple) -> None:
-        shape = (1, -1, *[1] * (args[0].dim() - 2))
-        away = args[0].float() - bn.running_mean.float().reshape(shape)
-        others = [axis for axis in range(away.dim()) if axis != 1]
-        mean = away.mean(dim=others)
-        var = away.square().mean(dim=others) - mean.square()  # many times faster than torch.var_mean on a CPU
-        spread = (bn.running_var + bn.eps).float().sqrt()
-        gaps.append((mean / spread).square().mean())
-        gaps.append(((var.clamp(min=0) + bn.eps).sqrt() / spread - 1).square().mean())
+        gaps.append(_Gap.apply(args[0], bn.running_mean, bn.running_var, bn.eps))  # type: ignore[arg-type]
 
     hooks = [bn.register_forward_pre_hook(measure) for bn in norms]
     try:
@@ -177,6 +170,34 @@ def _match_statistics_(model: nn.Module, norms: list, batch: Any, run: Callable,
         for value in pixels:
             value.requires_grad_(False)
             value.grad = None
+
+
+class _Gap(torch.autograd.Function):
+    """How far mean m and deviation s of an input [N, C, ...] are from the stored ones, the gradient in closed form:
+
+        mean_c ((m - mu)^2 / v) + mean_c ((s / sqrt(v) - 1)^2)
+
+    Nothing is kept for the gradient but the input itself, which the batch-norm keeps anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stored_mean: Tensor, stored_var: Tensor, eps: float) -> Tensor:
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        mean = x.float().mean(dim=axes)
+        square = torch.linalg.vector_norm(x.float(), dim=axes).square() / (x.numel() // x.shape[1])
+        std = ((square - mean.square()).clamp(min=0) + eps).sqrt()
+        spread = (stored_var + eps).float().sqrt()
+        away, wider = (mean - stored_mean.float()) / spread, std / spread - 1
+        ctx.save_for_backward(x, mean, away / spread, wider / (spread * std))
+        return away.square().mean() + wider.square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, shift, scale = ctx.saved_tensors
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        factor = 2 * given[0] / x.numel()
+        constant, slope = factor * (shift - scale * mean), factor * scale
+        return (constant.reshape(shape) + slope.reshape(shape) * x).to(x.dtype), None, None, None
 
 
 def _norms(model: nn.Module) -> list:

@@ -108,7 +108,7 @@ class Visit:
     """One call of a layer in one forward pass.
 
     inputs: what the call read. output: what the layer, with the batch-norm that belongs to it, gave. other: what is
-    added to the output next, if anything.
+    added to the output next, if anything. calls: those of the layer and its batch-norm, without what they read.
     """
 
     name: str
@@ -275,7 +275,7 @@ class Tape(TorchFunctionMode):
         if visit is not None and len(visit.calls) == 1 and self.layers.normalised(visit.name, func, args):
             out = self.execute(func, args, kwargs)
             del self._open[id(args[0])]
-            visit.calls.append((func, args, kwargs))
+            visit.calls.append((func, (None, *args[1:]), kwargs))
             visit.output = out
             self._open[id(out)] = visit
             return out
@@ -288,7 +288,7 @@ class Tape(TorchFunctionMode):
                 self._spare(tensors[0])
         name = self.layers.called(func, args, kwargs)
         if name is not None:
-            visit = Visit(name, args[0], args[0], [(func, args, kwargs)], self.layers.tensors(name))
+            visit = Visit(name, args[0], args[0], [(func, (None, *args[1:]), kwargs)], self.layers.tensors(name))
             if self.called is not None:
                 self.called(visit)
             visit.output = self.execute(func, args, kwargs)

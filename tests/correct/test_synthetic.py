@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from intrafusion.correct.synthetic import dead_leaves, synthetic_inputs
+from intrafusion.correct.synthetic import _Gap, dead_leaves, synthetic_inputs
 from tests.nets import Plain, randomise_
 
 
@@ -51,3 +51,15 @@ def test_neighbouring_pixels_of_dead_leaves_are_alike_as_in_natural_images():
     far = (images[..., 8:] * images[..., :-8]).mean().item()
     assert near > 0.7
     assert 0.1 < far < near
+
+
+def test_the_gap_to_a_batchnorm_and_its_gradient_are_those_of_the_plain_formula():
+    x = torch.randn(5, 3, 4, 4, dtype=torch.float32, requires_grad=True)
+    norm = randomise_(nn.BatchNorm2d(3))
+    gap = _Gap.apply(x, norm.running_mean, norm.running_var, norm.eps)
+    (found,) = torch.autograd.grad(gap, x)
+    spread = (norm.running_var + norm.eps).sqrt()
+    std = (x.var(dim=(0, 2, 3), correction=0) + norm.eps).sqrt()
+    plain = ((x.mean(dim=(0, 2, 3)) - norm.running_mean) / spread).square().mean() + (std / spread - 1).square().mean()
+    torch.testing.assert_close(gap, plain)
+    torch.testing.assert_close(found, torch.autograd.grad(plain, x)[0])
