@@ -24,7 +24,7 @@ _SOLVED = 1e-4
 """A start that leaves less than this share of what the readers read is not changed: its channels are duplicates."""
 _FAR = 3.0
 """Standard deviations beyond which a piecewise linear function of a channel is linear for practically all inputs."""
-_WORK = 2**38
+_WORK = 2**36
 """About so many multiplications may the descent take; very wide groups get fewer steps, never none."""
 
 

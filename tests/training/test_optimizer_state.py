@@ -218,7 +218,7 @@ def test_half_precision_states_keep_their_dtype():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     optimizer.state[model.conv1.weight]["exp_avg"] = torch.ones(8, 3, 3, 3)  # as master-weight optimizers have them
-    pruner.example_inputs = tuple(x.bfloat16() for x in pruner._example)
+    pruner.example_inputs = tuple(x.bfloat16() for x in pruner.example_inputs)
     pruner.step()
     transfer_optimizer_state(optimizer, pruner)
     assert optimizer.state[model.conv1.weight]["exp_avg"].dtype == torch.float32
