@@ -22,8 +22,8 @@ from intrafusion.ot.rows import Samples
 from intrafusion.running import evaluating
 
 _PLACES, _VALUES = 16000, 2**22
-"""At how many places of an activation the rows of n channels are chosen: at most `_PLACES`, fewer where n channels at so
-many places would be more than `_VALUES`, but at least 2 n."""
+"""At how many places of an activation the rows of n channels are chosen: at most `_PLACES`, fewer where n channels at
+that many places would be more than `_VALUES`, but at least 2 n."""
 _MOST_READERS = 4
 
 Run = Callable[[nn.Module, Any], Any]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from intrafusion.groups.layout import from_channels, to_channels
+from intrafusion.groups.layout import from_channels, sparse, to_channels
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,18 @@ def merge(rows: Tensor, bias: Tensor, bn: Affine, mix: Tensor, *, affine: bool, 
     as its own, and the first step of training as many times too large.
     """
     weights = _shares(mix, bn.gamma)
-    folded = mix @ (bn.scale[:, None] * rows) if mixed is None else mixed
+    few = sparse(mix)
+    folded = few @ (bn.scale[:, None] * rows) if mixed is None else mixed
     shift = mix @ (bn.scale * (bias - bn.mean) + bn.beta)
     beta, var, new_bias = mix @ bn.beta, weights @ bn.var, weights @ bias
     if not affine:
         one = torch.ones_like(beta)
         return Merged(folded, new_bias, one, torch.zeros_like(beta), new_bias - shift, one - bn.eps)
     signed = mix * bn.gamma
-    spread = ((signed @ correlation(rows)) * signed).sum(dim=1).clamp(min=0).sqrt()
+    size = rows.norm(dim=1)
+    together = few @ ((bn.gamma / size.clamp(min=1e-300))[:, None] * rows)
+    alone = signed.square() @ (size == 0).to(signed)  # a filter of zeros is correlated with itself all the same
+    spread = (together.square().sum(dim=1) + alone).sqrt()
     spread = torch.maximum(spread, 1e-3 * signed.abs().sum(dim=1))
     sign = torch.where((mix * bn.scale).sum(dim=1) < 0, -1.0, 1.0).to(spread)
     silent = spread == 0  # all members are constant: gamma 0 says so, whatever the filter

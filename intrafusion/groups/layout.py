@@ -57,12 +57,15 @@ def mix_(matrix: Tensor, local: Tensor, weights: Tensor, places: Tensor) -> None
     columns is read, in float64, before any of it is written; a plan gives few weights that are not zero.
     """
     target = local[places]
-    there, weights = target >= 0, weights.double()
-    if int(weights.count_nonzero()) < _SPARSE * weights.numel():
-        weights = weights.to_sparse()
+    there, weights = target >= 0, sparse(weights.double())
     for block in matrix.split(max(1, _BLOCK // max(1, local.numel())), dim=1):
         mixed = (weights @ gather(block.double(), local)).unflatten(1, (local.shape[1], block.shape[1]))
         block[target[there]] = mixed[there].to(block.dtype)
+
+
+def sparse(weights: Tensor) -> Tensor:
+    """The same matrix, in sparse form if few of its entries are not zero, as those of a plan: to multiply by."""
+    return weights.to_sparse() if int(weights.count_nonzero()) < _SPARSE * weights.numel() else weights
 
 
 def by_channel(value: Tensor, axis: int) -> Tensor:

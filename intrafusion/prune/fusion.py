@@ -149,7 +149,7 @@ PRESETS: dict[str, Fusion] = {
     "data-free": Fusion(merge="barycentre", cost="l2", correct="data-free"),
     "calibrated": Fusion(merge="barycentre", cost="l2", correct="calibrated"),
     "paper": Fusion(merge="paper", score_on="folded", rescore=True),
-    "barycentre": Fusion(merge="barycentre"),
+    "barycentre": Fusion(merge="barycentre", cost="l2"),
     "discard": Fusion(merge="selection"),
 }
 """`data-free`, `calibrated`: ours; the plan is only where a descent starts, so its cost is a matrix product. `paper`:
