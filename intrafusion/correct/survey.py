@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from intrafusion.correct.tape import Call, Layers, Tape, Visit
+from intrafusion.correct.calls import Call
+from intrafusion.correct.tape import Layers, Tape, Visit
 from intrafusion.groups.layout import gather, to_channels
 from intrafusion.groups.table import GroupTable, Slot
 from intrafusion.ot.rows import Samples

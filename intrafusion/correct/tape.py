@@ -8,7 +8,7 @@ something else reads the output; if that is an addition, what is added is part o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from intrafusion.correct.calls import CHANNELWISE, RESHAPES, Call, as_windows, flat, name_of, overwrites
 from intrafusion.groups.kinds.filters import Geometry
 
 _LAYER_CALLS = {
@@ -35,72 +36,6 @@ _METADATA = frozenset({
     "element_size", "is_xpu", "is_cpu", "names", "itemsize", "requires_grad_",
 })  # fmt: skip
 """What may be asked of a tensor without reading it. (Its shape is not among them: a cut changes that.)"""
-_CHANNELWISE = {
-    F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh, F.leaky_relu, F.elu,
-    F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid, F.sigmoid, F.tanh, torch.sigmoid, torch.tanh, Tensor.sigmoid,
-    Tensor.tanh, F.softplus, F.selu, F.celu, torch.clamp, Tensor.clamp, F.dropout, F.dropout1d, F.dropout2d,
-    F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
-    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool2d,
-    torch.mean, Tensor.mean, Tensor.contiguous,
-}  # fmt: skip
-_RESHAPES = {torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view}
-_POINTWISE_NAMES = ("relu", "gelu", "silu", "mish", "hard", "sigmoid", "tanh", "elu", "softplus", "clamp", "dropout")
-
-
-@dataclass(frozen=True)
-class Call:
-    """One recorded call whose first argument was a tensor: func(tensor, *args, **kwargs)."""
-
-    func: Callable
-    args: tuple
-    kwargs: dict
-
-    def __call__(self, value: Tensor) -> Tensor:
-        return self.func(value, *self.args, **self.kwargs)
-
-    @property
-    def flattens(self) -> bool:
-        """Does it put channels and their positions into one axis?"""
-        return self.func is torch.flatten
-
-    @property
-    def block(self) -> int | None:
-        """Side of the window of inputs that one output depends on: 1 pointwise, s for an s x s pool, None for all."""
-        name = self.func.__name__
-        if any(part in name for part in _POINTWISE_NAMES) or name == "contiguous":
-            return 1
-        if name in ("max_pool2d", "avg_pool2d") or name == "boolean_dispatch" or "pool2d" in name:
-            return _pool_window(self.args, self.kwargs) if "adaptive" not in name else None
-        return None
-
-
-_ADAPTIVE = {
-    "adaptive_avg_pool1d": F.avg_pool1d, "adaptive_avg_pool2d": F.avg_pool2d, "adaptive_avg_pool3d": F.avg_pool3d,
-    "adaptive_max_pool2d": F.max_pool2d,
-}  # fmt: skip
-
-
-def _as_windows(func: Callable, before: Tensor, out: Tensor) -> tuple[Callable, int] | None:
-    """The pool with windows of one size, and that size, that an adaptive pool is; None if it is another's."""
-    pool = _ADAPTIVE.get(_name(func))
-    if pool is None or before.dim() != out.dim() or before.dim() < 3:
-        return None
-    sides = {
-        (size // max(1, fewer), size % max(1, fewer))
-        for size, fewer in zip(before.shape[2:], out.shape[2:], strict=True)
-    }
-    return (pool, sides.pop()[0]) if len(sides) == 1 and next(iter(sides))[1] == 0 else None
-
-
-def _pool_window(args: tuple, kwargs: dict) -> int | None:
-    """The side of a pool whose windows do not overlap and are not padded; None for others."""
-    kernel = args[0] if args else kwargs.get("kernel_size")
-    stride = args[1] if len(args) > 1 else kwargs.get("stride")
-    padding = args[2] if len(args) > 2 else kwargs.get("padding", 0)
-    side = kernel[0] if isinstance(kernel, (tuple, list)) and len(set(kernel)) == 1 else kernel
-    stride = side if stride in (None, [], ()) else stride
-    stride = stride[0] if isinstance(stride, (tuple, list)) and len(set(stride)) == 1 else stride
-    return side if isinstance(side, int) and side == stride and padding in (0, (0, 0)) else None
 
 
 @dataclass(eq=False)
@@ -269,7 +204,7 @@ class Tape(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         tensors = [value for value in flat((args, kwargs)) if isinstance(value, Tensor)]
-        if not tensors or _name(func) in _METADATA:
+        if not tensors or name_of(func) in _METADATA:
             return func(*args, **kwargs)
         visit = self._open.get(id(args[0])) if args and self._open else None
         if visit is not None and len(visit.calls) == 1 and self.layers.normalised(visit.name, func, args):
@@ -336,12 +271,12 @@ class Tape(TorchFunctionMode):
         self._origins.pop(id(out), None)
         if before is None or any(isinstance(value, Tensor) for value in flat((args[1:], kwargs))):
             return out
-        flattens = func in _RESHAPES and out.dim() == 2 < before.dim() and out.shape[0] == before.shape[0]
+        flattens = func in RESHAPES and out.dim() == 2 < before.dim() and out.shape[0] == before.shape[0]
         if flattens:  # however it is written, and whatever sizes are written there
             func, args, kwargs = torch.flatten, (first, 1), {}
-        elif (windows := _as_windows(func, before, out)) is not None:
+        elif (windows := as_windows(func, before, out)) is not None:
             func, args, kwargs = windows[0], (first, windows[1]), {}
-        if flattens or func in _CHANNELWISE or _name(func) == "boolean_dispatch":
+        if flattens or func in CHANNELWISE or name_of(func) == "boolean_dispatch":
             if "inplace" in kwargs:
                 kwargs["inplace"] = False
             if earlier is not None:
@@ -367,27 +302,3 @@ class Tape(TorchFunctionMode):
         """The layer whose output a tensor is, '' if it is something else."""
         made, name = self._makers.get(id(value), (None, ""))
         return name if made is not None and made() is value else ""
-
-
-def flat(value: Any) -> Iterator[Any]:
-    """All that is inside nested tuples, lists and dictionaries."""
-    if isinstance(value, (tuple, list)):
-        for part in value:
-            yield from flat(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from flat(part)
-    else:
-        yield value
-
-
-def overwrites(func: Callable, kwargs: dict) -> bool:
-    """Does a call change its first argument in place?"""
-    name = getattr(func, "__name__", "")
-    return bool(kwargs.get("inplace")) or name in ("__iadd__", "__imul__") or (name.endswith("_") and name[-2:] != "__")
-
-
-def _name(func: Callable) -> str:
-    """The name of a function, or of the attribute that is looked up."""
-    name = getattr(func, "__name__", "")
-    return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name

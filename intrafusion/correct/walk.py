@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.correct.calls import flat
 from intrafusion.correct.parking import Live, Parking
 from intrafusion.correct.passes import Pass
-from intrafusion.correct.tape import Layers, Visit, flat
+from intrafusion.correct.tape import Layers, Visit
 from intrafusion.groups.kinds.filters import PLAIN, Geometry
 from intrafusion.running import evaluating
 
