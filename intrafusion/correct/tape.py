@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from intrafusion.correct.calls import CHANNELWISE, RESHAPES, Call, as_windows, flat, name_of, overwrites
-from intrafusion.groups.kinds.filters import Geometry
+from intrafusion.groups.kinds.filters import PLAIN, Geometry
 
 _LAYER_CALLS = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.embedding,
@@ -56,7 +56,9 @@ class Visit:
     @property
     def geometry(self) -> Geometry:
         """How the call reads its input."""
-        _, args, kwargs = self.calls[0]
+        func, args, kwargs = self.calls[0]
+        if func in (F.linear, F.embedding):
+            return PLAIN
         axes = self.inputs.dim() - 2
 
         def of(name: str, at: int, default: int) -> Any:
