@@ -14,9 +14,8 @@ from torch import Tensor, nn
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Eval mode for as long as it lasts; every module then gets its own mode back."""
-    modes = [(module, True) for model in models for module in model.modules() if module.training]
-    if modes:  # otherwise there is nothing to do: a walk comes here at every layer
-        modes = [(module, module.training) for model in models for module in model.modules()]
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    if any(training for _, training in modes):  # a walk comes here at every layer
         for model in models:
             model.eval()
     try:
