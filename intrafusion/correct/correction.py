@@ -112,10 +112,6 @@ class Correction:
             return self._survey.samples(table, walk.name or "", walk.outputs())
         return self._survey.samples(table)
 
-    def written(self) -> None:
-        """Tensors of the network have been changed."""
-        self._touched = True
-
     def cut(self, table: GroupTable, pair: Pair) -> None:
         """A group has been mixed by `pair` and cut."""
         self._touched = True

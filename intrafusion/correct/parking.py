@@ -62,10 +62,6 @@ class Live:
             path.unlink()
         self._files = []
 
-    @property
-    def is_parked(self) -> bool:
-        return bool(self._files)
-
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]

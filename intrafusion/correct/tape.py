@@ -237,9 +237,6 @@ class Tape(TorchFunctionMode):
         """The pass is over: what nobody has read so far is read by its caller."""
         self._end(list(self._open.values()), None, (), {})
 
-    def is_open(self, visit: Visit) -> bool:
-        return self._open.get(id(visit.output)) is visit
-
     def _end(self, visits: list[Visit], func: Any, args: Sequence, kwargs: dict) -> None:
         for visit in sorted(dict.fromkeys(visits), key=list(self._open.values()).index):
             if func in _ADDITIONS and len(args) == 2 and not kwargs:
