@@ -20,7 +20,7 @@ from intrafusion.groups.batchnorm import read
 from intrafusion.groups.kinds.base import kind_of
 from intrafusion.groups.kinds.filters import filters_of
 from intrafusion.groups.layout import by_channel, from_channels
-from intrafusion.ot.regression import Fit, Moments, ridge
+from intrafusion.ot.regression import Fit, Moments, Prior, ridge
 
 _FOLDS = 2
 _PATCH_VALUES = 2**24
@@ -67,8 +67,8 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Sequence[tupl
     """Give a layer (and its batch-norm) new weights; False, and nothing changed, if its inputs are the dense ones.
 
     dense, dense_bn: the same layer of the dense network. sights: (dense, pruned), one pair per batch. rows: what the
-    present outputs stand for. The prior of the ridge is the dense weight, read from the present channels as well as
-    they allow; that of a grouped convolution is its present weight.
+    present outputs stand for. The ridge pulls towards the present weight, which the pair has mixed, or towards the dense
+    one, read from the present channels as well as a regression can: to what predicts held-out images better.
 
     Raises ValueError if an activation is not finite.
     """
@@ -93,15 +93,25 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Sequence[tupl
             now_inputs, dense_inputs = now.inputs.movedim(axis, -1), before.inputs.movedim(axis, -1)
             for fold, at in reads.places(now_inputs.shape[:-1], now_inputs.shape[-1], len(sights), now.inputs.device):
                 reads.add(fold, now_inputs[at], dense_inputs[at])
-    if groups > 1:
-        prior = folded_weight(layer, bn)
-    else:
-        weight = kind.folded_weight(dense, dense_bn)
-        if narrow:
-            weight = torch.einsum("mn...,nk->mk...", weight, reads.fit(None).weight[0])
-        prior = torch.einsum("lm,m...->l...", rows.weights.to(weight), weight)
-    _write_(layer, bn, fits.fit(prior.flatten(1).unflatten(0, (groups, -1))))
+    priors = [Prior(folded_weight(layer, bn).flatten(1).unflatten(0, (groups, -1)))]
+    if groups == 1:
+        weight = torch.einsum("lm,m...->l...", *_alike(rows.weights, kind.folded_weight(dense, dense_bn)))
+        priors.append(_through(reads.fit(), weight) if narrow else Prior(weight.flatten(1)[None]))
+    _write_(layer, bn, fits.fit(*priors))
     return True
+
+
+def _through(reading: Fit, weight: Tensor) -> Prior:
+    """A weight [l, n, ...] for dense inputs as one for the present ones, of which `reading` makes them."""
+
+    def of(read: Tensor) -> Tensor:
+        return torch.einsum("ln...,nk->lk...", weight, read[0]).flatten(1)[None]
+
+    return Prior(of(reading.weight), tuple(map(of, reading.without)))
+
+
+def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    return first.to(second), second
 
 
 def _other(before: Sight, now: Sight) -> Tensor | None:
@@ -178,12 +188,12 @@ class _Folds:
         more, total = Moments.of(x, y), self._sums[fold]
         self._sums[fold] = more if total is None else total + more
 
-    def fit(self, prior: Tensor | None) -> Fit:
-        """The regression; prior: [groups, m, d], None for zeros. Raises ValueError for what is not finite."""
+    def fit(self, *priors: Prior) -> Fit:
+        """The regression; priors: [groups, m, d], zeros if none. Raises ValueError for what is not finite."""
         sums = [total for total in self._sums if total is not None]
         if not all(torch.isfinite(part.xx.sum() + part.xy.sum() + part.yy.sum()) for part in sums):
             raise ValueError("the calibration inputs give activations that are not finite")
-        fit = ridge(sums, torch.zeros_like(sums[0].xy.mT) if prior is None else prior)
+        fit = ridge(sums, *(priors or [Prior(torch.zeros_like(sums[0].xy.mT))]))
         assert self._about is not None
         x, y = (mean.double().unflatten(0, (self._groups, -1)) for mean in self._about)
         bias = fit.bias + y - (fit.weight @ x[..., None])[..., 0]

@@ -3,13 +3,14 @@
     min over W, c of   sum |y - W x - c|^2  +  lambda · N · |W - W0|^2
 
 The sums are kept in two folds (images alternate), so that lambda is chosen by cross-validation and not by hand: with
-few images it grows and W stays near the prior W0; with many it vanishes.
+few images it grows and W stays near the prior W0; with many it vanishes. Where there are several priors, so is W0.
 
 Shapes may begin with further axes `...`: separate problems (the groups of a convolution) that share lambda.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,7 @@ class Fit:
     """y ~ weight x + bias: weight [..., m, d], bias [..., m], the ridge that was chosen, moments of the fit.
 
     mean, std: [..., m] of the fitted output; unexplained: the share of the targets' variance that is left (0: exact).
+    without: the weight [..., m, d] that is fitted on all folds but one, for every fold; () if there is one fold only.
     """
 
     weight: Tensor
@@ -77,28 +79,47 @@ class Fit:
     mean: Tensor
     std: Tensor
     unexplained: float
+    without: tuple[Tensor, ...] = ()
 
 
-def ridge(folds: list[Moments], prior: Tensor) -> Fit:
-    """Fit with the ridge towards `prior` [..., m, d] that predicts the held-out fold best, in float64.
+@dataclass(frozen=True)
+class Prior:
+    """A weight [..., m, d] to pull towards; without: for every fold, what it is without that fold (if it is learnt)."""
 
-    folds: at least one; with one fold only the strongest ridge is used. Inputs that never vary get their prior weight.
+    weight: Tensor
+    without: tuple[Tensor, ...] = ()
+
+    def apart_from(self, fold: int) -> Tensor:
+        return self.without[fold] if self.without else self.weight
+
+
+def ridge(folds: list[Moments], *priors: Prior) -> Fit:
+    """Fit with the ridge, and towards the prior, that predict the held-out fold best, in float64.
+
+    folds: at least one; with one fold only the strongest ridge and the first prior are used. Of priors that predict
+    equally well, the first one is taken. Inputs that never vary get their prior weight.
     """
     total = folds[0]
     for fold in folds[1:]:
         total = total + fold
-    strength = _best_ridge(folds, total, prior) if len(folds) > 1 and min(f.n for f in folds) > 1 else _RIDGES[0]
-    weight = _solve(total, prior, strength)
+    trial = _Trial(float("inf"), priors[0], _RIDGES[0], ())
+    if len(folds) > 1 and min(fold.n for fold in folds) > 1:
+        trial = _best_trial(folds, total, priors)
+    weight = _solve(total, (trial.prior.weight,), trial.strength)[0]
     xx, xy, yy = total.centred()
     bias = (total.y - _times(weight, total.x)) / total.n
     variance = ((weight @ xx) * weight).sum(dim=-1).clamp(min=0)
     left = yy - 2 * (weight * xy.mT).sum(dim=-1) + variance
     unexplained = float(left.sum().clamp(min=0) / yy.sum().clamp(min=1e-300))
-    return Fit(weight, bias, strength, total.y / total.n, (variance / total.n).sqrt(), unexplained)
+    mean, std = total.y / total.n, (variance / total.n).sqrt()
+    return Fit(weight, bias, trial.strength, mean, std, unexplained, trial.without)
 
 
-def _solve(moments: Moments, prior: Tensor, strength: float) -> Tensor:
-    """prior + (y - prior x) x^T (x x^T + lambda)^-1, as [..., m, d]. Raises ValueError for sums that are not finite."""
+def _solve(moments: Moments, priors: Sequence[Tensor], strength: float) -> list[Tensor]:
+    """prior + (y - prior x) x^T (x x^T + lambda)^-1 for each prior, as [..., m, d].
+
+    Raises ValueError for sums that are not finite.
+    """
     xx, xy, _ = moments.centred()
     scale = xx.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True).clamp(min=1e-12 * moments.n)
     system = xx.clone()
@@ -107,23 +128,42 @@ def _solve(moments: Moments, prior: Tensor, strength: float) -> Tensor:
     if bool(info.any()):
         if not torch.isfinite(system).all() or strength > 1e6:
             raise ValueError("the second moments of the inputs are not finite")
-        return _solve(moments, prior, 10 * strength)  # numerically rank-deficient at this ridge
-    return prior + torch.cholesky_solve(xy - xx @ prior.mT, factor).mT
+        return _solve(moments, priors, 10 * strength)  # numerically rank-deficient at this ridge
+    return [prior + torch.cholesky_solve(xy - xx @ prior.mT, factor).mT for prior in priors]
 
 
-def _best_ridge(folds: list[Moments], total: Moments, prior: Tensor) -> float:
-    best, best_error = _RIDGES[0], float("inf")
+@dataclass(frozen=True)
+class _Trial:
+    """A prior and a ridge: the squared error on what is held out, and the weights [..., m, d] without each fold."""
+
+    error: float
+    prior: Prior
+    strength: float
+    without: tuple[Tensor, ...]
+
+
+def _best_trial(folds: list[Moments], total: Moments, priors: Sequence[Prior]) -> _Trial:
+    best: _Trial | None = None
     for strength in _RIDGES:
-        error = sum(_error(fold, total - fold, prior, strength) for fold in folds)
-        if error > best_error:
+        solved = [
+            _solve(total - fold, [prior.apart_from(number) for prior in priors], strength)
+            for number, fold in enumerate(folds)
+        ]
+        trials = []
+        for number, prior in enumerate(priors):
+            without = tuple(weights[number] for weights in solved)
+            error = sum(_error(fold, total - fold, weight) for fold, weight in zip(folds, without, strict=True))
+            trials.append(_Trial(error, prior, strength, without))
+        found = min(trials, key=lambda trial: trial.error)
+        if best is not None and found.error > best.error:
             break
-        best, best_error = strength, error
+        best = found
+    assert best is not None
     return best
 
 
-def _error(held_out: Moments, rest: Moments, prior: Tensor, strength: float) -> float:
-    """Squared error on the held-out fold of the fit on the rest."""
-    weight = _solve(rest, prior, strength)
+def _error(held_out: Moments, rest: Moments, weight: Tensor) -> float:
+    """Squared error on the held-out fold of a weight that was fitted on the rest."""
     xx, xy, yy = held_out.centred()
     inside = yy - 2 * (weight * xy.mT).sum(dim=-1) + ((weight @ xx) * weight).sum(dim=-1)
     gap = (held_out.y - _times(weight, held_out.x)) / held_out.n - (rest.y - _times(weight, rest.x)) / rest.n

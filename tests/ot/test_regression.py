@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from intrafusion.ot.regression import Moments, ridge
+from intrafusion.ot.regression import Moments, Prior, ridge
 from intrafusion.ot.rows import Samples, match_spread, optimise_rows
 
 
@@ -24,7 +24,7 @@ def folds(x, y):
 
 def test_an_affine_map_is_recovered_with_its_bias():
     x, y, weight = data()
-    fit = ridge(folds(x, y), torch.zeros_like(weight))
+    fit = ridge(folds(x, y), Prior(torch.zeros_like(weight)))
     assert torch.allclose(fit.weight, weight, atol=1e-3)
     assert torch.allclose(fit.bias, torch.full((3,), 5.0).double(), atol=1e-2)
     assert fit.unexplained < 1e-6
@@ -34,7 +34,7 @@ def test_an_affine_map_is_recovered_with_its_bias():
 
 def test_the_solution_is_scikit_learns_at_the_ridge_that_was_chosen():
     x, y, weight = data(noise=1.0)
-    fit = ridge(folds(x, y), torch.zeros_like(weight))
+    fit = ridge(folds(x, y), Prior(torch.zeros_like(weight)))
     strength = fit.ridge * (x - x.mean(dim=0)).square().sum(dim=0).mean().item()
     oracle = Ridge(alpha=strength).fit(x.numpy(), y.numpy())
     assert torch.allclose(fit.weight, torch.from_numpy(oracle.coef_), atol=1e-8)
@@ -43,9 +43,9 @@ def test_the_solution_is_scikit_learns_at_the_ridge_that_was_chosen():
 
 def test_few_noisy_samples_stay_near_the_prior_and_many_do_not():
     x, y, weight = data(n=8, noise=30.0)
-    strong = ridge(folds(x, y), weight + 0.1)
+    strong = ridge(folds(x, y), Prior(weight + 0.1))
     x, y, truth = data(n=4000, noise=0.1)
-    weak = ridge(folds(x, y), truth + 0.1)
+    weak = ridge(folds(x, y), Prior(truth + 0.1))
     assert strong.ridge > weak.ridge
     assert (strong.weight - weight - 0.1).abs().mean() < 2.0
     assert torch.allclose(weak.weight, truth, atol=0.01)
@@ -55,7 +55,7 @@ def test_problems_side_by_side_share_the_ridge_and_nothing_else():
     xs, ys, _ = zip(*(data(noise=0.5, seed=seed) for seed in range(3)), strict=True)
     x, y = torch.stack(xs), torch.stack(ys)
     sums = [Moments.of(x[:, ::2], y[:, ::2]), Moments.of(x[:, 1::2], y[:, 1::2])]
-    together = ridge(sums, torch.zeros(3, 3, 6, dtype=torch.float64))
+    together = ridge(sums, Prior(torch.zeros(3, 3, 6, dtype=torch.float64)))
     for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
         strength = together.ridge * (x - x.mean(dim=0)).square().sum(dim=0).mean().item()
         oracle = Ridge(alpha=strength).fit(x.numpy(), y.numpy())
@@ -75,10 +75,10 @@ def test_sums_add_up_however_the_samples_are_batched():
 def test_inputs_that_say_nothing_give_no_nan(kind):
     x, y, weight = data()
     x[:, 1] = {"constant": 3.0, "duplicate": x[:, 0], "dead": 0.0}[kind]
-    fit = ridge(folds(x, y), torch.zeros_like(weight))
+    fit = ridge(folds(x, y), Prior(torch.zeros_like(weight)))
     assert torch.isfinite(fit.weight).all()
     assert torch.isfinite(fit.bias).all()
-    nothing = ridge(folds(torch.zeros_like(x), y), torch.zeros_like(weight))
+    nothing = ridge(folds(torch.zeros_like(x), y), Prior(torch.zeros_like(weight)))
     assert torch.isfinite(nothing.weight).all()
     assert torch.allclose(nothing.bias, y.mean(dim=0))
 
