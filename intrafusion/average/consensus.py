@@ -25,7 +25,7 @@ from tqdm import tqdm
 from intrafusion.average.couplings import Couplings
 from intrafusion.correct.correction import layers_of
 from intrafusion.correct.refit import RowMap, can_refit, folded_weight, match_statistics_, outputs, refit_
-from intrafusion.correct.survey import Survey, samples, visiting_order
+from intrafusion.correct.survey import Survey, samples, visits
 from intrafusion.correct.walk import Sight, Walk
 from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.kinds.filters import filters_of
@@ -55,7 +55,8 @@ class Consensus:
     ) -> None:
         self.fused, self.parents, self.weights, self.run, self.batches = fused, list(parents), weights, run, batches
         norms = layers_of(couplings.graph)
-        self._norms = {name: norms[name] for name in visiting_order(fused, run, batches[0], norms)}
+        self._calls = visits(fused, run, batches[0], norms)
+        self._norms = {name: norms[name] for name in self._calls}
         self._tables = {}
         for group in couplings.groups:
             table = couplings.tables.get(group.table)
@@ -69,14 +70,16 @@ class Consensus:
         Raises ValueError if an activation is not finite.
         """
         tables = list(self._tables.values())
-        self._surveys = [Survey(parent, self.run, self.batches, self._norms, tables) for parent in self.parents]
-        self._walk = walk = Walk((*self.parents, self.fused), self.run, self.batches, self._norms)
+        self._surveys = [
+            Survey(parent, self.run, self.batches, self._norms, self._calls, tables) for parent in self.parents
+        ]
+        self._walk = walk = Walk((*self.parents, self.fused), self.run, self.batches, self._norms, self._calls)
         hidden = None if progress else True
         with tqdm(total=len(self._norms), desc="refit", unit="layer", delay=2, leave=False, disable=hidden) as bar:
             try:
                 while (name := walk.advance()) is not None:
                     self._refit_(name)
-                    walk.changed()
+                    walk.changed(rejoin=self._calls[name] > 1)
                     bar.update()
             finally:
                 walk.close()

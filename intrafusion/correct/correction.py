@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from intrafusion.correct.refit import RowMap, outputs
-from intrafusion.correct.survey import Run, Survey, visiting_order
+from intrafusion.correct.survey import Run, Survey, visits
 from intrafusion.correct.walk import Sight, Walk
 from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.layout import mix_
@@ -34,7 +34,8 @@ class LayerView:
     """One layer that may be put right.
 
     layer, norm: of the pruned network; dense, dense_norm: of the dense one; norm is the batch-norm that reads the layer
-    alone, or None. rows: what its outputs stand for. sights: (dense, pruned), one pair per batch.
+    alone, or None. rows: what its outputs stand for. sights: (dense, pruned), one pair per batch, or per call where there are several in
+    a pass.
     """
 
     name: str
@@ -72,10 +73,11 @@ class Correction:
         self.dense = copy.deepcopy(graph.model).requires_grad_(False).eval()
         self._repair_, self._after_cut, self._memory = repair_, after_cut, memory
         partners = layers_of(graph)
-        self.layers = {name: partners[name] for name in visiting_order(self.dense, run, batches[0], partners)}
+        self._calls = visits(self.dense, run, batches[0], partners)
+        self.layers = {name: partners[name] for name in self._calls}
         shown = tables if survey else ()
         lean = repair_ is not None
-        self._survey = Survey(self.dense, run, batches, self.layers, shown, lean=lean, progress=progress)
+        self._survey = Survey(self.dense, run, batches, self.layers, self._calls, shown, lean=lean, progress=progress)
         self._rows: dict[str, RowMap] = {}
         self._walk: Walk | None = None
         self._touched = False
@@ -100,7 +102,7 @@ class Correction:
         if self._walk is not None and not self._walk.stands_before(name) and self._walk.name != name:
             self._end_walk()
         if self._walk is None:
-            self._walk = Walk((self.dense, self.model), self.run, self.batches, self.layers, self._memory)
+            self._walk = self._new_walk()
             self._bar.reset()
         while self._walk.name != name:
             self._advance()
@@ -118,13 +120,15 @@ class Correction:
         self._note(table, pair)
         self._survey.forget(table)
         if self._walk is not None:
-            self._walk.changed(rejoin=any(map(_may_have_been_read, (owner for owner, _ in table.reach))))
+            shared = (self.model.get_submodule(name) for name, count in self._calls.items() if count > 1)
+            owners = [owner for owner, _ in table.reach]
+            self._walk.changed(rejoin=any(map(_may_have_been_read, owners)) or not set(owners).isdisjoint(shared))
 
     def finish(self) -> None:
         """Put the layers right that are left."""
         if self._touched and self._repair_ is not None:
             if self._walk is None:
-                self._walk = Walk((self.dense, self.model), self.run, self.batches, self.layers, self._memory)
+                self._walk = self._new_walk()
             while not self._walk.is_over:
                 self._advance()
         self.close()
@@ -138,6 +142,9 @@ class Correction:
     def __del__(self) -> None:
         if getattr(self, "_walk", None) is not None:
             self._end_walk()
+
+    def _new_walk(self) -> Walk:
+        return Walk((self.dense, self.model), self.run, self.batches, self.layers, self._calls, self._memory)
 
     def _end_walk(self) -> None:
         walk, self._walk = self._walk, None
@@ -174,7 +181,7 @@ class Correction:
             sights,  # type: ignore[arg-type]
         )
         self._repair_(view)
-        walk.changed()
+        walk.changed(rejoin=self._calls[name] > 1)
 
     def _note(self, table: GroupTable, pair: Pair) -> None:
         """Remember what the outputs of the group's layers stand for from now on."""

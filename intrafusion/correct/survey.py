@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,15 +31,15 @@ _MOST_READERS = 4
 Run = Callable[[nn.Module, Any], Any]
 
 
-def visiting_order(network: nn.Module, run: Run, batch: Any, layers: dict[str, str]) -> list[str]:
-    """The layers that a forward pass calls, in the order in which their outputs are first read."""
-    order: dict[str, None] = {}
-    tape = Tape(Layers(network, layers), read=lambda visit: order.setdefault(visit.name))
+def visits(network: nn.Module, run: Run, batch: Any, layers: dict[str, str]) -> dict[str, int]:
+    """How often a forward pass calls each layer, in the order in which the last of its outputs is first read."""
+    order: dict[str, int] = {}
+    tape = Tape(Layers(network, layers), read=lambda visit: order.update({visit.name: order.pop(visit.name, 0) + 1}))
     with torch.no_grad(), evaluating(network):
         with tape:
             run(network, batch)
         tape.finish()
-    return list(order)
+    return order
 
 
 def watch(
@@ -51,32 +52,22 @@ def watch(
     follow: bool = False,
     progress: bool = False,
 ) -> None:
-    """One pass over all batches; `called` is told of the first call of every layer in each of them."""
+    """One pass over all batches; `called` is told of every call of every layer."""
     found = Layers(network, layers)
     hidden = None if progress else True
     with torch.no_grad(), evaluating(network):
         for batch in tqdm(batches, desc="survey", delay=2, leave=False, disable=hidden):
-            with _first_calls(found, called, follow):
+            tape = Tape(found, follow=follow)
+            tape.called = partial(called, tape)
+            with tape:
                 run(network, batch)
-
-
-def _first_calls(layers: Layers, called: Callable[[Tape, Visit], None], follow: bool) -> Tape:
-    seen: set[str] = set()
-
-    def first(visit: Visit) -> None:
-        if visit.name not in seen:
-            seen.add(visit.name)
-            called(tape, visit)
-
-    tape = Tape(layers, called=first, follow=follow)
-    return tape
 
 
 class Survey:
     """Samples of what the readers of `tables` see in a network.
 
-    layers: in the order of `visiting_order`. lean: what the first layer of a group gives will be told to `samples`, and
-    is not kept.
+    layers, calls: in the order of `visits`, and what that says. lean: what the first layer of a group gives will be
+    told to `samples`, and is not kept.
     """
 
     def __init__(
@@ -85,6 +76,7 @@ class Survey:
         run: Run,
         batches: Sequence,
         layers: dict[str, str],
+        calls: dict[str, int],
         tables: Iterable[GroupTable],
         *,
         lean: bool = False,
@@ -101,7 +93,10 @@ class Survey:
                 default="",
             )
             told = first if lean else ""
-            readers = [_Reader(slot, table.n, len(batches), told) for slot in _readers_of(table, order)]
+            readers = [
+                _Reader(slot, table.n, len(batches) * calls[slot.name], told if calls[slot.name] == 1 else "")
+                for slot in _readers_of(table, order)
+            ]
             self._readers[table.name] = readers
             for reader in readers:
                 by_layer.setdefault(reader.slot.name, []).append(reader)
@@ -115,7 +110,7 @@ class Survey:
 
     def makers(self, table: GroupTable) -> set[str]:
         """The layers that the readers of a group see directly."""
-        return {reader.maker for reader in self._readers.get(table.name, ()) if reader.maker}
+        return {name for reader in self._readers.get(table.name, ()) for name in reader.makers if name}
 
     def readings(self, table: GroupTable) -> list[Reading]:
         """What up to four readers of a group see, in forward order."""
@@ -129,7 +124,7 @@ class Survey:
         """
         found = []
         for reader in self._readers.get(table.name, ()):
-            view = reader.reading(self._network, outputs if maker and reader.maker == maker else ())
+            view = reader.reading(self._network, outputs if maker and reader.makers == {maker} else ())
             if view.understood:
                 found.append(samples(view.z, view.h, view.calls, view.reads))
         return found
@@ -152,14 +147,14 @@ def _reads(layer: nn.Module, slot: Slot) -> Tensor:
 
 @dataclass
 class _Reader:
-    """What one reader of a group of n channels sees, batch by batch: z [P, n, ...] and h [P, n]."""
+    """What one reader of a group of n channels sees, call by call: z [P, n, ...] and h [P, n]."""
 
     slot: Slot
     n: int
-    batches: int
+    expected: int
     told: str
     calls: Sequence[Call] = ()
-    maker: str = ""
+    makers: set[str] = field(default_factory=set)
     understood: bool = True
     z: list[Tensor] = field(default_factory=list)
     h: list[Tensor] = field(default_factory=list)
@@ -172,11 +167,12 @@ class _Reader:
         if window is None:
             self.understood, self.z, self.h, self.places = False, [], [], []
             return
-        share = max(1, min(_PLACES, max(2 * self.n, _VALUES // self.n)) // self.batches)
+        share = max(1, min(_PLACES, max(2 * self.n, _VALUES // self.n)) // self.expected)
         chosen = torch.randperm(window.count, generator=self.generator)[:share].to(inputs.device)
-        self.calls, self.maker = chain[:-1] if window.flattened else chain, tape.maker(before)
+        self.calls, maker = chain[:-1] if window.flattened else chain, tape.maker(before)
+        self.makers.add(maker)
         self.places.append((window, chosen))
-        if not self.told or self.maker != self.told:
+        if not self.told or maker != self.told:
             self.z.append(window.inputs(before, chosen))
         self.h.append(window.output(inputs, chosen))
 

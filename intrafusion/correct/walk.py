@@ -8,7 +8,7 @@ rest of the pass reads. Nothing that lies behind is computed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from intrafusion.correct.calls import flat
 from intrafusion.correct.parking import Live, Parking
 from intrafusion.correct.passes import Pass
-from intrafusion.correct.tape import Layers, Visit
+from intrafusion.correct.tape import Layers, Tape, Visit
 from intrafusion.groups.kinds.filters import PLAIN, Geometry
 from intrafusion.running import evaluating
 
@@ -68,10 +68,12 @@ class Walk:
         run: Callable[[nn.Module, Any], Any],
         batches: Sequence,
         layers: dict[str, str],
+        calls: Mapping[str, int] | None = None,
         memory: int | None = None,
     ) -> None:
         self._networks, self._run, self._batches = list(networks), run, batches
         self._turn = {name: number for number, name in enumerate(layers)}
+        self._calls = dict.fromkeys(layers, 1) | dict(calls or {})
         self._layers = [Layers(network, layers) for network in networks]
         self._parking = Parking(memory)
         self._at = -1
@@ -108,15 +110,17 @@ class Walk:
         return self.name
 
     def sights(self, *, present: bool = False) -> Sequence[tuple[Sight, ...]]:
-        """What every network has seen at the present layer, for every batch that reaches it.
+        """What every network has seen at the present layer, for every batch that reaches it, and every call of it.
 
         present: the corrected network's output as its layer is now, not as it was when the walk came here.
         """
+        if self._is_shared:
+            return self._all_calls()
         reached = self._reached()
 
         def of(number: int) -> tuple[Sight, ...]:
             passes = self._passes[reached[number]]
-            self._wake(passes)
+            self._wake([one.live for one in passes])
             sights = [one.sight() for one in passes]
             if present:
                 sights[-1] = replace(sights[-1], output=self._present(passes))
@@ -125,7 +129,10 @@ class Walk:
         return ByBatch(len(reached), of)
 
     def outputs(self) -> Sequence[Tensor]:
-        """What the corrected network's present layer gives as it is now, batch by batch."""
+        """What the corrected network's present layer gives as it is now, batch by batch and call by call."""
+        if self._is_shared:
+            seen = self._all_calls()
+            return ByBatch(len(seen), lambda number: seen[number][-1].output)
         reached = self._reached()
         return ByBatch(len(reached), lambda number: self._present(self._passes[reached[number]]))
 
@@ -148,23 +155,47 @@ class Walk:
         self._passes = []
         self._parking.close()
 
+    @property
+    def _is_shared(self) -> bool:
+        return self.name is not None and self._calls[self.name] > 1
+
+    def _all_calls(self) -> Sequence[tuple[Sight, ...]]:
+        """Of the present layer, in the networks as they are now."""
+        name, found = self.name, []
+        for batch in self._batches:
+            live = Live()
+            each = [
+                _calls_of(name or "", partial(self._run, network, batch), layers, live)
+                for network, layers in zip(self._networks, self._layers, strict=True)
+            ]
+            self._wake([live])
+            if len({len(sights) for sights in each}) == 1:
+                found += [(live, sights) for sights in zip(*each, strict=True)]
+
+        def of(number: int) -> tuple[Sight, ...]:
+            live, sights = found[number]
+            self._wake([live])
+            return sights
+
+        return ByBatch(len(found), of)
+
     def _reached(self) -> list[int]:
         return [number for number, passes in enumerate(self._passes) if all(one.stands(self._at) for one in passes)]
 
     def _present(self, passes: Sequence[_Stopped]) -> Tensor:
-        self._wake(passes)
+        self._wake([one.live for one in passes])
         with evaluating(self._networks[-1]):
             return passes[-1].present()
 
     def _move(self, one: _Stopped) -> None:
-        self._wake([one])
+        self._wake([one.live])
         one.to(self._at)
-        self._wake([one])
+        self._wake([one.live])
 
-    def _wake(self, passes: Sequence[_Stopped]) -> None:
+    def _wake(self, lives: Sequence[Live]) -> None:
         foreign = (value for value in flat(self._batches) if isinstance(value, Tensor))
         owned = (tensor for network in self._networks for tensor in (*network.parameters(), *network.buffers()))
-        self._parking.wake([one.live for one in passes], chain(foreign, owned))
+        self._parking.wake(lives, chain(foreign, owned))
 
     def _rejoin(self, passes: list[_Stopped]) -> None:
         self._parking.forget(passes[-1].live)
@@ -174,15 +205,18 @@ class Walk:
 
     def _stopped(self, network: int, batch: int) -> _Stopped:
         forward = partial(self._run, self._networks[network], self._batches[batch])
-        return _Stopped(forward, self._layers[network], self._turn)
+        return _Stopped(forward, self._layers[network], self._turn, self._calls)
 
 
 class _Stopped:
     """One pass of the walk, and the visit where it stands."""
 
-    def __init__(self, forward: Callable[[], Any], layers: Layers, turn: dict[str, int]) -> None:
+    def __init__(
+        self, forward: Callable[[], Any], layers: Layers, turn: dict[str, int], calls: dict[str, int]
+    ) -> None:
         self.live = Live()
         self._pass, self._layers, self._turn = Pass(forward, layers, self.live), layers, turn
+        self._left = dict(calls)
         self.visit: Visit | None = None
         self.resumed = False
         self._now: Tensor | None = None
@@ -194,9 +228,17 @@ class _Stopped:
             if self.visit is not None:
                 self.resumed = True
                 self._settle()
-            self.visit = self._pass.advance()
+            self.visit = self._next()
             if self.visit is None:
                 return
+
+    def _next(self) -> Visit | None:
+        """The next visit that is the last of its layer."""
+        while (visit := self._pass.advance()) is not None:
+            self._left[visit.name] -= 1
+            if self._left[visit.name] == 0:
+                return visit
+        return None
 
     def stands(self, at: int) -> bool:
         return self.visit is not None and self._turn[self.visit.name] == at
@@ -230,6 +272,26 @@ class _Stopped:
             self.visit.output.data = now
         self.visit = self._now = None
         self._used = ()
+
+
+@torch.no_grad()
+def _calls_of(name: str, forward: Callable[[], Any], layers: Layers, live: Live) -> list[Sight]:
+    """What one pass sees at all calls of a layer, in copies: the network may overwrite what it has read."""
+    sights: list[Sight] = []
+
+    def read(visit: Visit) -> None:
+        if visit.name == name:
+            other = None if visit.other is None else visit.other.clone()
+            sight = Sight(visit.inputs.clone(), visit.output.clone(), other, visit.geometry)
+            live.add((sight.inputs, sight.output, other))
+            sights.append(sight)
+
+    tape = Tape(layers, read=read)
+    with evaluating(layers.network):
+        with tape:
+            forward()
+        tape.finish()
+    return sights
 
 
 def _same(first: Sequence, second: Sequence) -> bool:

@@ -9,7 +9,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from intrafusion.correct.correction import Correction, layers_of
-from intrafusion.correct.survey import Run, visiting_order, watch
+from intrafusion.correct.survey import Run, visits, watch
 from intrafusion.groups.features import channel_features, feature_parts
 from intrafusion.groups.table import GroupTable
 from intrafusion.ot.rows import Samples
@@ -43,7 +43,7 @@ class View:
     def order(self) -> list[str]:
         """Names of the convolutions and linear layers, in the order of the forward pass."""
         if self._order is None:
-            self._order = visiting_order(self.model, self.run, self.example, layers_of(self.graph))
+            self._order = list(visits(self.model, self.run, self.example, layers_of(self.graph)))
         return self._order
 
     @property
@@ -74,6 +74,6 @@ class View:
         return [] if self.correction is None else self.correction.samples(table)
 
     def watch(self, readers: Mapping[str, Callable[[Tensor], None]]) -> None:
-        """One pass of the network over all batches, in which each named layer's inputs are shown to its function."""
+        """One pass of the network over all batches, in which each named layer's inputs are shown to its function, call by call."""
         layers = {name: norm for name, norm in layers_of(self.graph).items() if name in readers}
         watch(self.model, self.run, self.batches, layers, lambda tape, visit: readers[visit.name](visit.inputs))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from intrafusion.correct.passes import Pass
-from intrafusion.correct.survey import visiting_order
+from intrafusion.correct.survey import visits
 from intrafusion.correct.tape import Layers, Tape
 from tests.nets import Residual, randomise_
 
@@ -122,7 +122,7 @@ def test_nothing_is_kept_that_the_network_itself_has_let_go():
 def test_layers_are_listed_in_the_order_of_the_forward_pass():
     model = Residual().eval()
     names = {name: "" for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
-    assert visiting_order(model, lambda m, x: m(x), torch.randn(1, 3, 6, 6), names) == ["stem", "a", "b", "c", "fc"]
+    assert list(visits(model, lambda m, x: m(x), torch.randn(1, 3, 6, 6), names)) == ["stem", "a", "b", "c", "fc"]
 
 
 def test_a_layer_is_seen_at_its_call_not_at_its_module():
