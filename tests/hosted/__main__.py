@@ -1,0 +1,14 @@
+# ruff: noqa: T201
+"""`python -m tests.hosted <folder of torch-pruning's tests> [names as in pytest -k]`: both runs, beside each other."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.hosted.runner import run, table
+
+folder, names = Path(sys.argv[1]), " ".join(sys.argv[2:])
+theirs, ours = run(folder, ours=False, names=names), run(folder, ours=True, names=names)
+print(table(theirs, ours))
+sys.exit(bool(ours.failed.keys() - theirs.failed.keys()) or ours.total > 3 * theirs.total)

@@ -1,0 +1,71 @@
+"""Runs a folder of torch-pruning's tests in processes of their own, with its pruners or ours, and takes the time."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+_ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Run:
+    """seconds: of every test, by file and name; failed: first line of what went wrong; pruners: of ours, made."""
+
+    seconds: dict[str, float]
+    failed: dict[str, str]
+    pruners: int
+
+    @property
+    def total(self) -> float:
+        """Seconds of all tests."""
+        return sum(self.seconds.values())
+
+
+def run(folder: Path, ours: bool, names: str = "") -> Run:
+    """Run the tests (those that `names`, as in `pytest -k`, picks), one after the other, on one thread."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch, "report.xml")
+        command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
+        command += [
+            f"--rootdir={folder.resolve()}",
+            f"--junit-xml={report}",
+            "-k",
+            names,
+            *(["-p", "tests.hosted.swap"] * ours),
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+        files = [str(file) for file in sorted(folder.resolve().glob("test_*.py"))]
+        done = subprocess.run([*command, *files], cwd=scratch, env=environment, capture_output=True, text=True)
+        if not report.exists():
+            raise RuntimeError(f"pytest did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        made = re.search(r"intrafusion pruners made: (\d+)", done.stdout)
+        return _read(report, int(made.group(1)) if made else 0)
+
+
+def _read(report: Path, pruners: int) -> Run:
+    seconds, failed = {}, {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+        seconds[name] = float(case.get("time", 0))
+        for problem in [*case.findall("failure"), *case.findall("error")]:
+            failed[name] = problem.get("message", "").partition("\n")[0]
+    return Run(seconds, failed, pruners)
+
+
+def table(theirs: Run, ours: Run) -> str:
+    """Every test with both times, slowest first, and the sums."""
+    lines = [f"{'test':70s} {'theirs':>8s} {'ours':>8s}"]
+    for name, seconds in sorted(ours.seconds.items(), key=lambda item: -item[1]):
+        told = [f"{who}: {run.failed[name]}" for who, run in (("theirs", theirs), ("ours", ours)) if name in run.failed]
+        lines.append(f"{name:70s} {theirs.seconds.get(name, 0):8.2f} {seconds:8.2f}  {' | '.join(told)}".rstrip())
+    lines.append(
+        f"{f'{len(ours.seconds)} tests, {ours.pruners} pruners of ours':70s} {theirs.total:8.2f} {ours.total:8.2f}"
+    )
+    return "\n".join(lines)
