@@ -17,8 +17,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from intrafusion.correct.refit import RowMap, outputs
+from intrafusion.correct.refit import RowMap, can_refit, outputs
 from intrafusion.correct.survey import Run, Survey, visits
+from intrafusion.correct.tracking import track_statistics_
 from intrafusion.correct.walk import Sight, Walk
 from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.layout import mix_
@@ -26,6 +27,7 @@ from intrafusion.groups.table import GroupTable, Slot, batchnorm_of, module_name
 from intrafusion.ot import Pair
 from intrafusion.ot.rows import Samples
 
+_NORMS = nn.modules.batchnorm._BatchNorm
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
 
 
@@ -131,6 +133,8 @@ class Correction:
                 self._walk = self._new_walk()
             while not self._walk.is_over:
                 self._advance()
+            self._end_walk()
+            track_statistics_(self.model, self.dense, self.run, self.batches, self._norms_apart())
         self.close()
         self._touched = False
 
@@ -142,6 +146,11 @@ class Correction:
     def __del__(self) -> None:
         if getattr(self, "_walk", None) is not None:
             self._end_walk()
+
+    def _norms_apart(self) -> list[str]:
+        """Batch-norms that are not put right together with a layer."""
+        fitted = {norm for name, norm in self.layers.items() if can_refit(self.model.get_submodule(name))}
+        return [name for name, module in self.model.named_modules() if name not in fitted and isinstance(module, _NORMS)]
 
     def _new_walk(self) -> Walk:
         return Walk((self.dense, self.model), self.run, self.batches, self.layers, self._calls, self._memory)

@@ -139,8 +139,8 @@ def match_statistics_(layer: Any, bn: Any, sights: Iterable[tuple[Sight, Sight]]
         return
     want, have = ((t.y / t.n, (t.centred()[2] / t.n).sqrt()) for t in totals if t is not None)
     factor = torch.where(have[1] > 1e-6, want[1] / have[1].clamp(min=1e-6), 1.0).clamp(max=1e2)
-    _set(bn, "weight", bn.weight.detach().double() * factor)
-    _set(bn, "bias", (bn.bias.detach().double() - have[0]) * factor + want[0])
+    set_tensor_(bn, "weight", bn.weight.detach().double() * factor)
+    set_tensor_(bn, "bias", (bn.bias.detach().double() - have[0]) * factor + want[0])
 
 
 class _Folds:
@@ -215,19 +215,20 @@ def _write_(layer: Any, bn: Any, fit: Fit) -> None:
         scale = gamma / (var + bn.eps).sqrt()
         weight = weight / scale[:, None]
         own = torch.zeros_like(bias) if layer.bias is None else layer.bias.detach().double()
-        _set(bn, "running_mean", own - (bias - beta) / scale)
-        _set(bn, "running_var", var)
+        set_tensor_(bn, "running_mean", own - (bias - beta) / scale)
+        set_tensor_(bn, "running_var", var)
         if bn.affine:
-            _set(bn, "weight", gamma)
-            _set(bn, "bias", beta)
+            set_tensor_(bn, "weight", gamma)
+            set_tensor_(bn, "bias", beta)
     elif layer.bias is not None:
-        _set(layer, "bias", bias)
+        set_tensor_(layer, "bias", bias)
     else:
         layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
-    _set(layer, "weight", from_channels(weight, layer.weight))
+    set_tensor_(layer, "weight", from_channels(weight, layer.weight))
 
 
-def _set(owner: nn.Module, name: str, value: Tensor) -> None:
+def set_tensor_(owner: nn.Module, name: str, value: Tensor) -> None:
+    """Give a module a new parameter or buffer in the place of an old one, of its precision."""
     old = getattr(owner, name)
     if name in owner._buffers:
         setattr(owner, name, value.to(old.dtype))
