@@ -93,8 +93,9 @@ class Survey:
                 default="",
             )
             told = first if lean else ""
+            mixed = [slot.name for slot in table.slots if slot.makes_channels]
             readers = [
-                _Reader(slot, table.n, len(batches) * calls[slot.name], told if calls[slot.name] == 1 else "")
+                _Reader(slot, table.n, len(batches) * calls[slot.name], told if calls[slot.name] == 1 else "", mixed)
                 for slot in _readers_of(table, order)
             ]
             self._readers[table.name] = readers
@@ -126,7 +127,7 @@ class Survey:
         for reader in self._readers.get(table.name, ()):
             view = reader.reading(self._network, outputs if maker and reader.makers == {maker} else ())
             if view.understood:
-                found.append(samples(view.z, view.h, view.calls, view.reads))
+                found.append(samples(view.z, view.h, view.calls, view.reads, movable=view.movable))
         return found
 
     def forget(self, table: GroupTable) -> None:
@@ -153,9 +154,11 @@ class _Reader:
     n: int
     expected: int
     told: str
+    mixed: Sequence[str]
     calls: Sequence[Call] = ()
     makers: set[str] = field(default_factory=set)
     understood: bool = True
+    movable: bool = True
     z: list[Tensor] = field(default_factory=list)
     h: list[Tensor] = field(default_factory=list)
     places: list[tuple[_Window, Tensor]] = field(default_factory=list)
@@ -171,6 +174,7 @@ class _Reader:
         chosen = torch.randperm(window.count, generator=self.generator)[:share].to(inputs.device)
         self.calls, maker = chain[:-1] if window.flattened else chain, tape.maker(before)
         self.makers.add(maker)
+        self.movable &= tape.mixtures.keeps(before, self.mixed)
         self.places.append((window, chosen))
         if not self.told or maker != self.told:
             self.z.append(window.inputs(before, chosen))
@@ -185,13 +189,14 @@ class _Reader:
             nothing = torch.zeros(0)
             return Reading(nothing, nothing, (), nothing, understood=False)
         reads = _reads(network.get_submodule(self.slot.name), self.slot)
-        return Reading(torch.cat(z), torch.cat(self.h), self.calls, reads)
+        return Reading(torch.cat(z), torch.cat(self.h), self.calls, reads, movable=self.movable)
 
 
 @dataclass(frozen=True)
 class Reading:
     """What one reader of a group sees: z [P, n, ...], h [P, n], the calls from the one to the other, reads [n, d] its
-    weights for each channel. understood: whether this is known at all.
+    weights for each channel. understood: whether this is known at all. movable: whether z is mixed as the group's rows
+    are.
     """
 
     z: Tensor
@@ -199,14 +204,15 @@ class Reading:
     calls: Sequence[Call]
     reads: Tensor
     understood: bool = True
+    movable: bool = True
 
 
-def samples(z: Tensor, h: Tensor, calls: Sequence[Call], reads: Tensor) -> Samples:
+def samples(z: Tensor, h: Tensor, calls: Sequence[Call], reads: Tensor, *, movable: bool = True) -> Samples:
     """What a group's rows are chosen on; every fourth place judges."""
     precise = torch.promote_types(z.dtype, torch.float32)
     reads = reads.to(z.device, precise)
     held_out = torch.arange(len(z), device=z.device) % 4 == 3
-    return Samples(z.to(precise), h.to(precise), _chain(calls), reads @ reads.T / len(reads), held_out)
+    return Samples(z.to(precise), h.to(precise), _chain(calls), reads @ reads.T / len(reads), held_out, movable)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from intrafusion.correct.calls import CHANNELWISE, RESHAPES, Call, as_windows, flat, name_of, overwrites
+from intrafusion.correct.mixtures import Mixtures
 from intrafusion.groups.kinds.filters import PLAIN, Geometry
 
 _LAYER_CALLS = {
@@ -188,7 +189,7 @@ class Tape(TorchFunctionMode):
 
     layers: those that are looked at. execute: runs a call. called: told of every visit that begins. read: told of
     every visit that ends, before its output is read (or at the end of the pass); it may change the output in place.
-    follow: remember for every tensor the calls that made it, for `trace_back` and `maker`.
+    follow: remember for every tensor the calls that made it, for `trace_back`, `maker` and `mixtures`.
     """
 
     layers: Layers
@@ -199,6 +200,7 @@ class Tape(TorchFunctionMode):
     _open: dict[int, Visit] = field(default_factory=dict)
     _origins: dict[int, _Origin] = field(default_factory=dict)
     _makers: dict[int, tuple[Callable[[], Tensor | None], str]] = field(default_factory=dict)
+    mixtures: Mixtures = field(default_factory=Mixtures)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -215,6 +217,8 @@ class Tape(TorchFunctionMode):
             visit.calls.append((func, (None, *args[1:]), kwargs))
             visit.output = out
             self._open[id(out)] = visit
+            if self.follow:
+                self.mixtures.made(out, visit.name)
             return out
         if self._open:
             read = [self._open[id(value)] for value in tensors if id(value) in self._open]
@@ -230,8 +234,14 @@ class Tape(TorchFunctionMode):
                 self.called(visit)
             visit.output = self.execute(func, args, kwargs)
             self._open[id(visit.output)] = visit
+            if self.follow:
+                self.mixtures.made(visit.output, name)
             return visit.output
-        return self._followed(func, args, kwargs) if self.follow else self.execute(func, args, kwargs)
+        if not self.follow:
+            return self.execute(func, args, kwargs)
+        out = self._followed(func, args, kwargs)
+        self.mixtures.called(func, (args, kwargs), out)
+        return out
 
     def finish(self) -> None:
         """The pass is over: what nobody has read so far is read by its caller."""

@@ -35,7 +35,8 @@ class Refit(Method):
         """The start's pair, its rows moved to where the group is rebuilt best.
 
         In front of a depthwise convolution the rows stay: a mixture of channels that are filtered differently is no
-        filter of a mixture. What is lost is then left to the layers that read the group.
+        filter of a mixture. So they do where channels of the group are multiplied with each other, as in a gate. What
+        is lost is then left to the layers that read the group.
         """
         chosen = selection_pair(plan.kept, table.n)
         if any(slot.is_depthwise for slot in table.slots):
@@ -45,12 +46,14 @@ class Refit(Method):
         if not readers:  # nothing says which rows are good: those that stay are, for readers that will be refitted
             consumers = [slot for slot in table.slots if slot.reads]
             return chosen if consumers and all(can_refit(slot.owner) for slot in consumers) else start
-        halfway = (start.rows + chosen.rows.to(start.rows)) / 2
         may_shift = shift_carrier(table) is not None
-        rows, shift = best_rows(halfway, readers, may_shift=may_shift, selection=chosen.rows)
-        read = read_back(rows, shift, readers)
+        rows, shift = chosen.rows, torch.zeros(len(plan.kept), dtype=torch.float64)
+        if all(reader.movable for reader in readers):
+            halfway = (start.rows + chosen.rows.to(start.rows)) / 2
+            rows, shift = best_rows(halfway, readers, may_shift=may_shift, selection=chosen.rows)
+        read = read_back(rows, shift, readers, start.columns)
         rows, read = (_inside_classes(side.cpu(), table, plan) for side in (rows, read.T))
-        return Pair(rows, start.columns, plan.kept, shift.cpu() if may_shift else None, read.T)
+        return Pair(rows, read.T, plan.kept, shift.cpu() if may_shift else None, read.T)
 
     def repair_(self, layer: LayerView, view: View) -> None:
         """Refit the layer so that it gives what the dense one gives; where that is not possible, its batch-norm."""

@@ -34,6 +34,7 @@ class Samples:
 
     z: [P, n, ...] pre-activations of the pruned network, h: [P, n] what the dense network's reader reads, f: from
     [P, k, ...] to [P, k], metric M: [n, n] positive semi-definite, held_out: [P] bool, the samples that only judge.
+    movable: z is mixed as the group's rows are; if not, only rows that are left in place are known to give it.
     """
 
     z: Tensor
@@ -41,6 +42,7 @@ class Samples:
     f: Callable[[Tensor], Tensor]
     metric: Tensor
     held_out: Tensor
+    movable: bool = True
 
 
 def best_rows(
@@ -150,11 +152,22 @@ def _without_descent(rows: Tensor, shift: Tensor, views: Sequence[_View]) -> tup
 
 
 @torch.no_grad()
-def read_back(rows: Tensor, shift: Tensor, readers: Sequence[Samples]) -> Tensor:
-    """S: [n, k] float64, by which the new channels of rows [k, n], shift [k] give the old ones best, least squares."""
+def read_back(rows: Tensor, shift: Tensor, readers: Sequence[Samples], given: Tensor | None = None) -> Tensor:
+    """S: [n, k] float64, by which the new channels of rows [k, n], shift [k] give the old ones best, least squares.
+
+    given: [n, k] another one, that is taken if it does no worse: one that is exact, where least squares need a ridge.
+    """
     new = torch.cat([_forward(r, rows.to(r.z), shift.to(r.z), r.z) for r in readers])
     target = torch.cat([reader.h for reader in readers])
-    return _read_back(new - new.mean(dim=0), target - target.mean(dim=0))
+    new, target = new - new.mean(dim=0), target - target.mean(dim=0)
+    read = _read_back(new, target)
+    if given is not None and _unread(new, target, given) <= _unread(new, target, read):
+        return given.to(read)
+    return read
+
+
+def _unread(new: Tensor, target: Tensor, read: Tensor) -> float:
+    return float((target - new @ read.T.to(new)).square().sum())
 
 
 class _View:
