@@ -1,0 +1,73 @@
+"""What a record says, in a word and a sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+WORSE = 1.02
+"""A result is no worse than its twin's up to this factor."""
+EXACT = 1e-3
+"""Relative error up to which an output counts as unchanged by a permutation."""
+TRACE = 1e-2
+"""The same when duplicates have been pruned and layers refitted by ridge regressions."""
+_OURS = ("FusionError", "ValueError", "TypeError", "NotImplementedError")
+_COMPARED = ("cut torch-pruning", "discard", "worse than")
+"""Words by one of which a warning says that the plain cut does better."""
+
+Record = dict[str, Any]
+
+
+def verdict(record: Record) -> tuple[str, str]:
+    """(one word, why). The words:
+
+    better (or as good as its twin), worse (and it says so), refused (with a reason), skipped (not tried here),
+    too large (for this machine's limits), no network (torch-pruning itself makes none that runs), and the faults: WORSE
+    (and says nothing), CRASH (an error that is not meant for users), FAULT (the result cannot be used as promised).
+    """
+    errors = record.get("errors", {})
+    if record.get("skipped"):
+        return "skipped", record["skipped"]
+    if record.get("stopped") and record.get("error") is None:
+        return "too large", record["stopped"]
+    if "build" in errors:
+        return _kind(errors["build"], "too large"), errors["build"]
+    if "prune" in errors:
+        kind = _kind(errors["prune"], "refused" if errors["prune"].startswith(_OURS) else "CRASH")
+        return kind, errors["prune"]
+    if "forward" in errors:
+        if record["preset"] == "discard" and ("torch-pruning" in errors or "the twin runs" in errors):
+            return "no network", errors["forward"]
+        return "FAULT", f"it does not run: {errors['forward']}"
+    broken = faults(record)
+    if broken:
+        return "FAULT", "; ".join(broken)
+    error, twin = record.get("error"), record.get("twin")
+    if error is None or twin is None or error <= WORSE * twin + EXACT:
+        return "better", ""
+    said = [w for w in record.get("warnings", []) if any(word in w for word in _COMPARED) and "could only be" not in w]
+    return ("worse", said[0]) if said else ("WORSE", f"{error:.3g}, its twin {twin:.3g}")
+
+
+def faults(record: Record) -> list[str]:
+    """What a network that runs cannot do as promised."""
+    errors = record.get("errors", {})
+    found = [f"{stage}: {errors[stage]}" for stage in ("save and load", "training", "ONNX", "duplicates", "permute")
+             if stage in errors]  # fmt: skip
+    if record.get("saved") is False:
+        found.append("what is loaded is another network")
+    if record.get("as torch-pruning") is False:
+        found.append("not what torch-pruning gives")
+    if (record.get("duplicates") or 0) > TRACE and not record.get("duplicates cut only"):
+        found.append(f"duplicates left a trace of {record['duplicates']:.2g}")
+    if (record.get("permutation") or 0) > EXACT:
+        found.append(f"a permutation changes the output by {record['permutation']:.2g}")
+    return found
+
+
+def is_sound(record: Record) -> bool:
+    """Is there nothing in it to mend, and nothing to try again?"""
+    return verdict(record)[0] in ("better", "worse")
+
+
+def _kind(error: str, otherwise: str) -> str:
+    return "too large" if "not enough memory" in error or "MemoryError" in error else otherwise
