@@ -33,6 +33,7 @@ def run(folder: Path, ours: bool, names: str = "") -> Run:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.xml")
         command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
+        command.append("--continue-on-collection-errors")
         command += [
             f"--rootdir={folder.resolve()}",
             f"--junit-xml={report}",

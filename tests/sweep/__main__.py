@@ -18,6 +18,7 @@ import torch
 
 from tests.sweep.checks import PARTS, PRESETS, Row, check
 from tests.sweep.generator import draw
+from tests.sweep.shrink import shrink
 from tests.sweep.summary import append, read, summary
 
 
@@ -27,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     if asked.show is not None:
         print(draw(asked.show))
+        return 0
+    if asked.shrink is not None:
+        print(*shrink(draw(asked.shrink), asked.presets.split(",")[0], asked.parts.split(",")), sep="\n")
         return 0
     rows = read(asked.out)
     for seed, preset in _wanted(asked, rows):
@@ -69,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--failing", action="store_true", help="run again what was wrong")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--show", type=int, help="print the code of this network, and nothing else")
+    parser.add_argument("--shrink", type=int, help="print a smaller network with the fault of this one, nothing else")
     return parser
 
 
