@@ -83,7 +83,7 @@ def heads_of(model: nn.Module) -> dict[nn.Module, int]:
             layers = [getattr(module, name, None) for name in names]
             if all(isinstance(layer, nn.Linear) for layer in layers):
                 grouped = getattr(config, "num_key_value_heads", None) or number
-                heads |= {layer: each for layer, each in zip(layers, (number, grouped, grouped), strict=True)}
+                heads |= dict(zip(layers, (number, grouped, grouped), strict=True))
     return heads
 
 

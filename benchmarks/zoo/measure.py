@@ -60,6 +60,7 @@ class Measurement:
         """Everything that the table says about the row."""
         if self.stage("build", self._build) is None:
             return self.found
+        self.stage("output", self._find_output)
         fusion = Fusion.preset(self.row.preset)
         if self.row.preset == "discard":
             self.stage("permute", self._permute)
@@ -85,13 +86,16 @@ class Measurement:
         self.example = self.entry.inputs(2, JUDGES)
         with torch.no_grad():
             self.expected = run(self.dense, self.inputs)
+        self.found["parameters"] = sum(p.numel() for p in self.dense.parameters())
+        return True
+
+    def _find_output(self) -> None:
+        """Name the layers that make the output: none if torch-pruning cannot follow the network at all."""
         names = {module: name for name, module in self.dense.named_modules()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.ignored = [names[m] for m in left_alone(self.dense, self.example) if m in names]
-        self.found["parameters"] = sum(p.numel() for p in self.dense.parameters())
         self.found["left alone"] = self.ignored
-        return True
 
     def _arguments(self, model: nn.Module) -> dict[str, Any]:
         return {

@@ -30,7 +30,7 @@ def verdict(record: Record) -> tuple[str, str]:
     if record.get("stopped") and record.get("error") is None:
         return "too large", record["stopped"]
     if "build" in errors:
-        return _kind(errors["build"], "too large"), errors["build"]
+        return _kind(errors["build"], "skipped"), f"it cannot be built: {errors['build']}"
     if "prune" in errors:
         kind = _kind(errors["prune"], "refused" if errors["prune"].startswith(_OURS) else "CRASH")
         return kind, errors["prune"]
