@@ -17,7 +17,7 @@ PACKAGE = Path(intrafusion.__file__).parent
 MAY_IMPORT = {
     "files": set(),
     "models": set(),
-    "running": set(),
+    "running": {"running"},
     "ot": {"ot"},
     "groups": {"ot", "running", "groups"},
     "correct": {"ot", "running", "groups", "correct"},

@@ -2,7 +2,8 @@
 
 Each pass runs in a thread of its own, one at a time, and its frame holds what the rest of the pass will read and
 nothing else. The thread only decides what is called; the calls themselves are run by whoever resumes it, so that there
-is one pool of processor threads, one current device and one autocast state, whatever the number of passes.
+is one pool of processor threads, one current device and one autocast state, whatever the number of passes. The states
+of the random generators are a pass's own: it draws the numbers that it would draw if it ran alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from intrafusion.correct.parking import Live
 from intrafusion.correct.tape import Layers, Tape, Visit
+from intrafusion.running import RandomState
 
 
 class _Closed(BaseException):
@@ -41,6 +43,7 @@ class Pass:
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = threading.Thread(target=self._run, daemon=True, name="intrafusion pass")
         self._started = self._closing = False
+        self._random: RandomState | None = None
         self.output: Any = None
 
     def advance(self) -> Visit | None:
@@ -50,9 +53,13 @@ class Pass:
         """
         if self._thread is None:
             return None
+        with self._own_random_numbers():
+            return self._advance(self._thread)
+
+    def _advance(self, thread: threading.Thread) -> Visit | None:
         if not self._started:
             self._started = True
-            self._thread.start()
+            thread.start()
         self._resumed.release()
         while True:
             self._paused.acquire()
@@ -60,7 +67,7 @@ class Pass:
             if isinstance(message, Visit):
                 return message
             if message is None:
-                self._thread.join()
+                thread.join()
                 self._thread = None
                 if self._error is not None:
                     raise self._error
@@ -75,10 +82,23 @@ class Pass:
         if thread is None or not self._started:
             return
         self._closing = True
-        self._resumed.release()
-        while thread.is_alive():  # a network that catches everything may still ask for calls
-            if self._paused.acquire(timeout=0.05):
-                self._resumed.release()
+        with self._own_random_numbers():
+            self._resumed.release()
+            while thread.is_alive():  # a network that catches everything may still ask for calls
+                if self._paused.acquire(timeout=0.05):
+                    self._resumed.release()
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """The generators stand where this pass left them; afterwards they stand where they stood."""
+        before = RandomState.now()
+        if self._random is not None:
+            self._random.restore()
+        try:
+            yield
+        finally:
+            self._random = RandomState.now()
+            before.restore()
 
     def _run(self) -> None:
         try:

@@ -19,7 +19,7 @@ from torch_pruning import ops
 from intrafusion.groups.kinds.base import Place
 from intrafusion.groups.places import move
 from intrafusion.groups.table import GroupTable
-from intrafusion.running import evaluating
+from intrafusion.running import Levelled, evaluating
 
 _TOLERANCE = {torch.float16: 0.1, torch.bfloat16: 0.2}
 
@@ -30,7 +30,8 @@ def inconsistent_groups(
     """Names of the groups whose channels cannot be permuted without changing the network's output.
 
     forward: runs the network on the example input and returns its output tensors; called with the network in eval mode.
-    The network is put back, bit for bit. One forward pass more if all is well, one per group if not.
+    The network is put back, bit for bit. One forward pass more if all is well, one per group if not. Noise that the
+    network adds to its channels is the same for all of them, see `Levelled`.
     """
     movable = [
         table
@@ -39,7 +40,7 @@ def inconsistent_groups(
     ]
     if not movable:
         return set()
-    with torch.no_grad(), evaluating(graph.model):
+    with torch.no_grad(), evaluating(graph.model), Levelled():
         before = forward(graph.model)
         if _unchanged_by(graph, movable, forward, before):
             return set()

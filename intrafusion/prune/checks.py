@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from intrafusion.groups.table import GroupTable, channels_of
 from intrafusion.methods.method import Method
+from intrafusion.prune import refusals
 from intrafusion.running import input_batches
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
     """Refuse a wrapped model and ratios that mean nothing. Raises TypeError or ValueError with what to do."""
     _check_model(arguments["model"])
+    refusals.check_layers(arguments["model"])
     if not callable(arguments.get("importance")):
         raise TypeError("importance must be callable: a torch_pruning.importance object or a function of a group")
     steps = arguments.get("iterative_steps", 1)
@@ -104,8 +106,7 @@ def expand_types(model: nn.Module, ignored: Any) -> list:
 
 def warn_if_nothing_prunable(pruner: Any) -> None:
     """A frozen network has no autograd graph, and torch-pruning then finds nothing, silently."""
-    groups = pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types)
-    if next(iter(groups), None) is None:
+    if next(pruner.all_groups(), None) is None:
         frozen = not any(parameter.requires_grad for parameter in pruner.model.parameters())
         why = (
             "all parameters are frozen (requires_grad=False), so it cannot be traced"
@@ -113,6 +114,18 @@ def warn_if_nothing_prunable(pruner: Any) -> None:
             else "check ignored_layers"
         )
         warnings.warn(f"torch-pruning found no group that it may prune in this network: {why}", stacklevel=4)
+
+
+def refusal(pruner: Any, groups: Iterable[Any]) -> str:
+    """Why a network's groups cannot be cut, by the names of the layers that stand in the way; '' if they can."""
+    to_cut = (group for group in groups if not pruner.is_attention(group) and not _stays(pruner, group))
+    return refusals.refusal(pruner.DG, to_cut)
+
+
+def _stays(pruner: Any, group: Any) -> bool:
+    """Is a group's own ratio 0?"""
+    ratios = pruner.pruning_ratio_dict.get(group[0].dep.target.module, pruner.per_step_pruning_ratio)
+    return not pruner.global_pruning and not any(ratios)
 
 
 def check_finite(model: nn.Module) -> None:

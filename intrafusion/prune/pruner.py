@@ -23,7 +23,7 @@ from intrafusion.groups.snapshot import Snapshot
 from intrafusion.groups.table import GroupTable, foldable_pairs, module_name, tabulate
 from intrafusion.history.lineage import Lineage
 from intrafusion.history.tracing import Tracing
-from intrafusion.prune import checks
+from intrafusion.prune import checks, feeding, refusals
 from intrafusion.prune.fused_group import FusedGroup, FusionError
 from intrafusion.prune.fusion import Fusion
 from intrafusion.prune.report import GroupReport, Report
@@ -88,11 +88,12 @@ class FusionMixin:
         checks.check_arguments(bound.arguments)
         checks.complete(bound.arguments)
         bound.arguments["customized_pruners"] = {**torch_pruners(), **(bound.arguments.get("customized_pruners") or {})}
-        self.run = partial(run_model, forward_fn=bound.arguments.get("forward_fn"))
-        self.example_inputs = bound.arguments["example_inputs"]
+        self._feed(bound.arguments)
         modes = [(module, module.training) for module in bound.arguments["model"].modules()]
         try:
             super().__init__(*bound.args, **bound.kwargs)
+        except (ArithmeticError, LookupError, AttributeError, AssertionError) as error:
+            raise refusals.explained(error, bound.arguments["model"]) from error
         finally:  # tracing switches the network to eval mode
             for module, training in modes:
                 module.training = training
@@ -101,8 +102,19 @@ class FusionMixin:
         self.lineage = Lineage(self.DG)
         self.tracing = Tracing.of(self.DG, bound.arguments)
         self._scores: dict[tuple[Any, Callable], Tensor] = {}
+        self._listed: list[Group] = []
         self._quiet = False
         checks.warn_if_nothing_prunable(self)
+
+    def _feed(self, arguments: dict[str, Any]) -> None:
+        """Run the network on its example, and on a calibration batch if there is one; note how it is called."""
+        model, forward_fn = arguments["model"], arguments.get("forward_fn")
+        self.run = partial(run_model, forward_fn=forward_fn, output_transform=arguments.get("output_transform"))
+        self.example_inputs = arguments["example_inputs"] = feeding.fed(model, arguments["example_inputs"], self.run)
+        arguments["output_transform"] = feeding.outputs_of(arguments.get("output_transform"))
+        if self.calibration:
+            plain = forward_fn is None
+            self.calibration = feeding.tried(self.calibration, model, self.example_inputs, self.run, plain=plain)
 
     def step(self, interactive: bool = False) -> Iterator[Group] | None:
         """One pruning step, as in torch-pruning; if a group fails, every group of the step is put back first.
@@ -171,6 +183,9 @@ class FusionMixin:
 
     def _prune(self) -> Iterator[Group]:
         self._scores.clear()
+        self._listed = list(self.all_groups())
+        if reason := checks.refusal(self, self._listed):
+            raise FusionError(reason)
         self.last_step = step = Step(self)
         seen, first = set(), len(self.report.groups)
         self._quiet = True
@@ -188,6 +203,10 @@ class FusionMixin:
         self._warn([group for group in self.report.groups[first:] if group.merged == "selection" and group.reason])
 
     # What a step asks of the pruner.
+
+    def all_groups(self) -> Iterator[Group]:
+        """Every group that torch-pruning may cut, in full."""
+        return iter(self.DG.get_all_groups(self.ignored_layers, self.root_module_types))
 
     def table(self, group: Group) -> GroupTable:
         """The group's table, at its present width."""
@@ -234,11 +253,18 @@ class FusionMixin:
         return chosen if len(set(chosen[0].idxs)) == count else group  # tied channels bring others along
 
     def inconsistent_groups(self) -> frozenset[str]:
-        """Groups that torch-pruning describes wrongly; asked at every step, since its offsets also go stale."""
-        groups = self.DG.get_all_groups(self.ignored_layers, self.root_module_types)
+        """Groups that torch-pruning describes wrongly; asked at every step, since its offsets also go stale.
+
+        Raises FusionError where it is known that they must not be cut.
+        """
+        groups, self._listed = self._listed or self.all_groups(), []
         tables = [self.table(group) for group in groups if not self.is_attention(group)]
         forward = partial(self.run, inputs=self.example_inputs)
-        return frozenset(inconsistent_groups(self.DG, tables, forward))
+        broken = frozenset(inconsistent_groups(self.DG, tables, forward))
+        reason = refusals.disordered(self.DG, tables, broken) if broken else ""
+        if reason:
+            raise FusionError(reason)
+        return broken
 
     def reported(self, entry: GroupReport) -> None:
         """A group was pruned."""

@@ -1,0 +1,183 @@
+"""Networks that torch-pruning cannot cut, told by the name of the layer and with the way out, before anything is done.
+
+Torch-Pruning takes whatever it does not know for an operation that leaves the channels as they are. Where that is
+wrong, its indices point beyond a layer's channels, or at others than those that belong together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize, prune
+from torch_pruning.dependency.group import Group
+
+from intrafusion.groups.table import GroupTable, channels_of, module_name
+
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_UNSEEN = "it does not see shuffles of channels, pixel_shuffle, glu, or chunks that are read in another order"
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """layer: what stands in the way, by name. why: what goes on after the name. way_out: what can be ignored."""
+
+    layer: str
+    why: str
+    way_out: str
+
+
+def check_layers(model: nn.Module) -> None:
+    """Raises ValueError naming the layers that have no weights yet."""
+    lazy = [_called(name, module) for name, module in model.named_modules() if any(map(is_lazy, _own_tensors(module)))]
+    if lazy:
+        raise ValueError(f"{', '.join(lazy)} has no weights yet: run the network once on an input, then prune it")
+
+
+def refusal(graph: tp.DependencyGraph, groups: Iterable[Group]) -> str:
+    """Which layers stand in the way of cutting the groups, full ones, and what to do about it; '' if none do."""
+    problems = [problem for group in groups for problem in _problems(graph, group)]
+    if not problems:
+        return ""
+    said = "; ".join(dict.fromkeys(f"{problem.layer} {problem.why}" for problem in problems))
+    return f"this network cannot be pruned as it is: {said}. {_leave_out(problem.way_out for problem in problems)}"
+
+
+def explained(error: Exception, model: nn.Module) -> ValueError:
+    """What to say when torch-pruning cannot even follow a network."""
+    root = _root_in(error, model)
+    recurrent = [_called(name, module) for name, module in model.named_modules() if isinstance(module, _RECURRENT)]
+    what = f"torch-pruning cannot follow {'this network' if root is None else f'the channels of {root!r}'}"
+    why = f"{type(error).__name__}: {error}"
+    if recurrent:
+        why += f"; it does not know recurrent layers, and there is {', '.join(recurrent)}"
+    else:
+        why += f"; {_UNSEEN}"
+    out = "prune a part of the network that has none of them, as a module of its own"
+    if root is not None:
+        out = f"leave them out with ignored_layers=[{expression(root)}]"
+    return ValueError(f"{what} ({why}): {out}")
+
+
+def disordered(graph: tp.DependencyGraph, tables: Iterable[GroupTable], broken: Collection[str]) -> str:
+    """Why some groups, whose channels are not where torch-pruning's index map has them, must not be cut.
+
+    '' where what moves them is not known: torch-pruning's own cut may still be right.
+    """
+    found = [(table, why) for table in tables if table.name in broken and (why := _moved(graph, table))]
+    if not found:
+        return ""
+    said = "; ".join(f"the channels of {table.name!r} {why}" for table, why in found)
+    return f"{said}, which torch-pruning does not see. {_leave_out(expression(table.name) for table, _ in found)}"
+
+
+def _leave_out(layers: Iterable[str]) -> str:
+    return f"To leave it out: ignored_layers=[{', '.join(dict.fromkeys(layers))}]"
+
+
+def expression(name: str) -> str:
+    """How a layer is written in Python: 'features.0.conv' is model.features[0].conv."""
+    return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
+
+
+def _problems(graph: tp.DependencyGraph, group: Group) -> list[_Problem]:
+    root = module_name(graph, group[0].dep.target.module)
+    found = []
+    for item in group:
+        owner: Any = item.dep.target.module
+        if isinstance(owner, nn.Parameter):
+            size = owner.shape[item.dep.target.pruning_dim] if owner.dim() else 1
+            if item.idxs and max(item.idxs) >= size:
+                name = module_name(graph, owner)
+                why = f"has {size} values where {root!r} has {len(group[0].idxs)} channels (is it indexed in forward?)"
+                found.append(_Problem(f"the parameter {name!r}", why, expression(name)))
+            continue
+        name = graph._module2name.get(owner)
+        if isinstance(owner, nn.Module) and name is not None and (why := _why_not(graph, owner, name, item)):
+            found.append(_Problem(_called(name, owner), why, expression(root)))
+    return found
+
+
+def _why_not(graph: tp.DependencyGraph, layer: nn.Module, name: str, item: Any) -> str:
+    if isinstance(layer, _RECURRENT):
+        return "is a recurrent layer, which torch-pruning cannot cut"
+    if way_back := computed(layer, expression(name)):
+        return f"has a parametrised weight: call {way_back} first"
+    try:
+        size = channels_of(graph, layer, item.dep.handler)
+    except (AttributeError, TypeError):  # a pruner of the user's that does not say
+        return ""
+    if size and item.idxs and max(item.idxs) >= size:
+        return f"has {size} channels where torch-pruning would cut number {max(item.idxs)} ({_UNSEEN})"
+    return ""
+
+
+def computed(layer: nn.Module, called: str = "layer") -> str:
+    """What to call to have plain parameters again of those that the forward pass computes; '' if there are none.
+
+    called: the layer, in Python.
+    """
+    if parametrize.is_parametrized(layer):
+        (name, *_) = layer.parametrizations  # type: ignore[attr-defined]
+        return f"torch.nn.utils.parametrize.remove_parametrizations({called}, {name!r})"
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            return f"torch.nn.utils.prune.remove({called}, {getattr(hook, '_tensor_name', 'weight')!r})"
+        undo = _UNDO.get(type(hook).__name__)
+        if undo is not None:
+            return f"torch.nn.utils.{undo}({called})"
+    return ""
+
+
+_UNDO = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
+"""By the class of the hook that computes the weight."""
+
+
+def _moved(graph: tp.DependencyGraph, table: GroupTable) -> str:
+    for owner, _ in table.reach:
+        node = graph.module2node[owner]
+        name = str(getattr(owner, "_grad_fn", ""))
+        if "CopySlices" in name:
+            return "are partly written in place (as in x[:, :k] = ...)"
+        if "ChannelShuffle" in name or _shuffles(node.grad_fn):
+            return "are shuffled"
+    return ""
+
+
+def _shuffles(grad_fn: Any) -> bool:
+    """Are the first two axes behind the batch exchanged that a reshape made of the channels?"""
+    name = type(grad_fn).__name__
+    if name.startswith("Transpose"):
+        exchanged = {int(grad_fn._saved_dim0), int(grad_fn._saved_dim1)} == {1, 2}
+    elif name.startswith("Permute"):
+        exchanged = tuple(grad_fn._saved_dims)[:3] == (0, 2, 1)
+    else:
+        return False
+    before = grad_fn.next_functions[0][0] if grad_fn.next_functions else None
+    if not exchanged or "View" not in type(before).__name__:
+        return False
+    return len(getattr(before, "_saved_self_sym_sizes", ())) == 4
+
+
+def _root_in(error: BaseException, model: nn.Module) -> str | None:
+    """The layer whose group torch-pruning was following when it failed."""
+    names = {id(module): name for name, module in model.named_modules()}
+    trace, found = error.__traceback__, None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == "get_all_groups":
+            found = names.get(id(trace.tb_frame.f_locals.get("m")), found)
+        trace = trace.tb_next
+    return found
+
+
+def _own_tensors(module: nn.Module) -> Iterator[Any]:
+    yield from module._parameters.values()
+    yield from module._buffers.values()
+
+
+def _called(name: str, module: nn.Module) -> str:
+    return f"{name!r} ({type(module).__name__})"

@@ -1,0 +1,33 @@
+"""Running a network: its modes, its inputs, its random numbers, the order of its layers."""
+
+from intrafusion.running.copies import copy_of
+from intrafusion.running.inputs import (
+    described,
+    input_batches,
+    leaves,
+    map_tensors,
+    merged,
+    run_batch,
+    tensors_in,
+    to_device,
+)
+from intrafusion.running.network import call_order, evaluating, run_model
+from intrafusion.running.randomness import Levelled, RandomState, repeatable
+
+__all__ = [
+    "Levelled",
+    "RandomState",
+    "call_order",
+    "copy_of",
+    "described",
+    "evaluating",
+    "input_batches",
+    "leaves",
+    "map_tensors",
+    "merged",
+    "repeatable",
+    "run_batch",
+    "run_model",
+    "tensors_in",
+    "to_device",
+]

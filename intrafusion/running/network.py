@@ -1,0 +1,56 @@
+"""One forward pass: modes, outputs, the order of the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.running.inputs import tensors_in
+from intrafusion.running.randomness import repeatable
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode for as long as it lasts; every module then gets its own mode back."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    if any(training for _, training in modes):  # a walk comes here at every layer
+        for model in models:
+            model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def call_order(forward: Callable[[], Any], model: nn.Module, kinds: tuple[type, ...]) -> list[str]:
+    """Names of the layers of the given kinds in the order in which a forward pass first calls them."""
+    order: dict[str, None] = {}
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, kinds):
+                hook = module.register_forward_pre_hook(lambda _module, _args, name=name: order.setdefault(name))
+                stack.callback(hook.remove)
+        with torch.no_grad():
+            forward()
+    return list(order)
+
+
+def run_model(
+    model: nn.Module, inputs: Any, forward_fn: Callable | None = None, output_transform: Callable | None = None
+) -> list[Tensor]:
+    """The tensors that a network gives for some inputs; always the same ones, also where it draws random numbers.
+
+    forward_fn: forward_fn(model, inputs), if model(*inputs) or model(**inputs) is not how it is called.
+    output_transform: what makes tensors of its output, where that is an object that holds them elsewhere.
+    """
+    with repeatable(inputs):
+        if forward_fn is not None:
+            out = forward_fn(model, inputs)
+        else:
+            out = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    return list(tensors_in(out if output_transform is None else output_transform(out)))
