@@ -22,6 +22,7 @@ if _TYPE_CHECKING:
         IntraFusionPruner,
     )
     from intrafusion.prune.report import GroupReport, Report
+    from intrafusion.prune.twin import WorseThanCut
     from intrafusion.training.finetuning import finetune
     from intrafusion.training.fusion_schedule import FusionSchedule
     from intrafusion.training.loop import DivergedError, History
@@ -54,6 +55,7 @@ __all__ = [
     "ReconstructionImportance",
     "Report",
     "Training",
+    "WorseThanCut",
     "align",
     "cosine_scheduler",
     "cubic_scheduler",
@@ -81,6 +83,7 @@ _HOME = {
     ),
     "training.fusion_schedule": ("FusionSchedule",),
     "training.finetuning": ("finetune",),
+    "prune.twin": ("WorseThanCut",),
     "prune.fused_group": (
         "FusedGroup",
         "FusionError",

@@ -51,7 +51,8 @@ class LayerView:
 
 class Correction:
     """graph: of the network that is pruned. run: calls a network on one batch. batches: the inputs. tables: of the
-    groups that are going to be cut. repair_: puts one layer right. after_cut: whether that is done when the layer's
+    groups that are going to be cut. repair_: puts one layer right. tracked: inputs whose statistics the batch-norms get
+    that no layer is refitted with (all, if none are given). after_cut: whether that is done when the layer's
     own group has been cut, or before. survey: whether samples are going to be asked for. memory: how many bytes of
     activations may be held at a time; what is beyond lies in files.
 
@@ -66,6 +67,7 @@ class Correction:
         tables: Sequence[GroupTable],
         repair_: Callable[[LayerView], None] | None,
         *,
+        tracked: Sequence = (),
         after_cut: bool = False,
         survey: bool = True,
         memory: int | None = None,
@@ -74,6 +76,7 @@ class Correction:
         self.graph, self.model, self.run, self.batches = graph, graph.model, run, batches
         self.dense = copy.deepcopy(graph.model).requires_grad_(False).eval()
         self._repair_, self._after_cut, self._memory = repair_, after_cut, memory
+        self._tracked = tracked or batches
         partners = layers_of(graph)
         self._calls = visits(self.dense, run, batches[0], partners)
         self.layers = {name: partners[name] for name in self._calls}
@@ -134,7 +137,7 @@ class Correction:
             while not self._walk.is_over:
                 self._advance()
             self._end_walk()
-            track_statistics_(self.model, self.dense, self.run, self.batches, self._norms_apart())
+            track_statistics_(self.model, self.dense, self.run, self._tracked, self._norms_apart())
         self.close()
         self._touched = False
 

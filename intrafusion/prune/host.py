@@ -13,6 +13,7 @@ from intrafusion.groups.table import GroupTable
 from intrafusion.history.lineage import Lineage
 from intrafusion.prune.fusion import Fusion
 from intrafusion.prune.report import GroupReport
+from intrafusion.prune.twin import Comparison
 
 
 class Host(Protocol):
@@ -43,3 +44,5 @@ class Host(Protocol):
     def inconsistent_groups(self) -> frozenset[str]: ...
 
     def reported(self, entry: GroupReport) -> None: ...
+
+    def compared(self, comparison: Comparison) -> None: ...

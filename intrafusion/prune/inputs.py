@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from intrafusion.correct.synthetic import synthetic_count, synthetic_inputs
 from intrafusion.methods.method import Method
 from intrafusion.prune.fused_group import FusionError
 from intrafusion.prune.host import Host
+from intrafusion.prune.twin import count_of, held_out, varied
 from intrafusion.running import merged, to_device
 
 
-def inputs_for(pruner: Host, method: Method) -> list[Any]:
+@dataclass(frozen=True)
+class Inputs:
+    """own: batches that the user gave; drawn: synthetic ones; judges: of the one or the other, and nothing looks at
+    them before a step is over; told: what these are, in words.
+    """
+
+    own: list[Any]
+    drawn: list[Any]
+    judges: list[Any]
+    told: str
+
+    @property
+    def batches(self) -> list[Any]:
+        return self.own + self.drawn
+
+
+def inputs_for(pruner: Host, method: Method) -> Inputs:
     """The batches for one step, on the network's device.
 
     Raises FusionError if the method wants synthetic inputs and the network does not run on any.
@@ -34,4 +52,16 @@ def inputs_for(pruner: Host, method: Method) -> list[Any]:
                     "fusion='calibrated' with calibration=<batches of your own>, or fusion='paper', which needs none"
                 ) from error
     device = next(pruner.model.parameters()).device
-    return [to_device(batch, device) for batch in merged(own) + drawn]
+    own, drawn = ([to_device(batch, device) for batch in batches] for batches in (merged(own), drawn))
+    return _parted(own, drawn, pruner.example_inputs)
+
+
+def _parted(own: list[Any], drawn: list[Any], example: Any) -> Inputs:
+    name = "calibration" if own else "synthetic"
+    kept, judges = held_out(own or drawn)
+    told = f"{count_of(judges)} {name} inputs that were held out"
+    if not judges and kept:
+        judges, told = kept, f"the {name} inputs themselves, too few to hold any out"
+    elif not judges:
+        judges, told = [varied(example)], "the example inputs, or noise of their shape"
+    return Inputs(kept, drawn, judges, told) if own else Inputs([], kept, judges, told)

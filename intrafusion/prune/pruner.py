@@ -28,7 +28,14 @@ from intrafusion.prune.fused_group import FusedGroup, FusionError
 from intrafusion.prune.fusion import Fusion
 from intrafusion.prune.report import GroupReport, Report
 from intrafusion.prune.step import Step
+from intrafusion.prune.twin import Comparison, WorseThanCut
 from intrafusion.running import run_model
+
+
+_WAY_OUT = (
+    "Compare both on your own data: fusion='calibrated' with calibration=<batches of your own> knows what the network "
+    "really sees, fusion='discard' is the plain cut"
+)
 
 
 class FusionMixin:
@@ -124,11 +131,12 @@ class FusionMixin:
         if interactive:
             return super().step(interactive=True)  # type: ignore[misc]
         snapshot, reported = Snapshot(self.DG, self.model.modules(), self.state()), len(self.report.groups)
+        compared = len(self.report.comparisons)
         try:
             super().step(interactive=False)  # type: ignore[misc]
         except BaseException:
             snapshot.restore()
-            del self.report.groups[reported:]
+            del self.report.groups[reported:], self.report.comparisons[compared:]
             raise
         return None
 
@@ -266,6 +274,15 @@ class FusionMixin:
             raise FusionError(reason)
         return broken
 
+    def compared(self, comparison: Comparison) -> None:
+        """A step is over; a warning if its result is farther from the dense network than plain cutting's."""
+        self.report.comparisons.append(comparison)
+        if comparison.is_worse:
+            warnings.warn(
+                f"fusion={self.fusion.name!r} left this network worse than plain cutting would have: {comparison}. "
+                f"{_WAY_OUT}", WorseThanCut, stacklevel=5,
+            )  # fmt: skip
+
     def reported(self, entry: GroupReport) -> None:
         """A group was pruned."""
         self.report.groups.append(entry)
@@ -286,7 +303,7 @@ class FusionMixin:
                 FusedGroup.wrap(group, step, None).prune()
         finally:
             self.fusion = settings
-            del self.report.groups[reported:]
+            del self.report.groups[reported:], self.report.comparisons[compared:]
 
     def state(self) -> list[dict]:
         """The dictionaries that hold what a step changes of the pruner."""

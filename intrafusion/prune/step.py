@@ -32,6 +32,14 @@ from intrafusion.prune.fused_group import FusedGroup, FusionError
 from intrafusion.prune.host import Host
 from intrafusion.prune.inputs import inputs_for
 from intrafusion.prune.report import GroupReport
+from intrafusion.prune.twin import Twin
+from intrafusion.running import copy_of
+
+
+class _Begun(View):
+    """What a method sees, and what its result will be compared with; it lives as long as some group may be pruned."""
+
+    twin: Twin
 
 
 class Step:
@@ -52,12 +60,12 @@ class Step:
         self.cuts: tuple[GroupCut, ...] = ()
         self.lineage: Lineage = pruner.lineage
         self.inputs: Sequence = ()
-        self._held: Callable[[], View | None] = lambda: None
+        self._held: Callable[[], _Begun | None] = lambda: None
         self._inconsistent: frozenset[str] = frozenset()
         self._at_once = False
 
     @property
-    def view(self) -> View | None:
+    def view(self) -> _Begun | None:
         """What the method sees, as long as some group may still be pruned; None also for plain cutting."""
         return self._held()
 
@@ -75,7 +83,7 @@ class Step:
         self.finish()
         self._at_once = True  # whoever kept a group, and prunes it now, wants the rest put right at once
 
-    def begin(self, groups: Sequence[Group]) -> View | None:
+    def begin(self, groups: Sequence[Group]) -> _Begun | None:
         """Look at the network before it changes: a method is shown all groups that may be cut. None for plain cutting.
 
         Who holds what it returns, as groups do, keeps the step going; the step itself does not.
@@ -85,19 +93,21 @@ class Step:
             return None
         tables = [self._pruner.table(group) for group in groups]
         self._inconsistent = pruner.inconsistent_groups()
-        batches = inputs_for(pruner, method)
-        self.inputs = batches if pruner.keep_inputs else ()
-        view = View(
-            pruner.DG, pruner.run, pruner.example_inputs, batches,
+        inputs = inputs_for(pruner, method)
+        self.inputs = inputs.batches if pruner.keep_inputs else ()
+        view = _Begun(
+            pruner.DG, pruner.run, pruner.example_inputs, inputs.batches,
             importance=pruner.score_of, seed=self.settings.seed, progress=pruner.progress,
         )  # fmt: skip
         if method.repairs or method.samples:
             repair_ = _repair(method, view) if method.repairs else None
             view.correction = Correction(
-                pruner.DG, pruner.run, batches, tables, repair_,
+                pruner.DG, pruner.run, inputs.batches, tables, repair_, tracked=inputs.own or inputs.drawn,
                 after_cut=method.after_cut, survey=method.samples, progress=pruner.progress,
                 memory=None if pruner.memory_limit is None else int(pruner.memory_limit * 2**30),
             )  # fmt: skip
+        dense = copy_of(pruner.model) if view.correction is None else view.correction.dense
+        view.twin = Twin(dense, inputs.judges, inputs.told)
         method.begin(view, tables)
         self._held = weakref.ref(view)
         return view
@@ -119,6 +129,8 @@ class Step:
                     correction.come_to(table)
                 plan, pair, note = self._pair(group, table, kept)
                 change.mixed(table, pair)
+                if self.view is not None:
+                    self.view.twin.note(self._pruner.DG, group)
                 with change.cutting(group):
                     Group.prune(group, record_history=record_history)
                 for module, name in frozen:  # torch-pruning makes a cut parameter trainable
@@ -185,6 +197,9 @@ class Step:
         except Exception as error:
             snapshot.restore()
             raise FusionError(f"while refitting the layers after the cut: {error}") from error
+        compared = view.twin.compared(self._pruner.current_step, self._pruner.model, self._pruner.run)
+        if compared is not None:
+            self._pruner.compared(compared)
 
 
 def _repair(method: Method, view: View) -> Callable[[LayerView], None]:

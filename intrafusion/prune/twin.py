@@ -1,0 +1,190 @@
+"""The discarded twin: the network as it would be if the same channels had been cut and nothing fused.
+
+It is what a user would have without us, so a step that leaves the network farther from where it was than its twin is,
+on inputs that nothing was fitted to, says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning import _helpers, ops
+from torch_pruning.dependency.group import Group
+
+from intrafusion.groups.table import module_name
+from intrafusion.running import evaluating, map_tensors, tensors_in
+
+_SHARE, _MOST = 16, 64
+"""One input of `_SHARE` is held out, `_MOST` at most."""
+_WORSE, _NOTHING = 1.02, 1e-4
+
+
+class WorseThanCut(UserWarning):
+    """A step has left a network farther from what it was than plain cutting would have."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a step has moved the network's output, relative to its norm, and how far plain cutting would have.
+
+    step: its number. inputs: what the networks were run on, in words.
+    """
+
+    step: int
+    fused: float
+    cut: float
+    inputs: str
+
+    @property
+    def is_worse(self) -> bool:
+        """By more than 2 %. (A number that is not finite is worse.)"""
+        return not self.fused <= _WORSE * self.cut + _NOTHING
+
+    def __str__(self) -> str:
+        return f"relative error of the output {self.fused:.3g}, plainly cut {self.cut:.3g} (on {self.inputs})"
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """One layer's part in the cut of a group, by names, so that it can be repeated on a copy."""
+
+    name: str
+    is_parameter: bool
+    handler: Callable
+    dim: int
+    removed: list[int]
+
+
+class Twin:
+    """dense: a copy of the network before the step, which becomes the twin when all is over. inputs: to compare on.
+    told: what they are, in words.
+    """
+
+    def __init__(self, dense: nn.Module, inputs: Sequence, told: str) -> None:
+        self._dense, self._inputs, self._told = dense, inputs, told
+        self._cuts: list[_Cut] = []
+        self._names = {name for name, _ in dense.named_modules()}
+
+    def note(self, graph: tp.DependencyGraph, group: Group) -> None:
+        """A group is going to be cut; its layers still have their old tensors."""
+        item: Any
+        for item in group:
+            target = item.dep.target
+            is_parameter = target.type == ops.OPTYPE.PARAMETER
+            removed = item.idxs
+            if len(removed) and isinstance(removed[0], _helpers._HybridIndex):
+                removed = _helpers.to_plain_idxs(removed)
+            name = module_name(graph, target.module)
+            if is_parameter or name in self._names:  # not what stands for a concat or a split in the graph
+                self._cuts.append(_Cut(name, is_parameter, item.dep.handler, target.pruning_dim, list(removed)))
+
+    @torch.no_grad()
+    def compared(
+        self, step: int, fused: nn.Module, run: Callable[[nn.Module, Any], Any]
+    ) -> Comparison | None:
+        """Compare the fused network and the twin; None where that says nothing."""
+        if not self._cuts:
+            return None
+        dense = self._dense
+        try:
+            wanted = _outputs(dense, self._inputs, run)
+            given = _outputs(fused, self._inputs, run)
+            self._cut_(dense, fused)
+            plain = _outputs(dense, self._inputs, run)
+        except Exception:  # a twin that does not run says nothing about the network that does
+            return None
+        distances = _distance(given, wanted), _distance(plain, wanted)
+        if None in distances:
+            return None
+        return Comparison(step, distances[0] or 0.0, distances[1] or 0.0, self._told)
+
+    def _cut_(self, network: nn.Module, like: nn.Module) -> None:
+        for cut in self._cuts:
+            pruner: Any = cut.handler.__self__  # type: ignore[attr-defined]
+            pruner.pruning_dim = cut.dim
+            if cut.is_parameter:
+                path, _, attribute = cut.name.rpartition(".")
+                owner = network.get_submodule(path)
+                setattr(owner, attribute, cut.handler(getattr(owner, attribute), cut.removed))
+            else:
+                cut.handler(network.get_submodule(cut.name), cut.removed)
+        for name, module in like.named_modules():
+            _take_sizes_(network.get_submodule(name), module)
+
+
+def varied(example: Any) -> Any:
+    """Inputs like the example; noise where that says nothing, being the same everywhere."""
+
+    def noise(value: Tensor) -> Tensor:
+        if not value.is_floating_point() or value.numel() < 2 or bool((value != value.flatten()[0]).any()):
+            return value
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(value.shape, generator=generator).to(value)
+
+    return map_tensors(example, noise)
+
+
+def held_out(batches: Sequence) -> tuple[list, list]:
+    """(batches to work on, batches to judge with): every sixteenth input judges, 64 at most, none of fewer than 16.
+
+    Inputs are parted along the first axis of a batch's tensors where they share one; otherwise whole batches are.
+    """
+    wanted = min(_MOST, count_of(batches) // _SHARE)
+    kept: list = list(batches)
+    judges: list = []
+    while wanted > 0:
+        batch = kept.pop()
+        left = _size(batch) - wanted
+        if left > 0:
+            kept.append(map_tensors(batch, lambda value, left=left: value[:left]))
+            batch = map_tensors(batch, lambda value, left=left: value[left:])
+        judges.insert(0, batch)
+        wanted -= _size(batch)
+    return kept, judges
+
+
+def count_of(batches: Iterable) -> int:
+    """How many inputs there are."""
+    return sum(map(_size, batches))
+
+
+def _size(batch: Any) -> int:
+    """How many inputs a batch can be parted into: all its tensors share their first axis, and none is in a list."""
+    sizes = {len(value) if value.dim() else 1 for value in tensors_in(batch)}
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    nested = sum(isinstance(value, Tensor) for value in values) < sum(1 for _ in tensors_in(batch))
+    return sizes.pop() if len(sizes) == 1 and not nested else 1
+
+
+def _take_sizes_(module: nn.Module, like: nn.Module) -> None:
+    """Whatever plain numbers a layer has been given since, the same layer of the twin gets as well."""
+    for key, value in vars(like).items():
+        if not key.startswith("_") and _is_plain(value) and vars(module).get(key) != value:
+            setattr(module, key, value)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str)) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
+def _outputs(network: nn.Module, batches: Iterable, run: Callable[[nn.Module, Any], Any]) -> list[list[Tensor]]:
+    with evaluating(network):
+        return [[value for value in tensors_in(run(network, batch)) if value.is_floating_point()] for batch in batches]
+
+
+def _distance(given: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]]) -> float | None:
+    """|given - wanted| / |wanted| over all tensors that have the same shape; None if there are none."""
+    pairs = [
+        (a.double(), b.double())
+        for each, other in zip(given, wanted, strict=True)
+        for a, b in zip(each, other, strict=False)
+        if a.shape == b.shape and a.numel()
+    ]
+    norm = math.sqrt(sum(float(b.square().sum()) for _, b in pairs))
+    return math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs)) / norm if norm > 0 else None

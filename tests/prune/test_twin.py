@@ -1,0 +1,154 @@
+"""Every step is compared with what plain cutting would have left, on inputs that nothing was fitted to."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from intrafusion import Fusion, IntraFusionPruner, WorseThanCut
+from intrafusion.prune.twin import Comparison, count_of, held_out, varied
+from tests.nets import randomise_
+
+
+def images(count=200):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+class Tokens(nn.Module):
+    """Free parameters, and two layers whose outputs are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.position = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.randn(1, 4, 8))
+        self.a, self.b, self.fc = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2) + self.position
+        return self.fc((torch.relu(self.a(x)) + self.b(x)).mean(dim=1))
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+
+
+NETS = {"convolutional": convolutional, "tokens": Tokens}
+
+
+def pruned(model, base=IntraFusionPruner, **kwargs):
+    arguments = {"pruning_ratio": 0.5, "ignored_layers": [list(model.modules())[-1]]} | kwargs
+    if isinstance(model, Tokens):
+        arguments["unwrapped_parameters"] = [(model.position, 2)]
+    pruner = base(model, images(1), tp.importance.GroupMagnitudeImportance(p=1), **arguments)
+    pruner.progress = False
+    return pruner
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("fusion", [Fusion(merge="barycentre"), "calibrated"])
+def test_the_twin_is_torch_prunings_own_cut(net, fusion):
+    torch.manual_seed(0)
+    model = randomise_(NETS[net]()).eval()
+    dense, plain = copy.deepcopy(model), copy.deepcopy(model)
+    batches = list(images().split(50))
+    pruner = pruned(model, fusion=fusion, calibration=batches if fusion == "calibrated" else None)
+    pruner.step()
+    pruned(plain, tp.pruner.BasePruner).step()
+    (compared,) = pruner.report.comparisons
+    judges = held_out(batches)[1][0] if fusion == "calibrated" else images(1)
+    for network, told in ((model, compared.fused), (plain, compared.cut)):
+        with torch.no_grad():
+            error = (network.eval()(judges) - dense(judges)).norm() / dense(judges).norm()
+        assert told == pytest.approx(float(error), rel=1e-4)
+    assert str(compared) in str(pruner.report)
+
+
+def test_what_is_worse_than_the_cut_is_told_with_both_figures():
+    """Column sums of the published rule, where all channels are alike up to their sign."""
+    model = nn.Sequential(nn.Linear(6, 32, bias=False), nn.Linear(32, 4, bias=False))
+    with torch.no_grad():
+        model[0].weight[0] *= 10
+        model[1].weight[:, 0] *= 10
+    x = torch.randn(1, 6)
+    pruner = IntraFusionPruner(
+        model, x, tp.importance.GroupMagnitudeImportance(p=1), pruning_ratio=0.9, ignored_layers=[model[1]],
+        fusion="paper",
+    )  # fmt: skip
+    with pytest.warns(WorseThanCut, match=r"worse than plain cutting.*error of the output [\d.]+, plainly cut [\d.]+"):
+        pruner.step()
+
+
+@pytest.mark.parametrize("fusion", ["discard", "calibrated"])
+def test_what_is_not_worse_gives_no_warning(fusion):
+    model = randomise_(convolutional()).eval()
+    pruner = pruned(model, fusion=fusion, calibration=[images()] if fusion == "calibrated" else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.step()
+
+
+def test_every_step_is_compared_with_the_network_before_it_and_a_failed_one_not_at_all(monkeypatch):
+    model = randomise_(convolutional()).eval()
+    pruner = pruned(model, fusion="barycentre", iterative_steps=3)
+    pruner.step()
+    monkeypatch.setattr("intrafusion.prune.step.apply_pair", lambda *_: 1 / 0)
+    with pytest.raises(Exception, match="group"):
+        pruner.step()
+    monkeypatch.undo()
+    pruner.step()
+    assert [one.step for one in pruner.report.comparisons] == [1, 2]
+
+
+def test_no_copy_outlives_a_step(monkeypatch):
+    made = []
+    from intrafusion.prune import step
+
+    def remembered(model):
+        made.append(weakref.ref(copied := copy.deepcopy(model)))
+        return copied
+
+    monkeypatch.setattr(step, "copy_of", remembered)
+    pruner = pruned(randomise_(convolutional()).eval(), fusion="paper", iterative_steps=2)
+    next(iter(pruner.step(interactive=True)))  # broken off
+    pruner.step()
+    gc.collect()
+    assert len(made) == 2 and not any(reference() is not None for reference in made)
+
+
+@pytest.mark.parametrize("sizes", [[200], [50, 50, 50, 50], [1] * 40, [3, 70, 2], [2000]])
+def test_one_input_in_sixteen_is_held_out(sizes):
+    batches = [(torch.full((size, 2), float(number)),) for number, size in enumerate(sizes)]
+    kept, judges = held_out(batches)
+    assert count_of(judges) == min(64, sum(sizes) // 16)
+    together = torch.cat([batch[0] for batch in kept + judges])
+    assert torch.equal(together, torch.cat([batch[0] for batch in batches]))
+
+
+def test_few_inputs_and_inputs_that_cannot_be_parted():
+    few = [torch.zeros(15, 3)]
+    assert held_out(few) == (few, [])
+    lists = [([torch.zeros(3, 4, 5), torch.zeros(3, 6, 7)],) for _ in range(16)]
+    kept, judges = held_out(lists)
+    assert len(kept) == 15 and judges[0] is lists[-1]
+    mixed = [{"x": torch.zeros(2, 4), "mask": torch.zeros(3, 4)} for _ in range(16)]
+    kept, judges = held_out(mixed)
+    assert len(kept) == 15 and judges[0] is mixed[-1]
+
+
+def test_an_example_that_says_nothing_is_varied():
+    noise, kept = varied((torch.zeros(2, 3), torch.arange(3)))
+    assert noise.std() > 0.3 and torch.equal(kept, torch.arange(3))
+
+
+@pytest.mark.parametrize(("fused", "worse"), [(0.5, False), (0.515, True), (float("nan"), True), (float("inf"), True)])
+def test_worse_is_more_than_two_percent(fused, worse):
+    assert Comparison(1, fused, 0.5, "").is_worse is worse
