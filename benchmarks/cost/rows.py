@@ -146,11 +146,10 @@ def pruning(row: Row, model: nn.Module, images: list[Tensor], device: str) -> Ca
         return partial(_grail, row, model, example, importance, images)
 
     def ours() -> None:
-        from intrafusion import Fusion, IntraFusionPruner
+        from intrafusion import IntraFusionPruner
 
-        fusion = Fusion(merge="barycentre") if row.method == "barycentre" else row.method
         calibration = images if row.method == "calibrated" else None
-        pruner = IntraFusionPruner(model, example, importance, **common, fusion=fusion, calibration=calibration)
+        pruner = IntraFusionPruner(model, example, importance, **common, fusion=row.method, calibration=calibration)
         pruner.progress = False
         pruner.step()
 

@@ -10,7 +10,7 @@ from intrafusion.groups.draft import Draft, Mix
 from intrafusion.groups.kinds.base import Slot
 from intrafusion.groups.kinds.filters import filters_of
 from intrafusion.groups.table import GroupTable
-from intrafusion.ot import Pair, selection_pair
+from intrafusion.ot import Pair
 
 
 def apply_pair(table: GroupTable, pair: Pair) -> None:
@@ -20,8 +20,7 @@ def apply_pair(table: GroupTable, pair: Pair) -> None:
     Raises ValueError if a new value is not finite; the network is unchanged then.
     """
     draft = Draft()
-    chosen = selection_pair(pair.kept, table.n).rows
-    rows, columns = Mix.of(pair.rows, chosen, pair.kept), Mix.of(pair.columns.T, chosen, pair.kept)
+    rows, columns = Mix.of(pair.rows, pair.kept), Mix.of(pair.columns.T, pair.kept)
     for slot in table.slots:
         if len(rows.places) or len(columns.places):
             slot.kind.write(draft, slot, rows, columns, table.slots)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from intrafusion.groups.layout import from_channels, sparse, to_channels
+from intrafusion.groups.coefficients import Coefficients
+from intrafusion.groups.layout import from_channels, to_channels
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ class Merged:
     var: Tensor
 
 
-def merge(rows: Tensor, bias: Tensor, bn: Affine, mix: Tensor, *, affine: bool, mixed: Tensor | None = None) -> Merged:
+def merge(rows: Tensor, bias: Tensor, bn: Affine, mix: Coefficients, *, affine: bool, averaged: bool = False) -> Merged:
     """Merge channels of a (layer, batch-norm) pair and split the result into the two again.
 
-    rows: [n, d] raw filters, bias: [n], bn: statistics [n], mix: [c, n], the coefficients of the folded channels.
-    mixed: [c, d] the merged folded rows where they are not mix @ (a·rows) (depthwise filters are averaged).
+    rows: [n, d] raw filters of any precision, which the new ones have; the arithmetic is float64. bias: [n], bn:
+    statistics [n], mix: [c, n], the coefficients of the folded channels. averaged: the filters are gains on channels
+    that are mixed already.
 
     The eval output is exactly that of the merged folded channel. Its mean is mix @ beta; its variance is
     mix Cov mix^T with Cov_ij = gamma_i gamma_j cos(w_i, w_j), which is exact for white inputs. How the result is split
@@ -94,26 +96,30 @@ def merge(rows: Tensor, bias: Tensor, bn: Affine, mix: Tensor, *, affine: bool, 
     as its own, and the first step of training as many times too large.
     """
     weights = _shares(mix, bn.gamma)
-    few = sparse(mix)
-    folded = few @ (bn.scale[:, None] * rows) if mixed is None else mixed
+    folding = (mix.row_average() if averaged else mix).scaled(bn.scale)
     shift = mix @ (bn.scale * (bias - bn.mean) + bn.beta)
     beta, var, new_bias = mix @ bn.beta, weights @ bn.var, weights @ bias
     if not affine:
         one = torch.ones_like(beta)
-        return Merged(folded, new_bias, one, torch.zeros_like(beta), new_bias - shift, one - bn.eps)
-    signed = mix * bn.gamma
-    size = rows.norm(dim=1)
-    together = few @ ((bn.gamma / size.clamp(min=1e-300))[:, None] * rows)
-    alone = signed.square() @ (size == 0).to(signed)  # a filter of zeros is correlated with itself all the same
-    spread = (together.square().sum(dim=1) + alone).sqrt()
-    spread = torch.maximum(spread, 1e-3 * signed.abs().sum(dim=1))
-    sign = torch.where((mix * bn.scale).sum(dim=1) < 0, -1.0, 1.0).to(spread)
+        return Merged(folding.mixed(rows), new_bias, one, torch.zeros_like(beta), new_bias - shift, one - bn.eps)
+    spread = _spread(rows, mix.scaled(bn.gamma))
+    sign = torch.where(mix @ bn.scale < 0, -1.0, 1.0).to(spread)
     silent = spread == 0  # all members are constant: gamma 0 says so, whatever the filter
     gamma = sign * spread
     scale = torch.where(silent, 1.0, gamma / (var + bn.eps).sqrt())
-    new_rows = torch.where(silent[:, None], weights @ rows, folded / scale[:, None])
+    made = torch.where(silent[mix.row], weights.value, folding.value / scale[mix.row])
     mean = torch.where(silent, weights @ bn.mean, new_bias - (shift - beta) / scale)
-    return Merged(new_rows, new_bias, gamma, torch.where(silent, shift, beta), mean, var)
+    return Merged(mix.with_values(made).mixed(rows), new_bias, gamma, torch.where(silent, shift, beta), mean, var)
+
+
+def _spread(rows: Tensor, signed: Coefficients) -> Tensor:
+    """[c] standard deviation of merged channels: signed [c, n] mixes filters [n, d] whose outputs have deviation 1."""
+    size = rows.norm(dim=1, dtype=torch.float64)
+    unit = signed.scaled(1.0 / torch.where(size == 0, 1.0, size))
+    square = signed.with_values(signed.value.square()) @ (size == 0).to(size)  # zeros correlate with themselves alone
+    for _, together in unit.products(rows):
+        square += together.square_().sum(dim=1)
+    return torch.maximum(square.sqrt(), 1e-3 * signed.with_values(signed.value.abs()).row_sums())
 
 
 def merge_alone(bn: Affine, mix: Tensor, rho: Tensor, *, affine: bool) -> Merged:
@@ -138,11 +144,11 @@ def row_average(mix: Tensor) -> Tensor:
     return mix.abs() / torch.where(total == 0, 1.0, total)
 
 
-def _shares(mix: Tensor, gamma: Tensor) -> Tensor:
+def _shares(mix: Coefficients, gamma: Tensor) -> Coefficients:
     """Row averages in which each member counts as much as it moves the output; by `mix` alone where none does."""
-    moved = mix * gamma
-    silent = moved.abs().sum(dim=1, keepdim=True) == 0
-    return row_average(torch.where(silent, mix, moved))
+    moved = mix.scaled(gamma)
+    silent = moved.with_values(moved.value.abs()).row_sums() == 0
+    return mix.with_values(torch.where(silent[mix.row], mix.value, moved.value)).row_average()
 
 
 @contextmanager

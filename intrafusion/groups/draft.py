@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from intrafusion.groups.batchnorm import row_average
+from intrafusion.groups.coefficients import Coefficients
 from intrafusion.groups.layout import from_channels, mix_, to_channels
 
 
@@ -20,11 +22,19 @@ class Mix:
     places: Tensor
 
     @classmethod
-    def of(cls, weights: Tensor, chosen: Tensor, kept: Tensor) -> Mix:
-        """weights: [k, n] one side of a pair; chosen: [k, n] the selection of `kept` [k], which it is compared with."""
-        moved = (weights != chosen.to(weights)).any(dim=1)
-        return cls(weights[moved], kept.to(weights.device)[moved])
+    def of(cls, weights: Tensor, kept: Tensor) -> Mix:
+        """weights: [k, n] one side of a pair; what makes a channel of `kept` [k] of anything but itself is a change."""
+        kept = kept.to(weights.device)
+        own = weights.gather(1, kept[:, None])[:, 0]
+        moved = (own != 1) | (weights.count_nonzero(dim=1) != 1)
+        return cls(weights[moved], kept[moved])
 
+    @cached_property
+    def coefficients(self) -> Coefficients:
+        """The weights, by those that are not zero."""
+        return Coefficients.of(self.weights)
+
+    @cached_property
     def average(self) -> Mix:
         """For gains, which multiply what is mixed already: magnitudes that sum to 1."""
         return Mix(row_average(self.weights), self.places)
@@ -36,10 +46,14 @@ class Draft:
 
     values: dict[tuple[Any, str], Tensor] = field(default_factory=dict)
 
-    def of(self, owner: Any, attribute: str) -> Tensor:
-        """The present value of owner.attribute in float64 (a free parameter's attribute is `data`)."""
+    def now(self, owner: Any, attribute: str) -> Tensor:
+        """The present value of owner.attribute (a free parameter's attribute is `data`), as precise as it is known."""
         known = self.values.get((owner, attribute))
-        return (getattr(owner, attribute).detach() if known is None else known).double()
+        return getattr(owner, attribute).detach() if known is None else known
+
+    def of(self, owner: Any, attribute: str) -> Tensor:
+        """The present value of owner.attribute in float64."""
+        return self.now(owner, attribute).double()
 
     def put(self, owner: Any, attribute: str, value: Tensor) -> None:
         self.values[owner, attribute] = value
@@ -52,10 +66,10 @@ class Draft:
 
     def mix(self, owner: Any, attribute: str, local: Tensor, by: Mix, axis: int, chunks: int) -> None:
         """Mix the channels along one axis of a tensor. local, axis, chunks: as in `kinds.base.Place`."""
-        known = self.values.get((owner, attribute))
-        old = getattr(owner, attribute).detach() if known is None else known
+        old = self.now(owner, attribute)
         matrix = to_channels(old, axis, chunks).clone()  # in its own precision: it may be half of the network
-        mix_(matrix, *(t.to(matrix.device) for t in (local, by.weights, by.places)))
+        device = matrix.device
+        mix_(matrix, local.to(device), by.coefficients.to(device), by.places.to(device))
         self.put(owner, attribute, from_channels(matrix, old, axis, chunks))
 
     def commit(self) -> None:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 2**23
-"""Numbers that are mixed at a time, 64 MB in float64."""
-_SPARSE = 0.05
-"""Where so few of the weights are not zero, going from one to the next is faster than a matrix product."""
+from intrafusion.groups.coefficients import Coefficients
 
 
 def to_channels(weight: Tensor, axis: int = 0, chunks: int = 1) -> Tensor:
@@ -38,8 +35,10 @@ def from_channels(matrix: Tensor, like: Tensor, axis: int = 0, chunks: int = 1) 
 
 def gather(matrix: Tensor, local: Tensor) -> Tensor:
     """Rows in root order: [L, d] -> [n, m·d]; places where a root channel has no copy are zero."""
-    present = (local >= 0).to(matrix)
-    return (matrix[local.clamp(min=0)] * present[:, :, None]).flatten(1)
+    rows, absent = matrix[local.clamp(min=0)], local < 0
+    if absent.any():
+        rows[absent] = 0
+    return rows.flatten(1)
 
 
 def pick(matrix: Tensor, local: Tensor) -> Tensor:
@@ -50,22 +49,16 @@ def pick(matrix: Tensor, local: Tensor) -> Tensor:
     return gather(matrix, local)
 
 
-def mix_(matrix: Tensor, local: Tensor, weights: Tensor, places: Tensor) -> None:
+def mix_(matrix: Tensor, local: Tensor, weights: Tensor | Coefficients, places: Tensor) -> None:
     """matrix[place of root i] <- sum over roots j of weights[i, j] · matrix[place of j], in place.
 
-    matrix: [L, d], local: [n, m], weights: [c, n], places: [c] root channels that are written. A block of
-    columns is read, in float64, before any of it is written; a plan gives few weights that are not zero.
+    matrix: [L, d], local: [n, m], weights: [c, n], places: [c] root channels that are written. All that is read is
+    read, in float64, before any of it is written.
     """
     target = local[places]
-    there, weights = target >= 0, sparse(weights.double())
-    for block in matrix.split(max(1, _BLOCK // max(1, local.numel())), dim=1):
-        mixed = (weights @ gather(block.double(), local)).unflatten(1, (local.shape[1], block.shape[1]))
-        block[target[there]] = mixed[there].to(block.dtype)
-
-
-def sparse(weights: Tensor) -> Tensor:
-    """The same matrix, in sparse form if few of its entries are not zero, as those of a plan: to multiply by."""
-    return weights.to_sparse() if int(weights.count_nonzero()) < _SPARSE * weights.numel() else weights
+    there = target >= 0
+    mixed = Coefficients.of(weights).mixed(pick(matrix, local)).unflatten(1, (local.shape[1], matrix.shape[1]))
+    matrix[target[there]] = mixed.flatten(0, 1) if bool(there.all()) else mixed[there]
 
 
 def by_channel(value: Tensor, axis: int) -> Tensor:

@@ -36,7 +36,7 @@ from intrafusion.groups.draft import Mix
 from intrafusion.groups.kinds.base import Slot
 from intrafusion.groups.layout import from_channels, mix_, to_channels
 from intrafusion.groups.table import GroupTable
-from intrafusion.ot import Pair, selection_pair
+from intrafusion.ot import Pair
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,8 @@ def mixings(table: GroupTable, pair: Pair) -> list[tuple[Slot, str, Mixing]]:
 
     The name is '' where the owner is the parameter itself.
     """
-    chosen = selection_pair(pair.kept, table.n).rows
     read = pair.columns if pair.read is None else pair.read
-    rows, columns = Mix.of(pair.rows, chosen, pair.kept), Mix.of(read.T, chosen, pair.kept)
+    rows, columns = Mix.of(pair.rows, pair.kept), Mix.of(read.T, pair.kept)
     found = []
     for slot in table.slots:
         for place in slot.places:

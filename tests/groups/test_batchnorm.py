@@ -9,6 +9,7 @@ from torch import nn
 
 from intrafusion import Fusion, IntraFusionPruner
 from intrafusion.groups.batchnorm import Affine, folded, merge, recenter_batchnorms_, row_average
+from intrafusion.groups.coefficients import Coefficients
 from intrafusion.groups.table import batchnorm_of
 from tests.nets import PICO, randomise_
 
@@ -255,7 +256,7 @@ def test_a_nearly_dead_member_with_a_huge_coefficient_does_not_shrink_the_filter
     scale = gamma / (var + 1e-5).sqrt()
     zero = torch.zeros(3, dtype=torch.float64)
     mix = torch.tensor([[0.7, 0.2, 150.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
-    new = merge(rows, zero, Affine(scale, gamma, zero, zero, var, 1e-5), mix, affine=True)
+    new = merge(rows, zero, Affine(scale, gamma, zero, zero, var, 1e-5), Coefficients.of(mix), affine=True)
     norms = new.rows.norm(dim=1)
     assert 0.3 < norms[0] / rows[0].norm() < 1.5
     torch.testing.assert_close(new.rows[1:], rows[[2, 1]])

@@ -96,7 +96,7 @@ class Place:
         """The side of a pair that mixes this place."""
         if self.reads:
             return columns
-        return rows.average() if self.averaged else rows
+        return rows.average if self.averaged else rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from intrafusion.groups.batchnorm import bias_of, merge, read, row_average
+from intrafusion.groups.batchnorm import bias_of, merge, read
 from intrafusion.groups.draft import Draft, Mix
 from intrafusion.groups.gaussian import Gaussian
 from intrafusion.groups.kinds.base import LayerKind, Place, Reached, Side, Slot, kind_of, present
@@ -97,17 +97,16 @@ class Filters(LayerKind):
         averaged: the filters are gains on channels that are mixed already.
         """
         layer, bn = slot.owner, slot.partner
-        weight = to_channels(draft.of(layer, "weight"), slot.axis, slot.chunks)
-        local, places, mix = (t.to(weight.device) for t in (slot.local, rows.places, rows.weights))
+        old = draft.now(layer, "weight")
+        weight = to_channels(old, slot.axis, slot.chunks)
+        local, places, mix = (t.to(weight.device) for t in (slot.local, rows.places, rows.coefficients))
         first, stats = local[:, 0], read(bn)
-        raw, inside = gather(weight, local), stats.at(local[:, 0])
         bias = bias_of(layer, slot.size)[first]  # every channel of a producer is there
-        mixed = row_average(mix) @ (inside.scale[:, None] * raw) if averaged else None
-        new = merge(raw, bias, inside, mix, affine=bn.affine, mixed=mixed)
+        new = merge(pick(weight, local), bias, stats.at(first), mix, affine=bn.affine, averaged=averaged)
         at = first[places]
         matrix = weight.clone()
         matrix[at] = new.rows
-        draft.put(layer, "weight", from_channels(matrix, layer.weight, slot.axis, slot.chunks))
+        draft.put(layer, "weight", from_channels(matrix, old, slot.axis, slot.chunks))
         put_batchnorm(draft, bn, at, new)
         if layer.bias is not None:
             draft.set_at(layer, "bias", at, new.bias)
