@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class Row:
 
     error: the exception, '' if none; named: does it name a group or layer and a reason; where: the last line of the
     package that it came through; plain: the same of plain torch-pruning. ours, twin: relative errors on held-out inputs
-    of the network and of its discarded twin; warned: was there a warning that ours is worse; fused, cut: numbers of
+    of the network and of its discarded twin; warned: was there a warning that ours is worse; compared: what the package
+    itself measured of both; fused, cut: numbers of
     groups; reasons: why some were only cut. duplicates: the relative error where channels are pairwise equal, None
     where some group was not fused, whose reasons are in `kept_apart`; state: what an error left changed, '' if nothing;
     at: when it was measured.
@@ -60,6 +62,7 @@ class Row:
     twin: float | None = None
     warned: bool = False
     warnings: list[str] = field(default_factory=list)
+    compared: list[str] = field(default_factory=list)
     fused: int = 0
     cut: int = 0
     reasons: list[str] = field(default_factory=list)
@@ -120,6 +123,7 @@ def _settings(drawn: Drawn, model: nn.Module, metric: _Metric | None = None) -> 
     }
 
 
+@lru_cache(maxsize=2)
 def plain_problem(drawn: Drawn) -> str:
     """Why torch-pruning itself does not prune this network to one that runs ('' if it does)."""
     model = drawn.model()
@@ -144,6 +148,7 @@ def _check_step(drawn: Drawn, row: Row) -> None:
             history = pruner.pruning_history()
             row.fused = len(pruner.report.fused)
             row.cut = len([group for group in pruner.report.groups if group.merged == "selection"])
+            row.compared = [str(one) for one in pruner.report.comparisons]
             row.reasons = sorted({group.reason for group in pruner.report.groups if group.reason})
     except Exception as error:
         _failed(row, error, dense)
