@@ -19,6 +19,8 @@ METRICS = ("l1", "l2")
 
 _TILE = (2, 64)
 """Channels and targets of a tile of the L1 sum: with a block's columns it fits in the cache of a core, 1 MB."""
+_AT_ONCE = 64
+"""Rows of a block that are multiplied by something at a time, for the same reason."""
 _SHARE = 256
 """Channels that a thread takes at a time."""
 _ALONE = 2**24
@@ -75,8 +77,8 @@ def _from_products(x: Rows, y: Rows, kind: str) -> Tensor:
         products += a @ b.T
         angles = torch.arange(a.shape[1], dtype=a.dtype, device=a.device).cos()
         for rows, mark in zip((a, b), marks, strict=True):
-            mark[:, 0] += (rows * rows).sum(dim=1)
-            mark[:, 1] += (rows * angles).sum(dim=1)
+            mark[:, 0] += torch.linalg.vector_norm(rows, dim=1).double().square_()
+            mark[:, 1] += torch.cat([(some * angles).sum(dim=1) for some in rows.split(_AT_ONCE)])
     if not all(torch.isfinite(mark).all() for mark in marks):
         _name_the_one_that_is_not_finite(x, y)
     if kind == "l2":
@@ -163,15 +165,15 @@ class _Minima:
 
 
 def _sum_minima(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Tile by tile; all views are made before, as a tile takes no longer than making a few of them."""
     rows, targets = _TILE
-    room = torch.empty(rows * targets * a.shape[1], dtype=a.dtype)
-    for j in range(0, len(b), targets):
-        right = b[j : j + targets]
-        for i in range(0, len(a), rows):
-            left = a[i : i + rows, None]
-            tile = room[: len(left) * right.numel()].view(len(left), *right.shape)
+    lefts = a[:, None].split(rows)
+    for right, columns in zip(b.split(targets), out.split(targets, dim=1), strict=True):
+        room = torch.empty(rows, *right.shape, dtype=a.dtype)
+        tiles = [room] * (len(a) // rows) + [room[: len(a) % rows]]
+        for left, tile, cell in zip(lefts, tiles, columns.split(rows), strict=False):
             torch.minimum(right, left, out=tile)
-            torch.sum(tile, 2, out=out[i : i + rows, j : j + targets])
+            torch.sum(tile, 2, out=cell)
 
 
 def _paired(x: Rows, y: Rows, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
