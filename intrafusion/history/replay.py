@@ -26,7 +26,8 @@ class GroupCut:
     """What was done to one group.
 
     root: name of its first layer; outputs: whether that loses output channels; removed: the root channels that went;
-    channel_groups: torch-pruning's number of chunks; pair: how the rest was mixed (None: not at all).
+    channel_groups: torch-pruning's number of chunks; pair: how the rest was mixed (None: not at all); sizes: (module,
+    attribute, value) of what else was set then.
     """
 
     root: str
@@ -34,6 +35,7 @@ class GroupCut:
     removed: tuple[int, ...]
     channel_groups: int
     pair: Pair | None
+    sizes: tuple[tuple[str, str, Any], ...] = ()
 
     @staticmethod
     def of(graph: tp.DependencyGraph, group: Group, channel_groups: int, pair: Pair | None) -> GroupCut:
@@ -63,6 +65,9 @@ def replay_(graph: tp.DependencyGraph, cuts: Sequence[GroupCut], correction: Cor
         graph.get_pruning_group(root, handler, list(cut.removed)).prune(record_history=False)
         for module, name in frozen:  # torch-pruning makes a cut parameter trainable
             module.get_parameter(name).requires_grad_(False)
+        for name, attribute, value in cut.sizes:
+            held = getattr(graph.model.get_submodule(name), attribute)
+            setattr(graph.model.get_submodule(name), attribute, type(held)(value))
         if correction is not None:
             correction.cut(table, cut.pair or selection_pair(kept, table.n))
     if correction is not None:

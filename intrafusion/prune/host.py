@@ -12,7 +12,7 @@ from torch_pruning.dependency.group import Group
 from intrafusion.groups.table import GroupTable
 from intrafusion.history.lineage import Lineage
 from intrafusion.prune.fusion import Fusion
-from intrafusion.prune.report import GroupReport
+from intrafusion.prune.report import GroupReport, Report
 from intrafusion.prune.twin import Comparison
 
 
@@ -30,6 +30,9 @@ class Host(Protocol):
     progress: bool
     keep_inputs: bool
     memory_limit: float | None
+    num_heads: dict
+    after_cut: Callable[[nn.Module, Group], Any] | None
+    report: Report
 
     def table(self, group: Group) -> GroupTable: ...
 

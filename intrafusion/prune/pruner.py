@@ -77,6 +77,7 @@ class FusionMixin:
             inspect.Parameter("fusion", keyword, default="data-free", annotation="str | Fusion"),
             inspect.Parameter("calibration", keyword, default=None, annotation="Iterable | None"),
             inspect.Parameter("memory_limit", keyword, default=None, annotation="float | None"),
+            inspect.Parameter("after_cut", keyword, default=None, annotation="Callable | None"),
         ]
         cls.__signature__ = host.replace(parameters=[*host.parameters.values(), *ours])
 
@@ -86,10 +87,14 @@ class FusionMixin:
         fusion: str | Fusion = "data-free",
         calibration: Iterable | None = None,
         memory_limit: float | None = None,
+        after_cut: Callable[[nn.Module, Group], Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.fusion = Fusion.of(fusion)
         self.memory_limit = checks.memory_limit(memory_limit)
+        if after_cut is not None and not callable(after_cut):
+            raise TypeError(f"after_cut is {after_cut!r}: give a function of the network and the group that was cut")
+        self.after_cut = after_cut
         self.calibration = checks.calibration_batches(calibration, self.fusion.method(), f"fusion={self.fusion.name!r}")
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         checks.check_arguments(bound.arguments)
@@ -131,12 +136,13 @@ class FusionMixin:
         if interactive:
             return super().step(interactive=True)  # type: ignore[misc]
         snapshot, reported = Snapshot(self.DG, self.model.modules(), self.state()), len(self.report.groups)
-        compared = len(self.report.comparisons)
+        compared, attributes = len(self.report.comparisons), len(self.report.attributes)
         try:
             super().step(interactive=False)  # type: ignore[misc]
         except BaseException:
             snapshot.restore()
             del self.report.groups[reported:], self.report.comparisons[compared:]
+            del self.report.attributes[attributes:]
             raise
         return None
 
@@ -291,7 +297,7 @@ class FusionMixin:
 
     def cut_again(self, history: Iterable[tuple[str, bool, Iterable[int]]]) -> None:
         """Cut the channels of a torch-pruning history again, fusing nothing and reporting nothing: structure only."""
-        settings, reported = self.fusion, len(self.report.groups)
+        settings, reported, attributes = self.fusion, len(self.report.groups), len(self.report.attributes)
         self.fusion = settings.discarded()
         try:
             self.last_step = step = Step(self)
@@ -301,9 +307,10 @@ class FusionMixin:
                 handler = pruner.prune_out_channels if outputs else pruner.prune_in_channels
                 group = self.DG.get_pruning_group(root, handler, [int(i) for i in removed])
                 FusedGroup.wrap(group, step, None).prune()
+            step.finish()
         finally:
             self.fusion = settings
-            del self.report.groups[reported:], self.report.comparisons[compared:]
+            del self.report.groups[reported:], self.report.attributes[attributes:]
 
     def state(self) -> list[dict]:
         """The dictionaries that hold what a step changes of the pruner."""
@@ -330,7 +337,8 @@ class IntraFusionPruner(FusionMixin, tp.pruner.BasePruner):
     fusion: (keyword-only) a preset name of `intrafusion.PRESETS`, or a `Fusion`. calibration: (keyword-only) batches of
     inputs without labels, for `fusion="calibrated"`: tensors, tuples or dictionaries of them. memory_limit:
     (keyword-only) GiB of activations that are held at a time, None for as much as it takes; what is beyond lies in
-    temporary files.
+    temporary files. after_cut: (keyword-only) after_cut(model, group) is called when a group has been cut, to set
+    attributes of the network that hold widths; those that leave no choice are set without it.
 
     >>> pruner = IntraFusionPruner(model, example_inputs, importance, pruning_ratio=0.5, ignored_layers=[model.fc])
     >>> pruner.step()                      # or: for group in pruner.step(interactive=True): group.prune()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from intrafusion.prune.sizes import Attribute
 from intrafusion.prune.twin import Comparison
 
 _HEADER = ("group", "channels", "plan cost", "merged by", "note")
@@ -37,11 +38,13 @@ class GroupReport:
 class Report:
     """All groups so far, in the order in which they were pruned; printing it gives a table.
 
-    comparisons: of the whole network with what plain cutting would have left, one per step.
+    comparisons: of the whole network with what plain cutting would have left, one per step. attributes: those that hold
+    widths and were set during steps, by us or by the user.
     """
 
     groups: list[GroupReport] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    attributes: list[Attribute] = field(default_factory=list)
 
     @property
     def fused(self) -> list[GroupReport]:
@@ -58,5 +61,6 @@ class Report:
         rows = [_HEADER, *(group.cells() for group in self.groups)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        told = [f"step {one.step}: {one}" for one in self.comparisons]
+        told = [f"set {one}" for one in self.attributes]
+        told += [f"step {one.step}: {one}" for one in self.comparisons]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *told])

@@ -11,8 +11,11 @@ A method that looks at inputs walks the network forward on the way, and every la
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,6 +35,7 @@ from intrafusion.prune.fused_group import FusedGroup, FusionError
 from intrafusion.prune.host import Host
 from intrafusion.prune.inputs import inputs_for
 from intrafusion.prune.report import GroupReport
+from intrafusion.prune.sizes import Sizes
 from intrafusion.prune.twin import Twin
 from intrafusion.running import copy_of
 
@@ -63,6 +67,8 @@ class Step:
         self._held: Callable[[], _Begun | None] = lambda: None
         self._inconsistent: frozenset[str] = frozenset()
         self._at_once = False
+        run = partial(pruner.run, pruner.model, pruner.example_inputs)
+        self._sizes = Sizes(pruner.model, run, pruner.num_heads, pruner.DG.module2node)
 
     @property
     def view(self) -> _Begun | None:
@@ -115,30 +121,40 @@ class Step:
     @torch.no_grad()
     def prune(self, group: FusedGroup, record_history: bool) -> None:
         """Fuse and cut one group, all or nothing. Raises FusionError, naming the group; the network is as it was."""
+        self._note_sizes()
         table = self._pruner.table(group)
         removed = sorted({int(i) for i in group[0].idxs})
-        kept = torch.tensor([i for i in range(table.n) if i not in set(removed)], dtype=torch.long)
+        kept = torch.tensor(sorted(set(range(table.n)).difference(removed)), dtype=torch.long)
         correction = self.view.correction if self.view is not None else None
-        modules = table.modules() if correction is None else list(self._pruner.model.modules())
+        alone = correction is None and self._pruner.after_cut is None
+        modules = table.modules() if alone else list(self._pruner.model.modules())
         snapshot, frozen = Snapshot(self._pruner.DG, modules), frozen_parameters(table.modules())
         try:
             if not 0 <= removed[0] <= removed[-1] < table.n:
                 raise ValueError(f"channels {removed[0]}..{removed[-1]} are to be removed of {table.n}")
             with self.lineage.recording() as change:
                 if correction is not None:
-                    correction.come_to(table)
+                    with self._sizes.explaining():
+                        correction.come_to(table)
                 plan, pair, note = self._pair(group, table, kept)
                 change.mixed(table, pair)
                 if self.view is not None:
                     self.view.twin.note(self._pruner.DG, group)
+                cut = self._sizes.cutting(group)
                 with change.cutting(group):
                     Group.prune(group, record_history=record_history)
+                cut()
                 for module, name in frozen:  # torch-pruning makes a cut parameter trainable
                     module.get_parameter(name).requires_grad_(False)
+                if self._pruner.after_cut is not None:
+                    self._pruner.after_cut(self._pruner.model, group)
                 if correction is not None:
+                    if self._sizes.is_suspicious:
+                        self._sizes.settle()
                     correction.cut(table, selection_pair(kept, table.n) if pair is None else pair)
                     if self._at_once:
-                        correction.finish()
+                        with self._sizes.explaining():
+                            correction.finish()
         except Exception as error:
             snapshot.restore()
             if correction is not None:
@@ -150,6 +166,25 @@ class Step:
         cost, targets = (None, ()) if plan is None else (plan.cost, plan.main_targets)
         entry = GroupReport(table.name, self._pruner.current_step, table.n, len(kept), merged, cost, note, targets)
         self._pruner.reported(entry)
+        self._note_sizes()
+
+    def _note_sizes(self) -> None:
+        """Report the attributes that have been set since this was last done; they belong to the last cut."""
+        changed = self._sizes.changed()
+        if changed and self.cuts:
+            last = self.cuts[-1]
+            sizes = (*last.sizes, *((one.module, one.name, one.after) for one in changed))
+            self.cuts = (*self.cuts[:-1], replace(last, sizes=sizes))
+            self._pruner.report.attributes.extend(changed)
+
+    def _settle(self) -> None:
+        """The network runs from here on, or somebody is told: by an error if the step itself runs it."""
+        trouble = self._sizes.trouble() if self.cuts else ""
+        self._note_sizes()
+        if trouble and self.view is not None and self.view.correction is not None:
+            raise FusionError(trouble)
+        if trouble:
+            warnings.warn(trouble, stacklevel=5)
 
     def _pair(self, group: FusedGroup, table: GroupTable, kept: Tensor) -> tuple[Plan | None, Pair | None, str]:
         """(plan, pair, remark): features, plan, merge, apply. No pair: the group is only cut; the remark says why."""
@@ -184,6 +219,7 @@ class Step:
     @torch.no_grad()
     def finish(self) -> None:
         """Put right what lies behind the last cut. Raises FusionError; the network is then as it was before."""
+        self._settle()
         view = self.view
         if view is None:
             return
@@ -191,7 +227,8 @@ class Step:
         try:
             with self.lineage.recording():
                 if view.correction is not None:
-                    view.correction.finish()
+                    with self._sizes.explaining():
+                        view.correction.finish()
                 if self.cuts:
                     self.method.end_(view)
         except Exception as error:

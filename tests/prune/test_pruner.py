@@ -60,9 +60,9 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_the_signature_is_theirs_and_then_ours_by_keyword_only(ours, theirs):
     want = list(inspect.signature(theirs).parameters.values())
     have = list(inspect.signature(ours).parameters.values())
-    assert [p.name for p in have[:-3]] == [p.name for p in want]
-    assert [p.name for p in have[-3:]] == ["fusion", "calibration", "memory_limit"]
-    assert {p.kind for p in have[-3:]} == {inspect.Parameter.KEYWORD_ONLY}
+    assert [p.name for p in have[:-4]] == [p.name for p in want]
+    assert [p.name for p in have[-4:]] == ["fusion", "calibration", "memory_limit", "after_cut"]
+    assert {p.kind for p in have[-4:]} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_positional_arguments_mean_what_they_mean_there():

@@ -1,0 +1,382 @@
+"""Attributes that hold widths: what a forward pass reads of `self.head_dim` when the layers are narrower by now.
+
+Torch-Pruning changes layers and nothing else; its users set such attributes after pruning. A step that runs the
+network cannot wait for that: after a cut, an attribute that equalled a width that changed is set, if the network does
+not run as it is, runs with that, and runs with no other choice as well. The rest is the user's (`after_cut`).
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch_pruning.dependency.group import Group
+
+from intrafusion.running import evaluating
+
+_MOST_RUNS = 200
+"""So often the network is tried with other attributes after one cut; most of these runs end early."""
+_TOGETHER = 3
+"""So many attributes of one module are changed at once."""
+_PACKED = 3
+"""Queries, keys and values that one layer makes."""
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One attribute of one module that has been set, with its value before and after."""
+
+    module: str
+    name: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.module + '.' if self.module else ''}{self.name}: {self.before} -> {self.after}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A forward pass that broke off. position: how many calls it got to. modules: those it was in, innermost first.
+
+    where: the line, as text.
+    """
+
+    error: Exception
+    position: int
+    modules: tuple[nn.Module, ...]
+    where: str
+
+    def __str__(self) -> str:
+        return f"{type(self.error).__name__}: {' '.join(str(self.error).split())}{self.where}"
+
+
+@dataclass(frozen=True)
+class _Width:
+    """Channels of layers, before and after a cut. attention, heads: the layer of queries, keys or values whose rows
+    they are, and how many heads share them before and after, where torch-pruning was told.
+    """
+
+    before: int
+    after: int
+    attention: nn.Module | None = None
+    heads: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A number that a module holds may have become another one.
+
+    place: in a tuple or list (None: it is the attribute itself). sure: torch-pruning was told the number of heads that
+    says so.
+    """
+
+    module: nn.Module
+    name: str
+    place: int | None
+    before: int
+    value: int
+    sure: bool
+
+    @property
+    def is_open(self) -> bool:
+        """Has nobody set it since?"""
+        value = vars(self.module).get(self.name)
+        if self.place is None:
+            return value == self.before
+        return isinstance(value, (tuple, list)) and len(value) > self.place and value[self.place] == self.before
+
+    def put(self, *, back: bool = False) -> None:
+        new: Any = self.before if back else self.value
+        if self.place is not None:
+            old = vars(self.module)[self.name]
+            new = type(old)((*old[: self.place], new, *old[self.place + 1 :]))
+        setattr(self.module, self.name, new)
+
+
+class Sizes:
+    """The attributes of one network while its groups are cut.
+
+    model: the network. run: gives its outputs for its example. heads: `num_heads` of the pruner, which torch-pruning
+    changes as heads go. layers: the modules that torch-pruning cuts itself; their attributes are its business.
+    """
+
+    def __init__(
+        self, model: nn.Module, run: Callable[[], list[Tensor]], heads: Mapping[Any, int], layers: Any
+    ) -> None:
+        self._model, self._run, self._heads, self._before = model, run, heads, dict(heads)
+        self._names = {module: name for name, module in model.named_modules()}
+        others = [module for module in self._names if module not in layers or not _has_tensors(module)]
+        self._held = [
+            (module, name) for module in others for name, value in vars(module).items() if _is_size(name, value)
+        ]
+        self._last = self._values()
+        self._shapes = self._outputs() if self._held else None
+        self._options: list[_Option] = []
+
+    def cutting(self, group: Group) -> Callable[[], None]:
+        """To be called before a group is cut; what it returns, after that."""
+        shapes, values = _shapes(group), self._values()
+
+        def note() -> None:
+            self._options += _options(values, list(dict.fromkeys(self._changes(shapes, _shapes(group)))))
+
+        return note
+
+    def changed(self) -> tuple[Attribute, ...]:
+        """What has been set, by us or by others, since this was last asked."""
+        before, self._last = self._last, self._values()
+        return tuple(
+            Attribute(self._names[module], name, value, self._last[module, name])
+            for (module, name), value in before.items()
+            if self._last[module, name] != value
+        )
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Is there an attribute that equalled a width that has changed since the network last ran?"""
+        return any(option.is_open for option in self._options)
+
+    def settle(self) -> Failure | None:
+        """Set what has to be set; None if the network then runs. Otherwise nothing is set, and this is what fails."""
+        sure = _first([option for option in self._options if option.sure and option.is_open])
+        failure = self._tried(sure)
+        if failure is not None and sure:
+            _put(sure, back=True)
+            failure = self._tried([])
+        if failure is None:
+            self._options.clear()
+        return failure
+
+    def _tried(self, chosen: Sequence[_Option]) -> Failure | None:
+        """Set `chosen`, and whatever else makes the network run. None if it does; else only `chosen` is set."""
+        _put(chosen)
+        more: list[_Option] = []
+        left = _MOST_RUNS
+        first = failure = self._failure()
+        while failure is not None and left > 0:
+            better, failure, runs = self._step(failure)
+            left -= runs
+            if not better:
+                break
+            _put(better)
+            more += better
+        if failure is not None:
+            _put(more, back=True)
+            return first
+        return None
+
+    def _step(self, failure: Failure) -> tuple[Sequence[_Option], Failure | None, int]:
+        """(the fewest options of one module that get the network farther, how it fails then, how often it was run).
+
+        No options if there are none, or several that get it as far: nobody can know which are meant.
+        """
+        runs = 0
+        inside = [module for module in failure.modules if module in self._names]
+        rest = [module for module in dict.fromkeys(o.module for o in self._options) if module not in inside]
+        for module in (*inside, *rest):
+            most = _TOGETHER if module in inside else 1
+            for chosen_sets in self._choices(module, most):
+                found: list[tuple[float, Sequence[_Option], Failure | None]] = []
+                for chosen in chosen_sets:
+                    _put(chosen)
+                    now = self._failure()
+                    _put(chosen, back=True)
+                    runs += 1
+                    found.append((float("inf") if now is None else now.position, chosen, now))
+                    if runs >= _MOST_RUNS:
+                        return (), failure, runs
+                best = max((place for place, _, _ in found), default=0)
+                if best > failure.position:
+                    winners = [(chosen, now) for place, chosen, now in found if place == best]
+                    return (*winners[0], runs) if len(winners) == 1 else ((), failure, runs)
+        return (), failure, runs
+
+    def _choices(self, module: nn.Module, most: int) -> Iterator[list[tuple[_Option, ...]]]:
+        """All ways to change one attribute of a module, then all ways to change two, ..."""
+        numbers: dict[tuple[str, int | None], list[_Option]] = {}
+        for option in dict.fromkeys(self._options):
+            if option.module is module and option.is_open:
+                numbers.setdefault((option.name, option.place), []).append(option)
+        for count in range(1, most + 1):
+            several = [one for keys in combinations(numbers, count) for one in product(*(numbers[k] for k in keys))]
+            if several:
+                yield several
+
+    def trouble(self) -> str:
+        """Set what has to be set; why the network does not run all the same ('' if it does)."""
+        failure = self.settle()
+        return "" if failure is None else self.advice(failure)
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """An error of what runs the network becomes one that says what to do, if the network does not run at all."""
+        try:
+            yield
+        except Exception as error:
+            failure = self._failure()
+            if failure is None:
+                raise
+            raise RuntimeError(self.advice(failure)) from error
+
+    def advice(self, failure: Failure) -> str:
+        """Why the network does not run, and what its user can do."""
+        held = [f"{self._told(o)} = {vars(o.module)[o.name]}" for o in self._options if o.is_open]
+        listed = ", ".join(list(dict.fromkeys(held))[:6])
+        return (
+            f"the network does not run with its new widths: {failure}. Attributes that hold sizes are its user's"
+            f"{f' ({listed} equalled a width)' if listed else ''}: set them in a function after_cut(model, group), an "
+            "argument of the pruner, or after each group.prune() of step(interactive=True)"
+        )
+
+    def _told(self, option: _Option) -> str:
+        name = self._names[option.module]
+        return f"{name}.{option.name}" if name else option.name
+
+    def _values(self) -> dict[tuple[nn.Module, str], Any]:
+        found = ((module, name, vars(module).get(name)) for module, name in self._held)
+        return {(module, name): tuple(value) if isinstance(value, list) else value for module, name, value in found}
+
+    def _changes(self, before: dict, after: dict) -> Iterator[_Width]:
+        for (layer, name), old in before.items():
+            for axis, (a, b) in enumerate(zip(old, after.get((layer, name), old), strict=False)):
+                if a != b and axis == 0 and layer in self._before:  # heads share its rows
+                    yield _Width(a, b, layer, (self._before[layer], self._heads.get(layer, 0)))
+                elif a != b:
+                    yield _Width(a, b)
+
+    def _outputs(self) -> list[tuple[int, ...]]:
+        with torch.no_grad(), evaluating(self._model):
+            return [tuple(output.shape) for output in self._run()]
+
+    def _failure(self) -> Failure | None:
+        """How a forward pass breaks off; None if it does not."""
+        counter = _Counter()
+        try:
+            with counter:
+                shapes = self._outputs()
+            if self._shapes is not None and not _are_like(shapes, self._shapes):
+                raise RuntimeError(f"its outputs are {shapes}, they were {self._shapes}")
+        except Exception as error:
+            return Failure(error, counter.calls, *_place(error))
+        return None
+
+
+class _Counter(TorchFunctionMode):
+    """Counts the calls that a forward pass makes: how far it gets."""
+
+    calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _options(values: dict[tuple[nn.Module, str], Any], widths: list[_Width]) -> list[_Option]:
+    """What attributes may have become, each option once."""
+    by_module: dict[nn.Module, list[int]] = {}
+    for (module, _), value in values.items():
+        if type(value) is int:
+            by_module.setdefault(module, []).append(value)
+    found: dict[tuple, _Option] = {}
+    for (module, name), value in values.items():
+        for number, place in _entries(value):
+            for new, sure in _becomes(number, widths, by_module.get(module, []), module):
+                key = module, name, place, new
+                if sure or key not in found:
+                    found[key] = _Option(*key[:3], number, new, sure)
+    return list(found.values())
+
+
+def _becomes(number: int, widths: list[_Width], beside: list[int], module: nn.Module) -> Iterator[tuple[int, bool]]:
+    """(what a number may have become, whether a known number of heads says so). beside: the module's other numbers."""
+    for width in widths:
+        if width.attention is not None and width.attention in module.children():
+            old, new = width.heads
+            if number == old != new:
+                yield new, True
+            for parts in (old, _PACKED * old):
+                after = parts // old * new
+                if number * parts == width.before and after and width.after % after == 0:
+                    yield width.after // after, True
+        if number == width.before:
+            yield width.after, False
+        elif width.before % number == 0:
+            parts = width.before // number
+            shared = parts == _PACKED or parts in beside or (parts % _PACKED == 0 and parts // _PACKED in beside)
+            if shared and width.after % parts == 0:
+                yield width.after // parts, False
+
+
+def _is_size(name: str, value: Any) -> bool:
+    """May this be an attribute that holds widths: a whole number above 1, or a tuple or list with one?"""
+    return not name.startswith("_") and next(_entries(value), None) is not None
+
+
+def _entries(value: Any) -> Iterator[tuple[int, int | None]]:
+    """(number, place in a tuple or list) for all that may be widths."""
+    if type(value) is int and value > 1:
+        yield value, None
+    elif isinstance(value, (tuple, list)) and type(value) in (tuple, list, torch.Size):
+        numbers = enumerate(value) if all(type(one) is int for one in value) else ()
+        yield from ((one, place) for place, one in numbers if one > 1)
+
+
+def _put(options: Sequence[_Option], *, back: bool = False) -> None:
+    for option in options:
+        option.put(back=back)
+
+
+def _first(options: Sequence[_Option]) -> list[_Option]:
+    """One option for every number."""
+    found: dict[tuple, _Option] = {}
+    for option in options:
+        found.setdefault((option.module, option.name, option.place), option)
+    return list(found.values())
+
+
+def _shapes(group: Group) -> dict[tuple[nn.Module, str], tuple[int, ...]]:
+    """The shape of every parameter of the layers of a group."""
+    layers: list[Any] = [item[0].target.module for item in group]
+    return {
+        (layer, name): tuple(parameter.shape)
+        for layer in dict.fromkeys(layer for layer in layers if isinstance(layer, nn.Module))
+        for name, parameter in layer._parameters.items()
+        if parameter is not None
+    }
+
+
+def _are_like(shapes: list[tuple[int, ...]], before: list[tuple[int, ...]]) -> bool:
+    """Are outputs those of as many inputs, on axes that are as long or have become shorter?"""
+    return len(shapes) == len(before) and all(
+        len(now) == len(old) and now[:1] == old[:1] and all(a <= b for a, b in zip(now, old, strict=True))
+        for now, old in zip(shapes, before, strict=True)
+    )
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(p is not None for p in module._parameters.values())
+
+
+def _place(error: Exception) -> tuple[tuple[nn.Module, ...], str]:
+    """(the modules whose code was running, innermost first; the last line of theirs that is not torch's, as text)"""
+    modules, where = [], ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            modules.append(owner)
+            if not frame.f_globals.get("__name__", "").startswith("torch."):
+                file, name = frame.f_code.co_filename, frame.f_code.co_name
+                text = traceback.FrameSummary(file, line, name).line or ""
+                short = file.replace("\\", "/").rpartition("/")[2]
+                where = (
+                    f", in {type(owner).__name__}.{name}, {short}:{line}: {text}" if text else f", in {short}:{line}"
+                )
+    return tuple(dict.fromkeys(reversed(modules))), where
