@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from intrafusion.groups.coefficients import Coefficients
-from intrafusion.groups.layout import from_channels, to_channels
+from intrafusion.groups.layout import from_channels, scaled, to_channels
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,12 @@ def folded(pairs: Iterable[tuple[Any, Any, int]]) -> Iterator[None]:
             weight, bias = layer.weight, layer.bias
             saved.append((layer, bn, weight.data, weight.grad, bias, bn.affine))
             stats = read(bn)
-            rows = to_channels(weight.data.double(), axis)
-            weight.data = from_channels(stats.scale[:, None] * rows, weight, axis).to(weight.dtype)
+            rows = to_channels(weight.data, axis)
+            weight.data = from_channels(scaled(rows, stats.scale, weight.dtype), weight, axis)
             if saved[-1][3] is not None:
                 inverse = torch.where(stats.scale == 0, 0.0, 1.0 / stats.scale)
-                grad = inverse[:, None] * to_channels(weight.grad.double(), axis)
-                weight.grad = from_channels(grad, weight, axis).to(weight.dtype)
+                grad = scaled(to_channels(weight.grad, axis), inverse, weight.dtype)
+                weight.grad = from_channels(grad, weight, axis)
             shift = stats.scale * (bias_of(layer, len(rows)) - stats.mean) + stats.beta
             layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
             if bn.affine and bn.bias.grad is not None:

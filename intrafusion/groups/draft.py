@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from intrafusion.groups.batchnorm import row_average
 from intrafusion.groups.coefficients import Coefficients
-from intrafusion.groups.layout import from_channels, mix_, to_channels
+from intrafusion.groups.layout import from_channels, is_finite, mix_, to_channels
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Draft:
         for (owner, attribute), value in self.values.items():
             old = getattr(owner, attribute)
             new = value.to(old.dtype)
-            if new.numel() and not torch.isfinite(torch.stack(new.aminmax())).all():  # without a copy
+            if not is_finite(new):
                 raise ValueError(f"the fused {attribute} of {type(owner).__name__} would not be finite in {old.dtype}")
             ready.append((owner, attribute, new))
         for owner, attribute, new in ready:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from intrafusion.groups.coefficients import Coefficients
 
+_AT_ONCE = 2**17
+"""Numbers that are scaled at a time: 1 MB in float64, which stays in a cache."""
+
 
 def to_channels(weight: Tensor, axis: int = 0, chunks: int = 1) -> Tensor:
     """View a parameter as [channels, rest].
@@ -59,6 +62,20 @@ def mix_(matrix: Tensor, local: Tensor, weights: Tensor | Coefficients, places: 
     there = target >= 0
     mixed = Coefficients.of(weights).mixed(pick(matrix, local)).unflatten(1, (local.shape[1], matrix.shape[1]))
     matrix[target[there]] = mixed.flatten(0, 1) if bool(there.all()) else mixed[there]
+
+
+def scaled(matrix: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """Every row times a number, computed in float64 and rounded once: matrix [n, d], by [n] float64."""
+    result = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    each = max(1, _AT_ONCE // max(1, matrix.shape[1]))
+    for rows, factors, place in zip(matrix.split(each), by[:, None].split(each), result.split(each), strict=True):
+        place.copy_(rows * factors)
+    return result
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity, found without a copy."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all())
 
 
 def by_channel(value: Tensor, axis: int) -> Tensor:

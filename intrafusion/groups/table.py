@@ -64,7 +64,8 @@ def tabulate(graph: tp.DependencyGraph, root: Owner, handler: Callable, channel_
     name = module_name(graph, root)
     n = channels_of(graph, root, handler)
     items = reach(graph, root, handler, n)
-    uses = Counter(id(p) for m in graph.model.modules() for p in m._parameters.values() if p is not None)
+    layers = [layer for layer in graph._module2name if isinstance(layer, nn.Module)]
+    uses = Counter(id(p) for layer in layers for p in layer._parameters.values() if p is not None)
     slots, problems = [], []
     for item in items:
         made = _slot(graph, item.owner, item.handler, item.local, uses) if item.is_whole else _shared(graph, item.owner)

@@ -10,6 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from intrafusion.groups.layout import is_finite
 from intrafusion.groups.table import GroupTable, channels_of
 from intrafusion.methods.method import Method
 from intrafusion.prune import refusals
@@ -131,7 +132,7 @@ def _stays(pruner: Any, group: Any) -> bool:
 def check_finite(model: nn.Module) -> None:
     """Raises ValueError naming the tensors of a network that hold NaN or infinity."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    bad = [name for name, tensor in named if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    bad = [name for name, tensor in named if tensor.is_floating_point() and not is_finite(tensor)]
     if bad:
         shown = ", ".join(map(repr, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise ValueError(f"the network holds NaN or infinite values in {shown}: nothing was pruned")

@@ -13,7 +13,7 @@ from intrafusion.groups.batchnorm import bias_of, merge, read
 from intrafusion.groups.draft import Draft, Mix
 from intrafusion.groups.gaussian import Gaussian
 from intrafusion.groups.kinds.base import LayerKind, Place, Reached, Side, Slot, kind_of, present
-from intrafusion.groups.layout import at_least_float32, from_channels, gather, pick, to_channels
+from intrafusion.groups.layout import at_least_float32, from_channels, gather, pick, scaled, to_channels
 
 MOST_INPUTS = 8192
 """A layer whose outputs read more values than this is not refitted: its Gram matrix would not fit in memory."""
@@ -135,7 +135,7 @@ class Filters(LayerKind):
             return None
         matrix = to_channels(slot.owner.weight.detach(), slot.axis, slot.chunks)
         if slot.partner is not None:
-            matrix = (read(slot.partner).scale[:, None] * matrix).to(at_least_float32(matrix.dtype))
+            matrix = scaled(matrix, read(slot.partner).scale, at_least_float32(matrix.dtype))
         return pick(matrix, slot.local)
 
     def columns(self, slot: Slot, bn: Any) -> Tensor | None:
