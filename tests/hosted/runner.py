@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+import torch
+from torchvision import models
+
 _ROOT = Path(__file__).parents[2]
 
 
@@ -32,6 +35,7 @@ def run(folder: Path, ours: bool, names: str = "") -> Run:
     """Run the tests (those that `names`, as in `pytest -k`, picks), one after the other, on one thread."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.xml")
+        _invent_weights(Path(scratch))
         command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
         command.append("--continue-on-collection-errors")
         command += [
@@ -41,13 +45,22 @@ def run(folder: Path, ours: bool, names: str = "") -> Run:
             names,
             *(["-p", "tests.hosted.swap"] * ours),
         ]
-        environment = {**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+        environment = {**os.environ, "PYTHONPATH": str(_ROOT), "TORCH_HOME": scratch}
+        environment |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
         files = [str(file) for file in sorted(folder.resolve().glob("test_*.py"))]
         done = subprocess.run([*command, *files], cwd=scratch, env=environment, capture_output=True, text=True)
         if not report.exists():
             raise RuntimeError(f"pytest did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
         made = re.search(r"intrafusion pruners made: (\d+)", done.stdout)
         return _read(report, int(made.group(1)) if made else 0)
+
+
+def _invent_weights(home: Path) -> None:
+    """Random weights where torchvision keeps those that it has downloaded, for tests that ask for a ResNet-18."""
+    folder = home / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    name = models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    torch.save(models.resnet18().state_dict(), folder / name)
 
 
 def _read(report: Path, pruners: int) -> Run:

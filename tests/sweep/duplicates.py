@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from intrafusion import IntraFusionPruner
-from intrafusion.groups.apply import apply_pair
+from intrafusion.groups.places import move
 from intrafusion.groups.table import GroupTable
-from intrafusion.ot import Pair
+from tests.sweep.layers import StandardisedConv2d
 
 # Norms over several channels: a pair that becomes one counts half as much there as before, unless all do.
 _TOGETHER = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -42,15 +42,17 @@ class Pairs:
             if table.unsupported or 2 * int(copies.sum()) != table.n:
                 self.left_out.append(f"{table.name}: {table.unsupported or 'not all channels have a partner'}")
                 continue
-            rows = torch.eye(table.n, dtype=torch.float64)[source]
-            columns = rows.T.contiguous() if equal_columns else torch.eye(table.n, dtype=torch.float64)
-            apply_pair(table, Pair(rows, columns, torch.arange(table.n)))
+            for place in (place for slot in table.slots for place in slot.places):
+                if equal_columns or not place.reads:
+                    place.tensor.data = move(place.tensor.data, (place, source))
             self._scores[root.target.module, root.handler] = 2.0 - copies.float()
 
     def problem(self, model: nn.Module) -> str:
         """Why the pairs of this network do not merge without a trace by themselves ('' if they do)."""
         if self.left_out and any(isinstance(module, _TOGETHER) for module in model.modules()):
             return "a norm counts pairs and single channels together: " + "; ".join(self.left_out)
+        if any(isinstance(module, StandardisedConv2d) for module in model.modules()):
+            return "the deviation of a standardised filter changes with its columns"
         return "" if self._scores else "no group has pairs: " + "; ".join(self.left_out)
 
 
