@@ -19,7 +19,7 @@ from intrafusion.average.consensus import Consensus
 from intrafusion.average.couplings import OUTPUT, Couplings, couplings_of
 from intrafusion.average.orders import common_orders
 from intrafusion.average.statistics import average_states, reestimate_
-from intrafusion.correct.synthetic import synthetic_count, synthetic_inputs
+from intrafusion.correct.synthetic import NoSyntheticInputs, synthetic_count, synthetic_inputs
 from intrafusion.groups.places import State, load_state_, permuted, state_of
 from intrafusion.running import input_batches, run_model, to_device
 
@@ -109,11 +109,14 @@ def _synthetic(
     count = -(-synthetic_count(networks[0], example, given) // len(networks))
     if not count:
         return []
-    return [
-        batch
-        for number, network in enumerate(networks)
-        for batch in synthetic_inputs(network, example, run, count=count, seed=seed + number, progress=progress)
-    ]
+    try:
+        return [
+            batch
+            for number, network in enumerate(networks)
+            for batch in synthetic_inputs(network, example, run, count=count, seed=seed + number, progress=progress)
+        ]
+    except NoSyntheticInputs:
+        return []
 
 
 def _checked(

@@ -3,14 +3,13 @@
 A dead-leaves image (occluding shapes with radii distributed as r^-3; Lee, Mumford & Huang 2001) has the second-order
 and edge statistics of natural images. A few gradient steps on the pixels then bring the mean and the spread of every
 batch-norm's input to the stored ones (as in Yin et al. 2020, DeepInversion, without labels). Networks without
-batch-norm get the images as they are; inputs that are not images get white noise.
+batch-norm get the images as they are; inputs that are not images get white noise. Both come in the units of the example
+(`units`), and a language model writes its own text (`sequences`). Inputs of which this says too little are not guessed.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +17,11 @@ from torch import Tensor, nn
 from torch_pruning import ops
 from tqdm import tqdm
 
-from intrafusion.running import evaluating
+from intrafusion.correct.images import dead_leaves
+from intrafusion.correct.sequences import sequence_count, sequences, token_ids, why_not
+from intrafusion.correct.units import Units
+from intrafusion.running import copy_of, described, evaluating, leaves, map_tensors
 
-_LEAVES = 60
 _STEPS, _RATE, _BETAS = 12, 0.15, (0.8, 0.99)
 """Of Adam on the pixels; its rate falls linearly to 0. (20 steps at a rate of 0.05 leave half of the gap that is left
 here, take 5/3 of the time, and give pruned networks of the same accuracy on training images.)
@@ -34,20 +35,30 @@ _BATCH, _SMALLEST_BATCH = 125, 16
 """Images that are matched together: as many as fit into `_PIXELS` / 4, between these two."""
 
 
+class NoSyntheticInputs(ValueError):
+    """What a network reads cannot be drawn at random; the message says why."""
+
+
 def synthetic_count(model: nn.Module, example: Any, batches: Sequence = ()) -> int:
     """How many synthetic inputs a correction of the network should be run on, beside the user's own batches.
 
     Few real images say less about a layer with many inputs than many synthetic ones; together they say most. So they
     are filled up, but only where synthetic inputs can be trusted: images, for a network with batch-norms to match.
     """
-    image = next(filter(_is_input, _values(example)), None)
-    count = 0 if image is None else min(_MOST, max(_FEWEST, _PIXELS // max(1, image[0].numel() // _channels(image))))
+    ids = token_ids(example)
+    if ids is not None:
+        return 0 if batches else sequence_count(ids)
+    image = next(filter(_is_input, _tensors(example)), None)
+    count = 0
+    if image is not None:
+        image = image[None] if _images_in_a_list(example) else image
+        count = min(_MOST, max(_FEWEST, _PIXELS // max(1, image[0].numel() // _channels(image))))
     if not batches:
         return max(1, count)
-    own = sum(len(next(v for v in _values(batch) if torch.is_tensor(v))) for batch in batches)
+    own = sum(map(_size, batches))
     if image is None or image.dim() != 4 or not _norms(model) or own * image[0, 0].numel() >= _ENOUGH * 32 * 32:
         return 0
-    return max(0, min(count, _ENOUGH - own))
+    return max(0, min(count, _ENOUGH - own)) if not _unknown(model, example) else 0
 
 
 def synthetic_inputs(
@@ -61,18 +72,32 @@ def synthetic_inputs(
 ) -> list[Any]:
     """Batches of inputs shaped like the example, on its device, for which every batch-norm sees what it remembers.
 
-    example: the example inputs as a tuple or dictionary of tensors; integer tensors are repeated as they are.
-    run: calls the network on such inputs. count: how many (default: `synthetic_count`). Deterministic for a seed.
+    example: the example inputs, as the network takes them. run: calls the network on such inputs. count: how many
+    (default: `synthetic_count`). Deterministic for a seed.
+
+    Raises NoSyntheticInputs for what cannot be drawn: integers that are no language model's tokens, several inputs that
+    no batch-norm speaks for.
     """
     generator = torch.Generator().manual_seed(seed)
-    first = next(filter(_is_input, _values(example)), None)
-    if first is None:
-        return [example]
     count = synthetic_count(model, example) if count is None else count
-    each = min(_BATCH, max(_SMALLEST_BATCH, _PIXELS // 4 * _channels(first) // max(1, first[0].numel())))
+    ids = token_ids(example)
+    reason = why_not(model, example, ids, run) if ids is not None else _unknown(model, example)
+    if reason:
+        raise NoSyntheticInputs(f"the network reads {described(example)}, and {reason}")
+    if ids is not None:
+        return sequences(model, example, ids, run, count=count, generator=generator, progress=progress)
+    return _drawn(model, _Drawing(example), run, count, generator, progress)
+
+
+def _drawn(
+    model: nn.Module, drawing: _Drawing, run: Callable, count: int, generator: torch.Generator, progress: bool
+) -> list[Any]:
+    first = drawing.tensors[0]
+    numbers = first.numel() if drawing.listed else first[0].numel()
+    each = min(_BATCH, max(_SMALLEST_BATCH, _PIXELS // 4 * drawing.channels // max(1, numbers)))
     starts = range(0, count, each)
     if first.dtype in (torch.float16, torch.bfloat16):  # pixels move by less than half precision resolves
-        model = copy.deepcopy(model).float()
+        model = copy_of(model).float()
     norms, batches = _norms(model), []
     bar = tqdm(
         total=len(starts) * (_STEPS if norms else 1),
@@ -83,72 +108,125 @@ def synthetic_inputs(
     )
     with bar, evaluating(model):
         for start in starts:
-            size = min(each, count - start)
-            batch = _map(example, lambda value, size=size: _draw(value, size, generator))
+            pixels = drawing.start(min(each, count - start), generator)
+            if norms and start == 0:
+                drawing.choose_units_(lambda batch: _gap(model, norms, batch, run), pixels)
             if norms:
-                _match_statistics_(model, norms, batch, run, bar)
+                _match_statistics_(model, norms, pixels, drawing.shown, run, bar)
             else:
                 bar.update()
-            batches.append(_map(batch, lambda value: value.to(first.dtype) if _is_input(value) else value))
+            batches.append(drawing.finished(pixels))
     return batches
 
 
-def dead_leaves(count: int, channels: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """[count, channels, height, width] images of occluding shapes, with mean 0 and spread 1 over the batch."""
-    side = max(height, width)
-    rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    smallest = max(1.0, side / 16)
+class _Drawing:
+    """Inputs like an example's: standard pixels for each of its tensors, and what the network is shown of them.
 
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator)
+    listed: is it a list of single images? Then all of them are one tensor of pixels.
+    """
 
-    images = _colours(count, channels, generator).expand(count, channels, height, width)
-    for _ in range(_LEAVES):
-        radius = (1 / side**2 + uniform(1, 1) * (1 / smallest**2 - 1 / side**2)).rsqrt()
-        down = rows - (uniform(1, 1) * (height + 2 * radius) - radius)
-        right = columns - (uniform(1, 1) * (width + 2 * radius) - radius)
-        angle, stretch = math.pi * uniform(1, 1), torch.exp(0.4 * torch.randn(count, 1, 1, generator=generator))
-        along = (down * angle.sin() + right * angle.cos()) * stretch
-        across = (down * angle.cos() - right * angle.sin()) / stretch
-        square = uniform(1, 1) < 0.5
-        distance = torch.where(square, torch.maximum(along.abs(), across.abs()), along.hypot(across))
-        cover = (radius - distance + 0.5).clamp(0, 1)[:, None]
-        slope = 0.3 * torch.randn(count, 2, 1, 1, 1, generator=generator) / side
-        shade = slope[:, 0] * along[:, None] + slope[:, 1] * across[:, None]
-        images = images * (1 - cover) + (_colours(count, channels, generator) + shade) * cover
-    images = images + 0.1 * torch.randn(images.shape, generator=generator)
-    return (images - images.mean()) / images.std().clamp(min=1e-6)
+    def __init__(self, example: Any) -> None:
+        self._example, self.listed = example, _images_in_a_list(example)
+        self.tensors = _tensors(example)[:1] if self.listed else _tensors(example)
+        batches = [torch.stack(_tensors(example))] if self._alike else self.tensors
+        self._units = [Units.of(batch[None] if self.listed and not self._alike else batch) for batch in batches]
+
+    @property
+    def _alike(self) -> bool:
+        """Have the images of a list one size?"""
+        return self.listed and len({image.shape for image in _tensors(self._example)}) == 1
+
+    @property
+    def channels(self) -> int:
+        return self.tensors[0].shape[0] if self.listed else _channels(self.tensors[0])
+
+    def start(self, size: int, generator: torch.Generator) -> list[Tensor]:
+        """[size, ...] random images for every tensor that holds such, white noise for others."""
+        found = []
+        for value in self.tensors:
+            shape = value.shape if self.listed else value.shape[1:]
+            if len(shape) == 3:
+                drawn = dead_leaves(size, *shape, generator=generator)
+            else:
+                drawn = torch.randn(size, *shape, generator=generator)
+            found.append(drawn.to(value.device, torch.promote_types(value.dtype, torch.float32)))
+        return found
+
+    def choose_units_(self, gap: Callable[[Any], float], pixels: list[Tensor]) -> None:
+        """The example's units or standard ones, whichever agree better with the batch-norms."""
+        if all(units.are_standard or not units.dtype.is_floating_point for units in self._units):
+            return
+        theirs, standard = self._units, [Units.standard(units.dtype) for units in self._units]
+        told = gap(self.shown(pixels))
+        self._units = standard
+        if not gap(self.shown(pixels)) < told:
+            self._units = theirs
+
+    def shown(self, pixels: list[Tensor]) -> Any:
+        """What the network is run on; a gradient goes through."""
+        return self._batch([units.apply(value) for units, value in zip(self._units, pixels, strict=True)])
+
+    def finished(self, pixels: list[Tensor]) -> Any:
+        """The same in the dtypes of the example."""
+        return self._batch([units.finished(value) for units, value in zip(self._units, pixels, strict=True)])
+
+    def _batch(self, values: list[Tensor]) -> Any:
+        if self.listed:
+            return _with_images(self._example, list(values[0]))
+        remaining = iter(values)
+        return map_tensors(self._example, lambda _: next(remaining))
 
 
-def _colours(count: int, channels: int, generator: torch.Generator) -> Tensor:
-    """Correlated colours: natural ones are mostly a matter of brightness."""
-    grey = torch.randn(count, 1, 1, 1, generator=generator)
-    return math.sqrt(0.9) * grey + math.sqrt(0.1) * torch.randn(count, channels, 1, 1, generator=generator)
+def _unknown(model: nn.Module, example: Any) -> str:
+    """Why inputs cannot be drawn at random; '' if they can."""
+    tensors = _tensors(example)
+    if not tensors:
+        return "there is no tensor among them"
+    if not all(map(_is_input, tensors)):
+        return "integers cannot be drawn at random"
+    if len(tensors) == 1 or _images_in_a_list(example):
+        return ""
+    if min(value.dim() for value in tensors) < 2 or len({len(value) for value in tensors}) > 1:
+        return "it is not known how several inputs belong together"
+    return "" if _norms(model) else "there is no batch-norm that knows how several inputs belong together"
 
 
-def _draw(value: Any, size: int, generator: torch.Generator) -> Any:
-    if not torch.is_tensor(value) or value.dim() == 0:
-        return value
-    if not value.is_floating_point():
-        return value[torch.arange(size) % len(value)]
-    if value.dim() == 4:
-        drawn = dead_leaves(size, *value.shape[1:], generator=generator)
-    else:
-        drawn = torch.randn(size, *value.shape[1:], generator=generator)
-    return drawn.to(value.device, torch.promote_types(value.dtype, torch.float32))
-
-
-@torch.enable_grad()
-def _match_statistics_(model: nn.Module, norms: list, batch: Any, run: Callable, bar: tqdm) -> None:
-    """Move the pixels until every batch-norm's input has the stored mean and variance."""
-    pixels = [value.requires_grad_(True) for value in filter(_is_input, _values(batch))]
-    frozen = [(p, p.requires_grad) for p in model.parameters()]
+def _gap(model: nn.Module, norms: list, batch: Any, run: Callable) -> float:
+    """How far a batch's statistics are from those that the batch-norms remember; infinite if it does not run."""
     gaps: list[Tensor] = []
+    hooks = _watched(norms, gaps)
+    try:
+        with torch.no_grad():
+            run(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    total = torch.stack(gaps).sum().item() if gaps else 0.0
+    return total if total == total else float("inf")
 
+
+def _watched(norms: list, gaps: list[Tensor]) -> list:
     def measure(bn: Any, args: tuple) -> None:
         gaps.append(_Gap.apply(args[0], bn.running_mean, bn.running_var, bn.eps))  # type: ignore[arg-type]
 
-    hooks = [bn.register_forward_pre_hook(measure) for bn in norms]
+    return [bn.register_forward_pre_hook(measure) for bn in norms]
+
+
+@torch.enable_grad()
+def _match_statistics_(
+    model: nn.Module,
+    norms: list,
+    pixels: list[Tensor],
+    shown: Callable[[list[Tensor]], Any],
+    run: Callable,
+    bar: tqdm,
+) -> None:
+    """Move the pixels until every batch-norm's input has the stored mean and variance."""
+    for value in pixels:
+        value.requires_grad_(True)
+    frozen = [(p, p.requires_grad) for p in model.parameters()]
+    gaps: list[Tensor] = []
+    hooks = _watched(norms, gaps)
     try:
         for parameter, _ in frozen:
             parameter.requires_grad_(False)
@@ -156,7 +234,9 @@ def _match_statistics_(model: nn.Module, norms: list, batch: Any, run: Callable,
         falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, _STEPS)
         for _ in range(_STEPS):
             gaps.clear()
-            run(model, batch)
+            run(model, shown(pixels))
+            if not gaps:
+                break
             optimiser.zero_grad()
             torch.stack(gaps).sum().backward()
             optimiser.step()
@@ -204,19 +284,33 @@ def _norms(model: nn.Module) -> list:
     return [m for m in model.modules() if isinstance(m, ops.TORCH_BATCHNORM) and m.running_mean is not None]
 
 
-def _is_input(value: Any) -> bool:
-    return torch.is_tensor(value) and value.is_floating_point()
+def _is_input(value: Tensor) -> bool:
+    """Is it something that numbers or pixels can be drawn for?"""
+    return value.is_floating_point() or (value.dtype == torch.uint8 and value.dim() >= 3)
 
 
 def _channels(value: Tensor) -> int:
     return value.shape[1] if value.dim() == 4 else 1
 
 
-def _values(inputs: Any) -> list:
-    return list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
+def _tensors(inputs: Any) -> list[Tensor]:
+    return [leaf for leaf in leaves(inputs) if isinstance(leaf, Tensor)]
 
 
-def _map(inputs: Any, f: Callable) -> Any:
-    if isinstance(inputs, dict):
-        return {key: f(value) for key, value in inputs.items()}
-    return tuple(f(value) for value in inputs)
+def _size(batch: Any) -> int:
+    """How many inputs a batch holds."""
+    tensors = _tensors(batch)
+    return len(tensors) if _images_in_a_list(batch) else len(tensors[0])
+
+
+def _images_in_a_list(inputs: Any) -> bool:
+    """Is the only argument a list of single images [C, H, W], as torchvision's detectors take them?"""
+    values = list(inputs.values()) if isinstance(inputs, Mapping) else list(inputs)
+    listed = len(values) == 1 and isinstance(values[0], (list, tuple)) and len(values[0]) > 0
+    return listed and all(isinstance(image, Tensor) and image.dim() == 3 and _is_input(image) for image in values[0])
+
+
+def _with_images(inputs: Any, images: list[Tensor]) -> Any:
+    if isinstance(inputs, Mapping):
+        return dict.fromkeys(inputs, images)
+    return type(inputs)([images])

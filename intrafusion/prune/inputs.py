@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from intrafusion.correct.synthetic import synthetic_count, synthetic_inputs
+from intrafusion.correct.synthetic import NoSyntheticInputs, synthetic_count, synthetic_inputs
 from intrafusion.methods.method import Method
 from intrafusion.prune.fused_group import FusionError
 from intrafusion.prune.host import Host
 from intrafusion.prune.twin import count_of, held_out, varied
 from intrafusion.running import merged, to_device
+
+_WAY_OUT = (
+    "Give fusion='calibrated' with calibration=<batches of your own>, or fusion='paper' or 'discard', which need none"
+)
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,13 @@ def inputs_for(pruner: Host, method: Method) -> Inputs:
                 pruner.model, pruner.example_inputs, pruner.run,
                 count=count, seed=pruner.fusion.seed, progress=pruner.progress,
             )  # fmt: skip
+        except NoSyntheticInputs as error:
+            raise FusionError(f"no synthetic inputs: {error}. {_WAY_OUT}") from error
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             if not own:
                 raise FusionError(
-                    f"the network does not run on batches of synthetic inputs shaped like its example ({error}): give "
-                    "fusion='calibrated' with calibration=<batches of your own>, or fusion='paper', which needs none"
+                    f"the network does not run on batches of synthetic inputs shaped like its example ({error}). "
+                    f"{_WAY_OUT}"
                 ) from error
     device = next(pruner.model.parameters()).device
     own, drawn = ([to_device(batch, device) for batch in batches] for batches in (merged(own), drawn))
