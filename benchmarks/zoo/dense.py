@@ -42,6 +42,12 @@ def dense_network(entry: Entry, count: int = 64) -> nn.Module:
     torch.manual_seed(0)
     model = entry.build()
     _draw_constants_(model)
+    settle_(model, entry.inputs(count, SETTLING))
+    return model
+
+
+def settle_(model: nn.Module, inputs: Any) -> None:
+    """Give the batch-norms the statistics of what they read of some inputs; the network is in eval mode afterwards."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     model.eval()
     momenta = [(norm, norm.momentum) for norm in norms]
@@ -50,10 +56,19 @@ def dense_network(entry: Entry, count: int = 64) -> nn.Module:
         norm.momentum = None  # the mean of all batches
         norm.train()
     with torch.no_grad():
-        run(model, entry.inputs(count, SETTLING))
+        run(model, inputs)
     for norm, momentum in momenta:
         norm.momentum = momentum
-    return model.eval()
+    model.eval()
+
+
+def in_double(inputs: Any) -> Any:
+    """The same inputs with twice the digits."""
+    if isinstance(inputs, dict):
+        return {key: in_double(value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(map(in_double, inputs))
+    return inputs.double() if inputs.is_floating_point() else inputs
 
 
 @torch.no_grad()
