@@ -83,7 +83,7 @@ def wanted(measure: str, record: dict[str, Any] | None) -> bool:
 
 
 def _measured(row: Row, limit: float, memory: float) -> dict[str, Any]:
-    """The record of a row, measured in a fork of this process, which has loaded torch and nothing of ours that prunes."""
+    """The record of a row, measured in a fork of this process, which has loaded torch but nothing that prunes."""
     start = time.time()
     known: dict[str, Any] = {"row": row.name, "model": row.entry.name, "preset": row.preset, "errors": {}}
     if row.entry.missing:

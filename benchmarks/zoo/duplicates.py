@@ -15,9 +15,9 @@ from intrafusion.groups.table import GroupTable
 
 
 def duplicated(pruner: IntraFusionPruner, but: set[str]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A copy of the pruner's network in which, in every group that can be fused, half of the channels are others again.
+    """A copy of the pruner's network in which half of the channels of every group that can be fused are others again.
 
-    but: names of groups that are left alone. Returns also, for each group by name, [n] whether a channel is an original.
+    but: names of groups that are left alone. Returns also, for each group, [n] whether a channel is an original.
     """
     groups = pruner.DG.get_all_groups(pruner.ignored_layers, pruner.root_module_types)
     tables = [pruner.table(group) for group in groups if not pruner.is_attention(group)]
@@ -34,7 +34,7 @@ def has_twins(table: GroupTable) -> bool:
 
 
 def halves(classes: Tensor) -> tuple[Tensor, Tensor]:
-    """([n] for each channel the one whose copy it becomes, [n] whether it stays itself): the first half of each class."""
+    """([n] of which channel each becomes a copy, [n] whether it stays itself, as the first half of each class does)."""
     order, kept = torch.arange(len(classes)), torch.zeros(len(classes), dtype=torch.bool)
     for label in classes.unique():
         members = (classes == label).nonzero().flatten()

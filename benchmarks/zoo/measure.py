@@ -41,13 +41,14 @@ PATIENCE = 40
 """Processor seconds that pruning may have taken if the duplicates, which take as long again, are to be tried."""
 ONNX_IN = "calibrated"
 """The preset whose network is exported: the one that adds most to it (biases)."""
-_OURS = (FusionError, ValueError, TypeError, NotImplementedError)
+_FOR_USERS = (ValueError, TypeError, NotImplementedError)
+"""Errors that a user is meant to read, where our own code raises them."""
 
 Found = dict[str, Any]
 
 
 class Measurement:
-    """What is known of a row so far. `report` is given it before each stage, so that a row that is stopped says where."""
+    """What is known of a row so far. `report` is given that before each stage, for a row that is stopped."""
 
     def __init__(self, row: Row, report: Callable[[Found], None]) -> None:
         self.row, self.entry = row, row.entry
@@ -63,7 +64,13 @@ class Measurement:
         try:
             return action()
         except Exception as error:
-            self.found["errors"][name] = _described(error)
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text, file = f"{type(error).__name__}: {_one_line(error)}", Path(place.filename)
+            ours = isinstance(error, _FOR_USERS) and "intrafusion" in file.parts
+            if not (ours or isinstance(error, FusionError)):
+                self.found.setdefault("raw", []).append(name)
+                text = f"{text} [{file.name}:{place.lineno} {place.name}]"
+            self.found["errors"][name] = text
             return None
 
     def measure(self) -> Found:
@@ -278,15 +285,6 @@ def _same(first: nn.Module, second: nn.Module, inputs: Any = None) -> bool:
         return all(
             torch.equal(a, b) for a, b in zip(run(first.eval(), inputs), run(second.eval(), inputs), strict=True)
         )
-
-
-def _described(error: Exception) -> str:
-    """Its type and message on one line; where it was raised too, if it is no error of ours."""
-    text = f"{type(error).__name__}: {_one_line(error)}"
-    if isinstance(error, _OURS):
-        return text
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{text} [{Path(frame.filename).name}:{frame.lineno} {frame.name}]"
 
 
 def _one_line(value: Any) -> str:

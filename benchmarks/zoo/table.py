@@ -21,22 +21,29 @@ _ABOUT = """\
 # The zoo
 
 Every classification network, detection backbone and segmentation network of torchvision, and some of timm and
-transformers, pruned in each preset by half of the channels of every group (L1 order, torch-pruning's groups, the layers that
-make the output left alone), on small inputs. Made by `python -m benchmarks.zoo --tables docs/zoo.md`.
+transformers, pruned in each preset by half of the channels of every group (L1 order, torch-pruning's groups, the
+layers that make the output left alone), on small inputs. Made by `python -m benchmarks.zoo --tables docs/zoo.md`; it
+goes on where it was stopped, and `--page` writes a page that sorts.
 
-The weights are **random**: this table says what can be pruned, saved and trained further, not how good the result is. What
-an initialisation makes constant (gains, biases, layer scales) is drawn too, and the batch-norms' statistics, which mean
-nothing before training, are those of one forward pass over random inputs.
+The weights are **random**: this table says what can be pruned, saved and trained further, not how good a result is.
+What an initialisation makes constant (gains, biases, layer scales) is drawn too, and the batch-norms' statistics, which
+mean nothing before training, are those of one forward pass over random inputs.
 
 * **result**: `better`: the output is as near to the dense network's as its discarded twin's, or nearer (the twin: the
-  same channels chosen, cut and nothing else). `worse`: it is not, and a warning says so. `refused`: an error with a reason,
-  and the network is as it was. `no network`: torch-pruning itself makes a network that does not run, and we say so.
-  `too large`: more than the row's time or memory. `CRASH`, `FAULT`, `WORSE`: defects.
+  same channels chosen and cut, nothing fused). `worse`: it is not, and a warning says so. `refused`: an error with a
+  reason, the network as it was. `no network`: torch-pruning makes a network that does not run, and a warning says so.
+  `too large`: more than the row's time or memory. `CRASH`, `FAULT`, `WORSE` (without a word): defects.
 * **error**, **twin's**: |output - dense output| / |dense output| on random inputs that the pruner has not seen.
-* **duplicates**: the same, when half of the channels are exact copies of others and the copies are pruned (not under
-  `discard` and `paper`, which promise nothing of the kind, nor where pruning took over 40 s). **permutation**: when channels change places within groups.
+* **duplicates**: the same, when half of the channels are exact copies of others and the copies are pruned (in double
+  precision; not under `discard` and `paper`, which promise nothing of the kind, nor where pruning took over 40 s).
+  **permutation**: when channels change places within their groups.
 * **cut only**: groups that a preset cannot fuse; why is listed below. **s**: processor seconds, one thread.
 * ONNX is tried under `calibrated` only, which adds biases; `-` means not tried.
+
+`paper` is the published method. Its sums grow with the depth: the coefficients of each channel sum to one, so that a
+merged row is as large as its members together, and so are the columns that read it. Batch-norms with running statistics
+do not take that back, and the error multiplies from layer to layer, up to 10^9 here, while the twin's stays near 1. That
+is the method as published, not a defect; a warning gives both figures.
 """
 
 
@@ -59,7 +66,8 @@ def cells(record: dict[str, Any]) -> list[str]:
         *(str(record.get(key, "")) for key in ("groups", "fused", "cut")),
         _number(record.get("error")), _number(record.get("twin")), _number(record.get("duplicates")),
         _number(record.get("permutation")),
-        _done(record.get("trained"), "training" in errors, runs), _done(record.get("saved"), "save and load" in errors, runs),
+        _done(record.get("trained"), "training" in errors, runs),
+        _done(record.get("saved"), "save and load" in errors, runs),
         _done("onnx" in record or None, "ONNX" in errors, runs), _number(record.get("seconds")),
     ]  # fmt: skip
 
@@ -134,16 +142,26 @@ def _done(value: Any, failed: bool, tried: bool) -> str:
 
 
 _PAGE = """<!doctype html><meta charset="utf-8"><title>The zoo</title>
-<style>body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:2px 8px;border-bottom:1px solid #ddd;
-text-align:left}th{cursor:pointer;position:sticky;top:0;background:#fff}td:nth-child(n+4):nth-child(-n+14){text-align:right}
+<style>body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}
+td,th{padding:2px 8px;border-bottom:1px solid #ddd;text-align:left}
+th{cursor:pointer;position:sticky;top:0;background:#fff}
+td:nth-child(n+4):nth-child(-n+14){text-align:right}
 .CRASH,.FAULT,.WORSE{background:#fdd}.worse,.refused{background:#fe9}.better{background:#efe}</style>
-<h1>The zoo</h1><p><input placeholder="show rows that contain ..." oninput="for(const r of document.querySelectorAll('tbody tr'))
-r.hidden=!r.textContent.includes(this.value)"></p>
+<h1>The zoo</h1><p><input placeholder="show rows that contain ..." oninput="show(this.value)"></p>
 <table><thead><tr>HEAD</tr></thead><tbody>
 BODY
 </tbody></table>
-<script>document.querySelectorAll('th').forEach((h,i)=>h.onclick=()=>{const b=document.querySelector('tbody');
-const v=r=>r.children[i].textContent,n=x=>x===''||isNaN(x)?null:+x;
-[...b.rows].sort((p,q)=>{const s=n(v(p)),t=n(v(q));return s!==null&&t!==null?s-t:v(p).localeCompare(v(q))}).forEach(r=>b.append(r))})
+<script>
+const body = document.querySelector('tbody');
+const show = text => { for (const row of body.rows) row.hidden = !row.textContent.includes(text); };
+const number = text => text === '' || isNaN(text) ? null : +text;
+document.querySelectorAll('th').forEach((heading, at) => heading.onclick = () => {
+  const of = row => row.children[at].textContent;
+  const order = (p, q) => {
+    const [a, b] = [number(of(p)), number(of(q))];
+    return a !== null && b !== null ? a - b : of(p).localeCompare(of(q));
+  };
+  body.append(...[...body.rows].sort(order));
+});
 </script>
 """

@@ -10,9 +10,8 @@ EXACT = 1e-3
 """Relative error up to which an output counts as unchanged by a permutation."""
 TRACE = 1e-2
 """The same when duplicates have been pruned and layers refitted by ridge regressions."""
-_OURS = ("FusionError", "ValueError", "TypeError", "NotImplementedError")
-_COMPARED = ("cut torch-pruning", "discard", "worse than")
-"""Words by one of which a warning says that the plain cut does better."""
+_WORSE = "worse than plain cutting"
+"""Words by which a warning says that the plain cut does better."""
 
 Record = dict[str, Any]
 
@@ -32,19 +31,19 @@ def verdict(record: Record) -> tuple[str, str]:
     if "build" in errors:
         return _kind(errors["build"], "skipped"), f"it cannot be built: {errors['build']}"
     if "prune" in errors:
-        kind = _kind(errors["prune"], "refused" if errors["prune"].startswith(_OURS) else "CRASH")
-        return kind, errors["prune"]
+        return _kind(errors["prune"], "CRASH" if "prune" in record.get("raw", ()) else "refused"), errors["prune"]
     if "forward" in errors:
-        if record["preset"] == "discard" and ("torch-pruning" in errors or "the twin runs" in errors):
-            return "no network", errors["forward"]
-        return "FAULT", f"it does not run: {errors['forward']}"
+        said = [warning for warning in record.get("warnings", []) if "does not run" in warning]
+        if said and ("torch-pruning" in errors or "the twin runs" in errors):
+            return "no network", said[0]
+        return "FAULT", f"it does not run{', and says so' if said else ''}: {errors['forward']}"
     broken = faults(record)
     if broken:
         return "FAULT", "; ".join(broken)
     error, twin = record.get("error"), record.get("twin")
     if error is None or twin is None or error <= WORSE * twin + EXACT:
         return "better", ""
-    said = [w for w in record.get("warnings", []) if any(word in w for word in _COMPARED) and "could only be" not in w]
+    said = [warning for warning in record.get("warnings", []) if _WORSE in warning]
     return ("worse", said[0]) if said else ("WORSE", f"{error:.3g}, its twin {twin:.3g}")
 
 
