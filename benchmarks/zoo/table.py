@@ -42,8 +42,8 @@ mean nothing before training, are those of one forward pass over random inputs.
 
 `paper` is the published method. Its sums grow with the depth: the coefficients of each channel sum to one, so that a
 merged row is as large as its members together, and so are the columns that read it. Batch-norms with running statistics
-do not take that back, and the error multiplies from layer to layer, up to 10^9 here, while the twin's stays near 1. That
-is the method as published, not a defect; a warning gives both figures.
+do not take that back, and the error multiplies from layer to layer, up to 10^9 here, while the twin's stays near 1.
+That is the method as published, not a defect; a warning gives both figures.
 """
 
 

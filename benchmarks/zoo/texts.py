@@ -35,7 +35,6 @@ class Text:
         import transformers
 
         config = getattr(transformers, self.config)(**self.options)
-        config.return_dict = False
         return getattr(transformers, self.model)(config)
 
     @property
