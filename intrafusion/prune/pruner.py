@@ -18,6 +18,7 @@ from torch_pruning.dependency.group import Group
 
 from intrafusion.groups.batchnorm import folded
 from intrafusion.groups.kinds.base import torch_pruners
+from intrafusion.groups.kinds.frozen import recognise
 from intrafusion.groups.permutation_check import inconsistent_groups
 from intrafusion.groups.snapshot import Snapshot
 from intrafusion.groups.table import GroupTable, foldable_pairs, module_name, tabulate
@@ -99,6 +100,7 @@ class FusionMixin:
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         checks.check_arguments(bound.arguments)
         checks.complete(bound.arguments)
+        recognise(bound.arguments["model"])
         bound.arguments["customized_pruners"] = {**torch_pruners(), **(bound.arguments.get("customized_pruners") or {})}
         self._feed(bound.arguments)
         modes = [(module, module.training) for module in bound.arguments["model"].modules()]

@@ -105,6 +105,8 @@ def _problems(graph: tp.DependencyGraph, group: Group) -> list[_Problem]:
 def _why_not(graph: tp.DependencyGraph, layer: nn.Module, name: str, item: Any) -> str:
     if isinstance(layer, _RECURRENT):
         return "is a recurrent layer, which torch-pruning cannot cut"
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
+        return "has running statistics, which torch-pruning does not cut: give it track_running_stats=False"
     if way_back := computed(layer, expression(name)):
         return f"has a parametrised weight: call {way_back} first"
     try:
