@@ -156,11 +156,14 @@ def read_back(rows: Tensor, shift: Tensor, readers: Sequence[Samples], given: Te
     """S: [n, k] float64, by which the new channels of rows [k, n], shift [k] give the old ones best, least squares.
 
     given: [n, k] another one, that is taken if it does no worse: one that is exact, where least squares need a ridge.
+    Raises ValueError for activations that are not finite.
     """
     new = torch.cat([_forward(r, rows.to(r.z), shift.to(r.z), r.z) for r in readers])
     target = torch.cat([reader.h for reader in readers])
     new, target = new - new.mean(dim=0), target - target.mean(dim=0)
     read = _read_back(new, target)
+    if not torch.isfinite(read).all():
+        raise ValueError("the calibration inputs give activations that are not finite")
     if given is not None and _unread(new, target, given) <= _unread(new, target, read):
         return given.to(read)
     return read

@@ -32,6 +32,7 @@ class Weak(Summed):
             self.seen[f"{layer.name} inputs, {place}"] = weakref.ref(sight.inputs)
 
 
+@pytest.mark.filterwarnings("ignore::intrafusion.WorseThanCut")
 @pytest.mark.parametrize("keep", [False, True])
 def test_neither_copies_nor_inputs_nor_activations_outlive_a_step(keep):
     method("weak")(Weak)
@@ -47,6 +48,7 @@ def test_neither_copies_nor_inputs_nor_activations_outlive_a_step(keep):
     assert len(pruner.last_step.inputs) > 0 if keep else pruner.last_step.inputs == ()
 
 
+@pytest.mark.filterwarnings("ignore::intrafusion.WorseThanCut")
 @pytest.mark.parametrize("abandoned", [False, True])
 def test_the_same_holds_for_an_interactive_step_however_far_it_is_followed(abandoned):
     method("weak")(Weak)
