@@ -36,8 +36,8 @@ class LayerView:
     """One layer that may be put right.
 
     layer, norm: of the pruned network; dense, dense_norm: of the dense one; norm is the batch-norm that reads the layer
-    alone, or None. rows: what its outputs stand for. sights: (dense, pruned), one pair per batch, or per call where there are several in
-    a pass.
+    alone, or None. rows: what its outputs stand for. sights: (dense, pruned), one pair per batch, or
+    per call where there are several in a pass.
     """
 
     name: str
@@ -153,7 +153,8 @@ class Correction:
     def _norms_apart(self) -> list[str]:
         """Batch-norms that are not put right together with a layer."""
         fitted = {norm for name, norm in self.layers.items() if can_refit(self.model.get_submodule(name))}
-        return [name for name, module in self.model.named_modules() if name not in fitted and isinstance(module, _NORMS)]
+        norms = (name for name, module in self.model.named_modules() if isinstance(module, _NORMS))
+        return [name for name in norms if name not in fitted]
 
     def _new_walk(self) -> Walk:
         return Walk((self.dense, self.model), self.run, self.batches, self.layers, self._calls, self._memory)

@@ -67,8 +67,8 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Sequence[tupl
     """Give a layer (and its batch-norm) new weights; False, and nothing changed, if its inputs are the dense ones.
 
     dense, dense_bn: the same layer of the dense network. sights: (dense, pruned), one pair per batch. rows: what the
-    present outputs stand for. The ridge pulls towards the present weight, which the pair has mixed, or towards the dense
-    one, read from the present channels as well as a regression can: to what predicts held-out images better.
+    present outputs stand for. The ridge pulls towards the present weight, which the pair has mixed, or towards the
+    dense one, read from the present channels as well as a regression can: to what predicts held-out images better.
 
     Raises ValueError if an activation is not finite.
     """

@@ -211,9 +211,7 @@ class Walk:
 class _Stopped:
     """One pass of the walk, and the visit where it stands."""
 
-    def __init__(
-        self, forward: Callable[[], Any], layers: Layers, turn: dict[str, int], calls: dict[str, int]
-    ) -> None:
+    def __init__(self, forward: Callable[[], Any], layers: Layers, turn: dict[str, int], calls: dict[str, int]) -> None:
         self.live = Live()
         self._pass, self._layers, self._turn = Pass(forward, layers, self.live), layers, turn
         self._left = dict(calls)

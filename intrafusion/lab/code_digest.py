@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 PRUNING_CODE = (
-    "ot", "running.py", "groups", "correct", "history", "methods", "prune", "models.py", "lab/pruning.py",
+    "ot", "running", "groups", "correct", "history", "methods", "prune", "models.py", "lab/pruning.py",
     "lab/measure.py", "lab/models.py",
 )  # fmt: skip
 TRAINING_CODE = (

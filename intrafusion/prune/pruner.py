@@ -32,7 +32,6 @@ from intrafusion.prune.step import Step
 from intrafusion.prune.twin import Comparison, WorseThanCut
 from intrafusion.running import run_model
 
-
 _WAY_OUT = (
     "Compare both on your own data: fusion='calibrated' with calibration=<batches of your own> knows what the network "
     "really sees, fusion='discard' is the plain cut"

@@ -85,9 +85,7 @@ class Twin:
                 self._cuts.append(_Cut(name, is_parameter, item.dep.handler, target.pruning_dim, list(removed)))
 
     @torch.no_grad()
-    def compared(
-        self, step: int, fused: nn.Module, run: Callable[[nn.Module, Any], Any]
-    ) -> Comparison | None:
+    def compared(self, step: int, fused: nn.Module, run: Callable[[nn.Module, Any], Any]) -> Comparison | None:
         """Compare the fused network and the twin; None where that says nothing."""
         if not self._cuts:
             return None
