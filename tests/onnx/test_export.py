@@ -129,6 +129,57 @@ def test_dictionaries_of_inputs_and_a_fixed_batch(tmp_path):
     torch.testing.assert_close(torch.from_numpy(first), model(**inputs)["first"], rtol=1e-4, atol=1e-4)
 
 
+class Variadic(nn.Module):
+    """Any number of arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, first, *others):
+        return sum(map(self.layer, others), self.layer(first))
+
+
+@pytest.mark.slow
+def test_arguments_without_names_of_their_own_may_have_any_batch(tmp_path):
+    model, path = Variadic().eval(), tmp_path / "model.onnx"
+    intrafusion.export(model, path, tuple(torch.randn(3, 1, 4)))
+    given = torch.randn(3, 5, 4)
+    torch.testing.assert_close(run(path, *given), model(*given), rtol=1e-4, atol=1e-5)
+
+
+class OneLength(nn.Module):
+    """Adds something that has the length of a batch."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("offset", torch.arange(length)[:, None].float())
+
+    def forward(self, x):
+        return self.layer(x) + self.offset
+
+
+@pytest.mark.slow
+def test_a_network_of_one_batch_size_is_exported_for_it_with_a_warning_or_told_what_to_do(tmp_path):
+    x, path = torch.randn(4, 4), tmp_path / "model.onnx"
+    with pytest.raises(ExportError, match=r"OneLength runs on the example inputs, but not .*dynamic_batch=False"):
+        intrafusion.export(OneLength(4), path, x, dynamic_batch=True)
+    assert not path.exists()
+    with pytest.warns(UserWarning, match="exported for batches of 4"):
+        intrafusion.export(model := OneLength(4).eval(), path, x)
+    torch.testing.assert_close(run(path, x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_half_precision_has_a_tolerance_of_its_own(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8)).half().eval()
+    x = torch.randn(2, 64).half()
+    assert intrafusion.export(model, tmp_path / "model.onnx", x).difference < 1.6e-2
+    with pytest.raises(ExportError, match=r"tolerance=1\.0e-09"):
+        intrafusion.export(model, tmp_path / "model.onnx", x, tolerance=1e-9)
+
+
 class Branching(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
@@ -140,7 +191,9 @@ def test_what_cannot_be_exported_names_the_reason_and_leaves_the_file_that_was_t
     path.write_text("before")
     with pytest.raises(ExportError, match=r"Branching cannot be exported: .*data-dependent"):
         intrafusion.export(Branching(), path, torch.ones(2))
-    with pytest.raises(ExportError, match=r"Mlp does not run on the example inputs: .*shapes cannot be multiplied"):
+    with pytest.raises(
+        ExportError, match=r"Mlp does not run on inputs of \[\[\d+, \d+, 3\]\]: .*shapes cannot be multiplied"
+    ):
         intrafusion.export(model, path, x[..., :3])
     with pytest.raises(ExportError, match=r"differs from the network by \d\.\de-\d\d of its largest output"):
         intrafusion.export(model, path, x, tolerance=0.0)
