@@ -295,8 +295,8 @@ def _recorded() -> Iterator[list[warnings.WarningMessage]]:
 
 def _failed(row: Row, error: Exception, dense: nn.Module) -> None:
     row.error, row.where = _said(error), _place(error)
-    cause = error.__cause__
-    plain = isinstance(error, _SENTENCES) and (cause is None or isinstance(cause, _SENTENCES))
+    cause = error.__cause__ or error
+    plain = isinstance(error, _SENTENCES) and isinstance(cause, _SENTENCES) and _is_ours(cause)
     names = [name for name, _ in [*dense.named_modules(), *dense.named_parameters()] if name]
     row.named = plain and any(f"'{name}'" in str(error) or f"{name}:" in str(error) for name in names)
 
@@ -304,6 +304,12 @@ def _failed(row: Row, error: Exception, dense: nn.Module) -> None:
 def _said(error: Exception) -> str:
     wrapped = f" <- {type(error.__cause__).__name__}" if error.__cause__ is not None else ""
     return f"{type(error).__name__}{wrapped}: {error}"
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Was it raised by the package itself, and not by what it calls?"""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(str(Path(intrafusion.__file__).parent))
 
 
 def _place(error: BaseException) -> str:
