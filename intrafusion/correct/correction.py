@@ -7,7 +7,6 @@ right on the way. What the outputs of every layer stand for, in terms of the den
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from intrafusion.groups.layout import mix_
 from intrafusion.groups.table import GroupTable, Slot, batchnorm_of, module_name
 from intrafusion.ot import Pair
 from intrafusion.ot.rows import Samples
+from intrafusion.running import copy_of
 
 _NORMS = nn.modules.batchnorm._BatchNorm
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
@@ -74,7 +74,7 @@ class Correction:
         progress: bool = True,
     ) -> None:
         self.graph, self.model, self.run, self.batches = graph, graph.model, run, batches
-        self.dense = copy.deepcopy(graph.model).requires_grad_(False).eval()
+        self.dense = copy_of(graph.model).requires_grad_(False).eval()
         self._repair_, self._after_cut, self._memory = repair_, after_cut, memory
         self._tracked = tracked or batches
         partners = layers_of(graph)
