@@ -24,9 +24,9 @@ _ROUTES = {
     "index_select", "chunk", "split", "tensor_split", "unbind", "pad", "interpolate", "upsample", "roll", "flip", "t",
     "T", "mT", "mean", "sum", "neg", "positive", "mul", "mul_", "imul", "rmul", "div", "div_", "truediv", "itruediv",
     "true_divide", "dropout", "alpha_dropout", "feature_dropout", "pixel_shuffle", "pixel_unshuffle", "unfold",
-    "fold", "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "data", "masked_fill", "channel_shuffle",
-    "prelu", "boolean_dispatch", "threshold", "hardshrink", "softshrink", "logsigmoid", "rrelu", "amax", "where", "real",
-    "feature_alpha_dropout", "max_pool1d", "max_pool2d", "max_pool3d",
+    "fold", "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "data", "masked_fill",
+    "channel_shuffle", "prelu", "boolean_dispatch", "threshold", "hardshrink", "softshrink", "logsigmoid", "rrelu",
+    "amax", "where", "real", "feature_alpha_dropout", "max_pool1d", "max_pool2d", "max_pool3d",
 } | {name_of(func) for func in CHANNELWISE}  # fmt: skip
 """What passes the mixtures of one tensor on: linear maps, and functions of one channel. (Norms by our experience.)"""
 

@@ -74,6 +74,6 @@ class View:
         return [] if self.correction is None else self.correction.samples(table)
 
     def watch(self, readers: Mapping[str, Callable[[Tensor], None]]) -> None:
-        """One pass of the network over all batches: the inputs of every call of a named layer are given to its function."""
+        """One pass over all batches: the inputs of every call of a named layer are given to its function."""
         layers = {name: norm for name, norm in layers_of(self.graph).items() if name in readers}
         watch(self.model, self.run, self.batches, layers, lambda tape, visit: readers[visit.name](visit.inputs))
