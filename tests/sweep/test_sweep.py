@@ -32,7 +32,6 @@ _KNOWN = {
     (324, "paper"): "torch-pruning's graph fails behind an nn.PReLU of one slope, and nothing names it",
     (324, "barycentre"): "the same",
     (324, "data-free"): "the same",
-    (325, "calibrated"): "a tower that is called at two scales: the survey puts inputs of two shapes together",
 }
 
 
