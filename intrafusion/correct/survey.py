@@ -148,7 +148,10 @@ def _reads(layer: nn.Module, slot: Slot) -> Tensor:
 
 @dataclass
 class _Reader:
-    """What one reader of a group of n channels sees, call by call: z [P, n, ...] and h [P, n]."""
+    """What one reader of a group of n channels sees, call by call: z [P, n, ...] and h [P, n].
+
+    Of several calls, those count that see the channels as the first one does.
+    """
 
     slot: Slot
     n: int
@@ -156,6 +159,7 @@ class _Reader:
     told: str
     mixed: Sequence[str]
     calls: Sequence[Call] = ()
+    kind: tuple | None = None
     makers: set[str] = field(default_factory=set)
     understood: bool = True
     movable: bool = True
@@ -170,6 +174,10 @@ class _Reader:
         if window is None:
             self.understood, self.z, self.h, self.places = False, [], [], []
             return
+        kind = (window.side, window.flattened, before.dim(), tuple(call.func for call in chain))
+        if self.kind not in (None, kind):
+            return
+        self.kind = kind
         share = max(1, min(_PLACES, max(2 * self.n, _VALUES // self.n)) // self.expected)
         chosen = torch.randperm(window.count, generator=self.generator)[:share].to(inputs.device)
         self.calls, maker = chain[:-1] if window.flattened else chain, tape.maker(before)

@@ -20,6 +20,8 @@ from torch import Tensor
 
 _OUTER, _INNER = 5, 5
 _RIDGE = 1e-3
+_WEAK_RIDGES = (1e-6, 1e-9)
+"""Tried as well where rows are read back for good: channels that are copies of each other are then read exactly."""
 _SOLVED = 1e-4
 """A start that leaves less than this share of what the readers read is not changed: its channels are duplicates."""
 _FAR = 3.0
@@ -85,7 +87,8 @@ def bound_means(rows: Tensor, shift: Tensor, start: tuple[Tensor, Tensor], mean:
     Where a channel is best kept linear, the descent may put its mean as far from the kink as it likes: what reads it
     takes the constant away again. A mean of many standard deviations is a bad start for training, though: the least
     change of a reader's weights moves its mean by as many, and running statistics lag behind. So each mean is brought
-    back to 3 standard deviations, or to where the start (rows [k, n], shift [k]) had it if that was farther.
+    back to 3 standard deviations, or to where the start (rows [k, n], shift [k]) had it, or to where it is without any
+    shift, if that was farther.
     """
 
     def centre_and_spread(r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +97,7 @@ def bound_means(rows: Tensor, shift: Tensor, start: tuple[Tensor, Tensor], mean:
     centre, spread = centre_and_spread(rows, shift)
     before, spread_before = centre_and_spread(*start)
     far = torch.where(spread_before > 0, before.abs() / spread_before, torch.inf).clamp(min=_FAR)
-    limit = torch.where(spread > 0, far * spread, torch.inf)
+    limit = torch.where(spread > 0, far * spread, torch.inf).maximum((rows @ mean).abs())
     return shift + centre.clamp(-limit, limit) - centre
 
 
@@ -158,19 +161,19 @@ def read_back(rows: Tensor, shift: Tensor, readers: Sequence[Samples], given: Te
     given: [n, k] another one, that is taken if it does no worse: one that is exact, where least squares need a ridge.
     Raises ValueError for activations that are not finite.
     """
-    new = torch.cat([_forward(r, rows.to(r.z), shift.to(r.z), r.z) for r in readers])
-    target = torch.cat([reader.h for reader in readers])
-    new, target = new - new.mean(dim=0), target - target.mean(dim=0)
-    read = _read_back(new, target)
-    if not torch.isfinite(read).all():
+    new = torch.cat([_forward(r, rows.to(r.z), shift.to(r.z), r.z) for r in readers]).double()
+    target = torch.cat([reader.h for reader in readers]).double()
+    if not (torch.isfinite(new).all() and torch.isfinite(target).all()):
         raise ValueError("the calibration inputs give activations that are not finite")
-    if given is not None and _unread(new, target, given) <= _unread(new, target, read):
-        return given.to(read)
-    return read
-
-
-def _unread(new: Tensor, target: Tensor, read: Tensor) -> float:
-    return float((target - new @ read.T.to(new)).square().sum())
+    judges = torch.cat([reader.held_out for reader in readers])
+    means = [value[~judges].mean(dim=0) for value in (new, target)]
+    new, target = (value - mean for value, mean in zip((new, target), means, strict=True))
+    parts = (new[~judges], target[~judges])
+    reads = [] if given is None else [given.to(new)]
+    reads += [_read_back(*parts, ridge) for ridge in (_RIDGE, *_WEAK_RIDGES)]
+    if not judges.any():
+        return reads[-len(_WEAK_RIDGES) - 1]
+    return min(reads, key=lambda read: float((target[judges] - new[judges] @ read.T).square().sum()))
 
 
 class _View:
@@ -242,10 +245,10 @@ def _forward(reader: Samples, rows: Tensor, shift: Tensor, z: Tensor) -> Tensor:
     return reader.f(mixed + shift.reshape(1, -1, *[1] * (mixed.dim() - 2)))
 
 
-def _read_back(new: Tensor, h: Tensor) -> Tensor:
+def _read_back(new: Tensor, h: Tensor, ridge: float = _RIDGE) -> Tensor:
     """S [n, k] float64 by which new [p, k] gives h [p, n] best, least squares; both have mean 0."""
     gram, cross = (new.T @ new).double(), (new.T @ h).double()
-    gram.diagonal().add_(_RIDGE * gram.diagonal().mean() + 1e-12)
+    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
     return torch.linalg.solve(gram, cross).T
 
 

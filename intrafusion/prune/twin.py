@@ -22,6 +22,8 @@ from intrafusion.running import evaluating, map_tensors, tensors_in
 
 _SHARE, _MOST = 16, 64
 """One input of `_SHARE` is held out, `_MOST` at most."""
+_VALUES = 2**18
+"""So many numbers are drawn where nothing else is there to judge with, or one input."""
 _WORSE, _NOTHING = 1.02, 1e-4
 
 
@@ -117,13 +119,23 @@ class Twin:
 
 
 def varied(example: Any) -> Any:
-    """Inputs like the example; noise where that says nothing, being the same everywhere."""
+    """Inputs like the example: noise of its mean and spread, or standard normal where it is the same everywhere.
+
+    Small inputs are drawn up to 64 times, if all tensors of the example share their first axis. What does not hold
+    numbers with a fraction stays as it is.
+    """
+    values = max((value.numel() for value in tensors_in(example)), default=1)
+    times = max(1, min(_MOST, _VALUES // max(1, values))) if _shares_first_axis(example) else 1
+    generator = torch.Generator().manual_seed(0)
 
     def noise(value: Tensor) -> Tensor:
-        if not value.is_floating_point() or value.numel() < 2 or bool((value != value.flatten()[0]).any()):
-            return value
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(value.shape, generator=generator).to(value)
+        if not value.is_floating_point():
+            return value.repeat(times, *[1] * (value.dim() - 1))
+        shape = (times * len(value), *value.shape[1:]) if value.dim() else ()
+        drawn = torch.randn(shape, generator=generator)
+        precise = value.float()
+        says = value.numel() > 1 and bool((value != value.flatten()[0]).any())
+        return (drawn.to(precise) * precise.std() + precise.mean() if says else drawn).to(value)
 
     return map_tensors(example, noise)
 
@@ -153,11 +165,16 @@ def count_of(batches: Iterable) -> int:
 
 
 def _size(batch: Any) -> int:
-    """How many inputs a batch can be parted into: all its tensors share their first axis, and none is in a list."""
-    sizes = {len(value) if value.dim() else 1 for value in tensors_in(batch)}
+    """How many inputs a batch can be parted into."""
+    return len(next(tensors_in(batch))) if _shares_first_axis(batch) else 1
+
+
+def _shares_first_axis(batch: Any) -> bool:
+    """Do all tensors of a batch share their first axis, and is none in a list?"""
+    sizes = {len(value) if value.dim() else None for value in tensors_in(batch)}
     values = batch.values() if isinstance(batch, Mapping) else batch
     nested = sum(isinstance(value, Tensor) for value in values) < sum(1 for _ in tensors_in(batch))
-    return sizes.pop() if len(sizes) == 1 and not nested else 1
+    return len(sizes) == 1 and None not in sizes and not nested
 
 
 def _take_sizes_(module: nn.Module, like: nn.Module) -> None:

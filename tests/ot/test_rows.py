@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from intrafusion.ot.rows import Samples, _View, bound_means
+from intrafusion.ot.rows import Samples, _View, bound_means, read_back
 
 MEAN = torch.tensor([0.5, -1.0, 8.0]).double()
 COV = torch.diag(torch.tensor([1.0, 4.0, 0.25]).double())
@@ -63,3 +63,25 @@ def test_the_error_and_its_gradient_are_those_of_the_plain_formula() -> None:
         torch.testing.assert_close(
             torch.tensor(view.held_out_error(rows, shift)), ((left @ samples.metric) * left).sum() / int(judged.sum())
         )
+
+
+def test_what_has_no_shift_gets_none_however_far_its_mean_is():
+    mean, cov = torch.tensor([50.0, -80.0, 0.1]).double(), torch.eye(3).double()
+    rows, start = torch.eye(3).double()[:2], (0.5 * torch.eye(3).double()[:2], torch.zeros(2).double())
+    assert torch.equal(bound_means(rows, torch.zeros(2).double(), start, mean, cov), torch.zeros(2).double())
+    moved = bound_means(rows, torch.tensor([100.0, -100.0]).double(), start, mean, cov)
+    torch.testing.assert_close(rows @ mean + moved, torch.tensor([50.0, -80.0]).double())
+
+
+def test_copies_are_read_exactly():
+    """The ridge of least squares would leave a thousandth."""
+    torch.manual_seed(0)
+    z = torch.randn(400, 6) @ torch.randn(6, 6) + 3
+    z = torch.cat([z, z], dim=1)
+    held_out = torch.arange(400) % 4 == 3
+    reader = Samples(z, torch.relu(z), torch.relu, torch.eye(12), held_out)
+    rows = torch.eye(12).double()[:6]
+    read = read_back(rows, torch.zeros(6).double(), [reader])
+    torch.testing.assert_close(read, torch.cat([torch.eye(6), torch.eye(6)]).double(), atol=1e-5, rtol=0)
+    other = torch.rand(12, 6).double()
+    assert torch.equal(read_back(rows, torch.zeros(6).double(), [reader], other), read)  # it does worse

@@ -64,7 +64,7 @@ def test_the_twin_is_torch_prunings_own_cut(net, fusion):
     pruner.step()
     pruned(plain, tp.pruner.BasePruner).step()
     (compared,) = pruner.report.comparisons
-    judges = held_out(batches)[1][0] if fusion == "calibrated" else images(1)
+    judges = held_out(batches)[1][0] if fusion == "calibrated" else varied((images(1),))[0]
     for network, told in ((model, compared.fused), (plain, compared.cut)):
         with torch.no_grad():
             error = (network.eval()(judges) - dense(judges)).norm() / dense(judges).norm()
