@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     missing = [row for row in asked if wanted(arguments.measure, done.get(row.name))]
     for row in missing[: arguments.most]:
         done[row.name] = _measured(row, arguments.limit, arguments.memory)
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.results.open("a") as file:
-            file.write(json.dumps(done[row.name]) + "\n")
+        _append(arguments.results, done[row.name])
         print(table.line(done[row.name]), flush=True)
     for path, text in ((arguments.tables, table.markdown), (arguments.page, table.page)):
         if path:
@@ -73,6 +71,14 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
             continue
         found[record["row"]] = record
     return found
+
+
+def _append(results: Path, record: dict[str, Any]) -> None:
+    """Add a record to a file of results, whose last line may have been cut off."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    whole = not results.exists() or results.read_text().endswith("\n") or not results.stat().st_size
+    with results.open("a") as file:
+        file.write(("" if whole else "\n") + json.dumps(record) + "\n")
 
 
 def wanted(measure: str, record: dict[str, Any] | None) -> bool:

@@ -19,9 +19,10 @@ Record = dict[str, Any]
 def verdict(record: Record) -> tuple[str, str]:
     """(one word, why). The words:
 
-    better (or as good as its twin), worse (and it says so), refused (with a reason), skipped (not tried here),
-    too large (for this machine's limits), no network (torch-pruning itself makes none that runs), and the faults: WORSE
-    (and says nothing), CRASH (an error that is not meant for users), FAULT (the result cannot be used as promised).
+    better (or as good as its twin), worse (and it says so), refused (with a reason), nothing (that torch-pruning could
+    cut), no network (torch-pruning makes none that runs, and we say so), too large (for the row's limits), skipped (not
+    tried here), and the faults: WORSE (and says nothing), CRASH (an error that is not meant for users), FAULT (the
+    result cannot be used as promised).
     """
     errors = record.get("errors", {})
     if record.get("skipped"):
@@ -40,6 +41,8 @@ def verdict(record: Record) -> tuple[str, str]:
     broken = faults(record)
     if broken:
         return "FAULT", "; ".join(broken)
+    if not record.get("groups"):
+        return "nothing", "torch-pruning finds nothing in it that it could cut"
     error, twin = record.get("error"), record.get("twin")
     if error is None or twin is None or error <= WORSE * twin + EXACT:
         return "better", ""
@@ -65,7 +68,7 @@ def faults(record: Record) -> list[str]:
 
 def is_sound(record: Record) -> bool:
     """Is there nothing in it to mend, and nothing to try again?"""
-    return verdict(record)[0] in ("better", "worse")
+    return verdict(record)[0] in ("better", "worse", "nothing")
 
 
 def _kind(error: str, otherwise: str) -> str:
