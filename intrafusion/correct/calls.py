@@ -31,6 +31,9 @@ class Call:
     kwargs: dict
 
     def __call__(self, value: Tensor) -> Tensor:
+        """The same call on another value. (A dropout that stays on in eval mode is what it is on average.)"""
+        if "dropout" in self.func.__name__:
+            return value
         return self.func(value, *self.args, **self.kwargs)
 
     @property

@@ -105,8 +105,11 @@ class FusionMixin:
         modes = [(module, module.training) for module in bound.arguments["model"].modules()]
         try:
             super().__init__(*bound.args, **bound.kwargs)
-        except (ArithmeticError, LookupError, AttributeError, AssertionError) as error:
-            raise refusals.explained(error, bound.arguments["model"]) from error
+        except (ArithmeticError, LookupError, AttributeError, TypeError) as error:
+            reason = refusals.explained(error, bound.arguments["model"])
+            if reason:
+                raise ValueError(reason) from error
+            raise
         finally:  # tracing switches the network to eval mode
             for module, training in modes:
                 module.training = training

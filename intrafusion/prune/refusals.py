@@ -47,8 +47,13 @@ def refusal(graph: tp.DependencyGraph, groups: Iterable[Group]) -> str:
     return f"this network cannot be pruned as it is: {said}. {_leave_out(problem.way_out for problem in problems)}"
 
 
-def explained(error: Exception, model: nn.Module) -> ValueError:
-    """What to say when torch-pruning cannot even follow a network."""
+def explained(error: Exception, model: nn.Module) -> str:
+    """What to say when torch-pruning cannot even follow a network; '' if the error is not torch-pruning's own."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or "torch_pruning" not in trace.tb_frame.f_code.co_filename:
+        return ""
     root = _root_in(error, model)
     recurrent = [_called(name, module) for name, module in model.named_modules() if isinstance(module, _RECURRENT)]
     what = f"torch-pruning cannot follow {'this network' if root is None else f'the channels of {root!r}'}"
@@ -60,7 +65,7 @@ def explained(error: Exception, model: nn.Module) -> ValueError:
     out = "prune a part of the network that has none of them, as a module of its own"
     if root is not None:
         out = f"leave them out with ignored_layers=[{expression(root)}]"
-    return ValueError(f"{what} ({why}): {out}")
+    return f"{what} ({why}): {out}"
 
 
 def disordered(graph: tp.DependencyGraph, tables: Iterable[GroupTable], broken: Collection[str]) -> str:

@@ -152,13 +152,15 @@ CASES = {  # network, inputs, what is named, what to ignore for it to run
     ),
     "gru": (
         lambda: Net(
-            recurrent, a=nn.Linear(6, 16), rnn=nn.GRU(16, 12, batch_first=True), b=nn.Linear(12, 16), c=nn.Linear(16, 3),
+            recurrent,
+            a=nn.Linear(6, 16), rnn=nn.GRU(16, 12, batch_first=True), b=nn.Linear(12, 16), c=nn.Linear(16, 3),
         ),
         sequence, "'rnn' (GRU)", ["a", "rnn"],
     ),
     "lstm": (
         lambda: Net(
-            recurrent, a=nn.Linear(6, 16), rnn=nn.LSTM(16, 12, batch_first=True), b=nn.Linear(12, 16), c=nn.Linear(16, 3),
+            recurrent,
+            a=nn.Linear(6, 16), rnn=nn.LSTM(16, 12, batch_first=True), b=nn.Linear(12, 16), c=nn.Linear(16, 3),
         ),
         sequence, "'rnn' (LSTM) is a recurrent layer", ["a", "rnn"],
     ),
