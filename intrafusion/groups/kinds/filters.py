@@ -99,7 +99,8 @@ class Filters(LayerKind):
         layer, bn = slot.owner, slot.partner
         old = draft.now(layer, "weight")
         weight = to_channels(old, slot.axis, slot.chunks)
-        local, places, mix = (t.to(weight.device) for t in (slot.local, rows.places, rows.coefficients))
+        local, places = slot.local.to(weight.device), rows.places.to(weight.device)
+        mix = rows.coefficients.to(weight.device)
         first, stats = local[:, 0], read(bn)
         bias = bias_of(layer, slot.size)[first]  # every channel of a producer is there
         new = merge(pick(weight, local), bias, stats.at(first), mix, affine=bn.affine, averaged=averaged)
