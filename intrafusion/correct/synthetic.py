@@ -156,7 +156,7 @@ class _Drawing:
         """The example's units or standard ones, whichever agree better with the batch-norms."""
         if all(units.are_standard or not units.dtype.is_floating_point for units in self._units):
             return
-        theirs, standard = self._units, [Units.standard(units.dtype) for units in self._units]
+        theirs, standard = self._units, [Units(units.dtype) for units in self._units]
         told = gap(self.shown(pixels))
         self._units = standard
         if not gap(self.shown(pixels)) < told:

@@ -18,59 +18,42 @@ _NATURAL = (118.0, 62.0)
 class Units:
     """What a standard normal number stands for: mean + spread * number, within [low, high].
 
-    mean, spread: broadcast against a batch. dtype: of the inputs; integers are rounded.
+    All four broadcast against a batch; None for standard numbers. dtype: of the inputs; integers are rounded.
     """
 
-    mean: Tensor | float
-    spread: Tensor | float
-    low: float
-    high: float
     dtype: torch.dtype
-
-    @classmethod
-    def standard(cls, dtype: torch.dtype) -> Units:
-        return cls(0.0, 1.0, -math.inf, math.inf, dtype)
+    known: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, example: Tensor) -> Units:
         """Those of an example input [batch, ...]; of images, channel by channel.
 
-        One that is constant, or looks like standard normal noise, says nothing: then standard ones, and the range of a
-        byte for bytes.
+        One that is constant, or looks like standard normal noise, says nothing: then standard ones, and those of
+        photographs for bytes.
         """
-        if example.dtype == torch.uint8:
-            return cls._of_bytes(example)
         values = example.detach().double()
-        n = values.numel()
-        if n < _FEWEST or not torch.isfinite(values).all():
-            return cls.standard(example.dtype)
-        mean, spread = values.mean().item(), values.std().item()
-        noise = abs(mean) < 0.1 + 3 / math.sqrt(n) and abs(spread - 1) < 0.1 + 3 / math.sqrt(2 * n)
-        if noise or spread <= 1e-6 * max(1e-30, values.abs().max().item()):
-            return cls.standard(example.dtype)
-        low, high = values.min().item(), values.max().item()
-        return cls(*_by_channel(values), low, high, example.dtype)
-
-    @classmethod
-    def _of_bytes(cls, example: Tensor) -> Units:
-        values = example.detach().double()
-        if values.numel() < _FEWEST or values.std() == 0:
-            return cls(*_NATURAL, 0.0, 255.0, example.dtype)
-        return cls(*_by_channel(values), 0.0, 255.0, example.dtype)
+        bounds = (0.0, 255.0) if example.dtype == torch.uint8 else None
+        if _says_nothing(values, noise=bounds is None):
+            known = None if bounds is None else tuple(torch.tensor(value) for value in (*_NATURAL, *bounds))
+            return cls(example.dtype, known)  # type: ignore[arg-type]
+        axes = _shared_axes(values)
+        mean, spread = values.mean(dim=axes, keepdim=True), values.std(dim=axes, keepdim=True)
+        if bounds is not None:
+            return cls(example.dtype, (mean, spread, *map(torch.tensor, bounds)))  # type: ignore[arg-type]
+        return cls(
+            example.dtype, (mean, spread, values.amin(dim=axes, keepdim=True), values.amax(dim=axes, keepdim=True))
+        )
 
     @property
     def are_standard(self) -> bool:
-        return self.low == -math.inf
+        return self.known is None
 
     def apply(self, values: Tensor) -> Tensor:
         """In these units, still in the dtype of `values`, so that a gradient goes through."""
-        if self.are_standard:
+        if self.known is None:
             return values
-        mean, spread = (
-            part.to(values) if isinstance(part, Tensor) else torch.tensor(part).to(values)
-            for part in (self.mean, self.spread)
-        )
-        return (mean + spread * values).clamp(self.low, self.high)
+        mean, spread, low, high = (part.to(values) for part in self.known)
+        return (mean + spread * values).clamp(low, high)
 
     def finished(self, values: Tensor) -> Tensor:
         """In these units and in the dtype of the inputs."""
@@ -78,12 +61,20 @@ class Units:
         return (values if self.dtype.is_floating_point else values.round()).to(self.dtype)
 
 
-def _by_channel(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and spread of the channels of images [N, C, H, W] or volumes that show enough of each, else of all."""
-    axes = [axis for axis in range(values.dim()) if axis != 1]
-    if values.dim() < 4 or values.numel() < _FEWEST * 4 * values.shape[1]:
-        return values.mean(), values.std()
-    whole = values.std()
-    mean, spread = values.mean(dim=axes, keepdim=True), values.std(dim=axes, keepdim=True)
-    flat = spread <= 1e-3 * whole  # one value everywhere: the others say how far it may be from it
-    return mean, torch.where(flat, whole, spread)
+def _says_nothing(values: Tensor, *, noise: bool) -> bool:
+    """Is it constant, too little, not finite, or (if that is asked) what torch.randn gives?"""
+    n = values.numel()
+    if n < _FEWEST or not torch.isfinite(values).all():
+        return True
+    mean, spread = values.mean().item(), values.std().item()
+    if spread <= 1e-6 * values.abs().max().item():
+        return True
+    return noise and abs(mean) < 0.1 + 3 / math.sqrt(n) and abs(spread - 1) < 0.1 + 3 / math.sqrt(2 * n)
+
+
+def _shared_axes(values: Tensor) -> list[int]:
+    """The axes over which inputs have one unit: all but the channels of images or volumes that show enough of each."""
+    axes = list(range(values.dim()))
+    if values.dim() >= 4 and values.numel() >= 4 * _FEWEST * values.shape[1]:
+        axes.remove(1)
+    return axes
