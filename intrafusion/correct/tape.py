@@ -28,6 +28,7 @@ _LAYER_CALLS = {
 _GROUPS_ARGUMENT = 6
 """Where every convolution of torch, transposed or not, has its number of groups."""
 _BATCH_NORM = {F.batch_norm, torch.batch_norm}
+_AS_IT_IS = Tensor.contiguous
 _SHAPED = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm}
 """Their second argument is the shape of their weight."""
 _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
@@ -284,7 +285,7 @@ class Tape(TorchFunctionMode):
         if flattens:  # however it is written, and whatever sizes are written there
             func, args, kwargs = torch.flatten, (first, 1), {}
         elif (windows := as_windows(func, before, out)) is not None:
-            func, args, kwargs = windows[0], (first, windows[1]), {}
+            func, args, kwargs = (windows[0], (first, windows[1]), {}) if windows[1] > 1 else (_AS_IT_IS, (first,), {})
         if flattens or func in CHANNELWISE or name_of(func) == "boolean_dispatch":
             if "inplace" in kwargs:
                 kwargs["inplace"] = False
