@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = rows(arguments.model, arguments.preset or PRESETS, arguments.largest)
     missing = [row for row in asked if wanted(arguments.measure, done.get(row.name))]
     for row in missing[: arguments.most]:
-        done[row.name] = _measured(row, arguments.limit, arguments.memory)
+        done[row.name] = _already_known(row, done) or _measured(row, arguments.limit, arguments.memory)
         _append(arguments.results, done[row.name])
         print(table.line(done[row.name]), flush=True)
     for path, text in ((arguments.tables, table.markdown), (arguments.page, table.page)):
@@ -71,6 +71,14 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
             continue
         found[record["row"]] = record
     return found
+
+
+def _already_known(row: Row, done: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """The record of a row whose network was too much, in another preset, for what comes before any preset matters."""
+    for record in done.values():
+        if record["model"] == row.entry.name and record.get("stopped") and record.get("stage") in ("build", "output"):
+            return record | {"row": row.name, "preset": row.preset}
+    return None
 
 
 def _append(results: Path, record: dict[str, Any]) -> None:

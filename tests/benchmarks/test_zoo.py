@@ -82,6 +82,8 @@ def test_a_row_that_hangs_or_cannot_be_built_says_so(tmp_path: Path, capsys):
     results = ["--results", str(tmp_path / "zoo.jsonl"), "--preset", "discard"]
     zoo.main(["--model", "slow", "--limit", "2", *results])
     assert "stopped after 2 s of processor time, in stage 'build'" in capsys.readouterr().out
+    zoo.main(["--model", "slow", "--limit", "2", *results[:2], "--preset", "paper"])
+    assert "slow | paper | too large" in capsys.readouterr().out
     zoo.main(["--model", "absent", *results])
     assert "no_such_library is not installed" in capsys.readouterr().out
     assert {verdict(record)[0] for record in zoo.read(tmp_path / "zoo.jsonl").values()} == {"too large", "skipped"}
