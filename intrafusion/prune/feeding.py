@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.running import described, evaluating, run_batch, tensors_in, to_device
+from intrafusion.running import described, does_not_run, evaluating, tensors_in, to_device
 
 
 def outputs_of(output_transform: Callable | None) -> Callable[[Any], list[Tensor]]:
@@ -62,7 +62,10 @@ def tried(batches: list, model: nn.Module, example: Any, run: Callable[[nn.Modul
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if plain:
         _check_axes(batches, example)
-    run_batch(partial(_outputs, model, run=run), to_device(batches[0], device), 0, example)
+    try:
+        _outputs(model, to_device(batches[0], device), run)
+    except Exception as error:
+        raise does_not_run(error, batches[0], 0, example) from error
     return batches
 
 

@@ -22,7 +22,9 @@ from intrafusion.groups.layout import gather
 from intrafusion.groups.statistics import activation_of, expected_covariances, measured_covariances
 from intrafusion.groups.table import GroupTable, tabulate
 from intrafusion.ot.choice import reconstruction_scores
-from intrafusion.running import evaluating, input_batches, run_model, to_device
+from intrafusion.running import does_not_run, evaluating, input_batches, run_model, to_device
+
+_NAME = "the importance's"
 
 
 class ReconstructionImportance:
@@ -50,7 +52,7 @@ class ReconstructionImportance:
     """Batch-norms are accounted for: the folded network would score the same, but cannot be run."""
 
     def __init__(self, batches: Iterable | None = None, forward_fn: Callable | None = None) -> None:
-        self._batches = None if batches is None else input_batches(batches)
+        self._batches = None if batches is None else input_batches(batches, _NAME)
         self._forward_fn = forward_fn
 
     @torch.no_grad()
@@ -92,7 +94,7 @@ class CHIPImportance:
     sees_activations = True
 
     def __init__(self, batches: Iterable, forward_fn: Callable | None = None) -> None:
-        self._batches = input_batches(batches)
+        self._batches = input_batches(batches, _NAME)
         self._forward_fn = forward_fn
 
     @torch.no_grad()
@@ -212,7 +214,23 @@ def _inputs(
 ) -> tuple[Iterable, Callable[[Any], Any]]:
     device = _device(graph)
     moved = (to_device(batch, device) for batch in batches)
-    return moved, lambda batch: run_model(graph.model, batch, forward_fn)
+    return moved, _Runner(graph.model, forward_fn)
+
+
+class _Runner:
+    """Calls a network on one batch after the other. Raises ValueError naming one that does not run."""
+
+    def __init__(self, model: nn.Module, forward_fn: Callable | None) -> None:
+        self._run, self._number = partial(run_model, model, forward_fn=forward_fn), -1
+
+    def __call__(self, batch: Any) -> Any:
+        self._number += 1
+        try:
+            return self._run(batch)
+        except ValueError:  # of what is measured
+            raise
+        except Exception as error:
+            raise does_not_run(error, batch, self._number, name=_NAME) from error
 
 
 def _metric(graph: tp.DependencyGraph, reader: Slot) -> Tensor:

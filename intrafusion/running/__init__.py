@@ -3,11 +3,11 @@
 from intrafusion.running.copies import copy_of
 from intrafusion.running.inputs import (
     described,
+    does_not_run,
     input_batches,
     leaves,
     map_tensors,
     merged,
-    run_batch,
     tensors_in,
     to_device,
 )
@@ -20,13 +20,13 @@ __all__ = [
     "call_order",
     "copy_of",
     "described",
+    "does_not_run",
     "evaluating",
     "input_batches",
     "leaves",
     "map_tensors",
     "merged",
     "repeatable",
-    "run_batch",
     "run_model",
     "tensors_in",
     "to_device",

@@ -66,14 +66,16 @@ def input_batches(batches: Iterable, name: str = "calibration") -> list:
     """
     if isinstance(batches, Tensor):
         raise TypeError(
-            f"{name} is one tensor of shape {list(batches.shape)}, but an iterable of batches is meant: give "
-            f"[inputs], or inputs.split(32)"
+            f"{_several(name)} one tensor of shape {list(batches.shape)}, but an iterable of batches is meant: give "
+            "[inputs], or inputs.split(32)"
         )
     if isinstance(batches, (Mapping, str)) or not isinstance(batches, Iterable):
-        raise TypeError(f"{name} is a {type(batches).__name__}: give an iterable of batches of inputs, as [inputs]")
+        raise TypeError(
+            f"{_several(name)} a {type(batches).__name__}: give an iterable of batches of inputs, as [inputs]"
+        )
     found = [(batch,) if isinstance(batch, Tensor) else batch for batch in batches]
     if not found:
-        raise ValueError(f"the {name} iterable is empty: give at least one batch of inputs")
+        raise ValueError(f"the {name.removeprefix('the ')} iterable is empty: give at least one batch of inputs")
     for number, batch in enumerate(found):
         tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
         if not isinstance(batch, (tuple, list, Mapping)) or not tensors:
@@ -87,20 +89,21 @@ def input_batches(batches: Iterable, name: str = "calibration") -> list:
     return found
 
 
-def run_batch(
-    run: Callable[[Any], Any], batch: Any, number: int, example: Any = None, name: str = "calibration"
-) -> Any:
-    """run(batch). Raises ValueError that says which batch it is that does not run, and what may be wrong with it.
+def _several(name: str) -> str:
+    return f"{name} batches are" if name.endswith("'s") else f"{name} is"
 
-    example: inputs that the network does run on, if there are any.
+
+def does_not_run(
+    error: Exception, batch: Any, number: int, example: Any = None, name: str = "calibration"
+) -> ValueError:
+    """Which batch it is that a network does not run on, and what may be wrong with it.
+
+    example: inputs that the network does run on, if there are any. name: of the argument that the batch belongs to.
     """
-    try:
-        return run(batch)
-    except Exception as error:
-        raise ValueError(
-            f"{name} batch {number} ({described(batch)}) does not run: {type(error).__name__}: {error}; "
-            f"{_advice(batch, example)}"
-        ) from error
+    return ValueError(
+        f"{name} batch {number} ({described(batch)}) does not run: {type(error).__name__}: {error}; "
+        f"{_advice(batch, example)}"
+    )
 
 
 def _advice(batch: Any, example: Any) -> str:

@@ -284,3 +284,16 @@ def test_bad_input_is_refused_with_a_sentence():
         CHIPImportance([x])(group)
     with pytest.raises(ValueError, match=r"while scoring group 'conv1': .*not finite"):
         ReconstructionImportance()(group)
+
+
+@pytest.mark.parametrize("importance", [ReconstructionImportance, CHIPImportance])
+def test_batches_that_do_not_run_are_named_with_what_may_be_wrong(importance):
+    images, labels = torch.randn(8, 3, 8, 8), torch.arange(8)
+    with pytest.raises(TypeError, match=r"the importance's batches are one tensor"):
+        importance(images)
+    model = PICO[0].model()
+    group = tp.DependencyGraph().build_dependency(model, (images,)).get_pruning_group(
+        model.conv1, tp.prune_conv_out_channels, list(range(8))
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"the importance's batch 0 \(2 tensors: .*does not run: .*without labels"):
+        importance([(images, labels)])(group)
