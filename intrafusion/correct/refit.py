@@ -25,6 +25,8 @@ from intrafusion.ot.regression import Fit, Moments, Prior, ridge
 _FOLDS = 2
 _PATCH_VALUES = 2**24
 """As many values of unfolded inputs are held at once (64 MB in float32)."""
+_TO_READ = 2
+"""The dense inputs are read from d present ones by regression where there are at least as many times d places."""
 _PER_VALUE, _FEWEST = 32, 16384
 """A layer whose outputs read d values is fitted on at most `_PER_VALUE` d places, or `_FEWEST` if that is more."""
 
@@ -78,6 +80,8 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Sequence[tupl
     narrow = any(before.inputs.shape[axis] != now.inputs.shape[axis] for before, now in sights)
     if not narrow and not any(_differ(before, now, compensates) for before, now in sights):
         return False
+    known = sum(now.inputs.movedim(axis, -1)[..., 0].numel() for _, now in sights)
+    reading = narrow and groups == 1 and known >= _TO_READ * sights[0][1].inputs.shape[axis]
     fits, reads = _Folds(groups), _Folds()
     per_image = layer.weight[0].numel()
     for before, now in sights:
@@ -89,12 +93,12 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Sequence[tupl
             target = rows(dense_output[at], -1)
             target = target if lost is None else target + lost[at]
             fits.add(fold, windows[at].flatten(1), target)
-        if narrow and groups == 1:
+        if reading:
             now_inputs, dense_inputs = now.inputs.movedim(axis, -1), before.inputs.movedim(axis, -1)
             for fold, at in reads.places(now_inputs.shape[:-1], now_inputs.shape[-1], len(sights), now.inputs.device):
                 reads.add(fold, now_inputs[at], dense_inputs[at])
     priors = [Prior(folded_weight(layer, bn).flatten(1).unflatten(0, (groups, -1)))]
-    if groups == 1:
+    if groups == 1 and (reading or not narrow):
         weight = torch.einsum("lm,m...->l...", *_alike(rows.weights, kind.folded_weight(dense, dense_bn)))
         priors.append(_through(reads.fit(), weight) if narrow else Prior(weight.flatten(1)[None]))
     _write_(layer, bn, fits.fit(*priors))

@@ -26,9 +26,10 @@ _STEPS, _RATE, _BETAS = 12, 0.15, (0.8, 0.99)
 """Of Adam on the pixels; its rate falls linearly to 0. (20 steps at a rate of 0.05 leave half of the gap that is left
 here, take 5/3 of the time, and give pruned networks of the same accuracy on training images.)
 """
-_PIXELS = 500 * 32 * 32
-"""As many images as fit into this many pixels, but at least `_FEWEST`."""
-_FEWEST, _MOST = 64, 500
+_FEWEST, _MOST = 48, 500
+_SMALL, _FEWER = 32 * 32, 1.25
+"""`_MOST` images of `_SMALL` pixels; a larger one has more places to see, and their number falls by this power of it."""
+_PIXELS = _MOST * _SMALL
 _ENOUGH = 1000
 """From so many inputs of the user's own, or as many pixels as that many of 32 x 32, synthetic ones are not added."""
 _BATCH, _SMALLEST_BATCH = 125, 16
@@ -52,7 +53,8 @@ def synthetic_count(model: nn.Module, example: Any, batches: Sequence = ()) -> i
     count = 0
     if image is not None:
         image = image[None] if _images_in_a_list(example) else image
-        count = min(_MOST, max(_FEWEST, _PIXELS // max(1, image[0].numel() // _channels(image))))
+        larger = image[0].numel() / _channels(image) / _SMALL
+        count = min(_MOST, max(_FEWEST, round(_MOST / max(1.0, larger) ** _FEWER)))
     if not batches:
         return max(1, count)
     own = sum(map(_size, batches))

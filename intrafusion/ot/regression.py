@@ -116,20 +116,21 @@ def ridge(folds: list[Moments], *priors: Prior) -> Fit:
 
 
 def _solve(moments: Moments, priors: Sequence[Tensor], strength: float) -> list[Tensor]:
-    """prior + (y - prior x) x^T (x x^T + lambda)^-1 for each prior, as [..., m, d].
+    """prior + (y - prior x) x^T (x x^T + lambda)^-1 = (y x^T + lambda prior) (x x^T + lambda)^-1, for each prior.
 
     Raises ValueError for sums that are not finite.
     """
     xx, xy, _ = moments.centred()
     scale = xx.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True).clamp(min=1e-12 * moments.n)
     system = xx.clone()
-    system.diagonal(dim1=-2, dim2=-1).add_(strength * scale)
+    added = strength * scale
+    system.diagonal(dim1=-2, dim2=-1).add_(added)
     factor, info = torch.linalg.cholesky_ex(system)
     if bool(info.any()):
         if not torch.isfinite(system).all() or strength > 1e6:
             raise ValueError("the second moments of the inputs are not finite")
         return _solve(moments, priors, 10 * strength)  # numerically rank-deficient at this ridge
-    return [prior + torch.cholesky_solve(xy - xx @ prior.mT, factor).mT for prior in priors]
+    return [torch.cholesky_solve(xy + added[..., None] * prior.mT, factor).mT for prior in priors]
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from torch_pruning.dependency.group import Group
 from intrafusion.groups.table import module_name
 from intrafusion.running import evaluating, map_tensors, tensors_in
 
-_SHARE, _MOST = 16, 64
+_SHARE, _MOST = 32, 32
 """One input of `_SHARE` is held out, `_MOST` at most."""
-_VALUES = 2**18
+_VALUES, _DRAWS = 2**18, 64
 """So many numbers are drawn where nothing else is there to judge with, or one input."""
 _WORSE, _NOTHING = 1.02, 1e-4
 
@@ -125,7 +125,7 @@ def varied(example: Any) -> Any:
     numbers with a fraction stays as it is.
     """
     values = max((value.numel() for value in tensors_in(example)), default=1)
-    times = max(1, min(_MOST, _VALUES // max(1, values))) if _shares_first_axis(example) else 1
+    times = max(1, min(_DRAWS, _VALUES // max(1, values))) if _shares_first_axis(example) else 1
     generator = torch.Generator().manual_seed(0)
 
     def noise(value: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def varied(example: Any) -> Any:
 
 
 def held_out(batches: Sequence) -> tuple[list, list]:
-    """(batches to work on, batches to judge with): every sixteenth input judges, 64 at most, none of fewer than 16.
+    """(batches to work on, batches to judge with): one input in 32 judges, 32 at most, none of fewer than 32.
 
     Inputs are parted along the first axis of a batch's tensors where they share one; otherwise whole batches are.
     """
