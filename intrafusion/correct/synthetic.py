@@ -28,7 +28,7 @@ here, take 5/3 of the time, and give pruned networks of the same accuracy on tra
 """
 _FEWEST, _MOST = 48, 500
 _SMALL, _FEWER = 32 * 32, 1.25
-"""`_MOST` images of `_SMALL` pixels; a larger one has more places to see, and their number falls by this power of it."""
+"""`_MOST` images of `_SMALL` pixels; larger ones have more places to see: their number falls by this power of it."""
 _PIXELS = _MOST * _SMALL
 _ENOUGH = 1000
 """From so many inputs of the user's own, or as many pixels as that many of 32 x 32, synthetic ones are not added."""
