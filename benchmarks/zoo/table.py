@@ -6,6 +6,7 @@ import html
 from collections import Counter, defaultdict
 from typing import Any
 
+from benchmarks.zoo.entries import entries
 from benchmarks.zoo.rows import PRESETS
 from benchmarks.zoo.verdict import is_sound, verdict
 
@@ -33,7 +34,9 @@ mean nothing before training, are those of one forward pass over random inputs.
   same channels chosen and cut, nothing fused). `worse`: it is not, and a warning says so. `refused`: an error with a
   reason, the network as it was. `no network`: torch-pruning makes a network that does not run, and a warning says so.
   `too large`: more than the row's time or memory. `CRASH`, `FAULT`, `WORSE` (without a word): defects.
-* **error**, **twin's**: |output - dense output| / |dense output| on random inputs that the pruner has not seen.
+* **error**, **twin's**: |output - dense output| / |dense output| on random inputs that the pruner has not seen. Under
+  `discard` the twin is torch-pruning's own network; no number there: it does not run until its user has set the sizes
+  that its forward pass reads, which our step does.
 * **duplicates**: the same, when half of the channels are exact copies of others and the copies are pruned (in double
   precision; not under `discard` and `paper`, which promise nothing of the kind, nor where pruning took over 40 s).
   **permutation**: when channels change places within their groups.
@@ -81,7 +84,10 @@ def markdown(records: Records) -> str:
     """The whole document."""
     rows = ["| " + " | ".join(HEADER) + " |", "|---|---|---|" + "---:|" * (len(HEADER) - 3)]
     rows += ["| " + " | ".join(cells(record)) + " |" for record in _in_order(records)]
-    parts = [_ABOUT, "## Results\n", summary(records), "", *_listed_reasons(records), "## Every row\n", *rows, ""]
+    models = {record["model"] for record in records.values()}
+    told = f"{len(records)} rows of {len(models)} networks have been measured, of {len(entries())} that are listed."
+    parts = [_ABOUT, "## Results\n", told + "\n", summary(records), "", *_listed_reasons(records)]
+    parts += ["## Every row\n", *rows, ""]
     return "\n".join(parts)
 
 
@@ -112,8 +118,13 @@ def _listed_reasons(records: Records) -> list[str]:
         found: dict[str, list[str]] = defaultdict(list)
         for record in _in_order(records):
             word, why = verdict(record)
-            if word in words:
-                found[why[:300]].append(f"{record['model'].replace('torchvision:', '')}/{record['preset']}")
+            name = record["model"].replace("torchvision:", "")
+            if word in ("worse", "WORSE") and word in words:
+                found[f"{record['preset']} {'' if word == 'worse' else 'without a word '}(error, twin's)"].append(
+                    f"{name} ({_number(record['error'])}, {_number(record['twin'])})"
+                )
+            elif word in words:
+                found[why[:400]].append(f"{name}/{record['preset']}")
         if found:
             parts += [f"### {title}\n", *(f"* {_plain(why)}: {', '.join(names)}" for why, names in found.items()), ""]
     reasons: dict[str, set[str]] = defaultdict(set)
@@ -134,7 +145,15 @@ def _plain(text: str) -> str:
 def _number(value: Any) -> str:
     if not isinstance(value, (int, float)):
         return ""
-    return f"{value:.0f}" if value >= 100 else f"{value:.2g}" if value < 10 else f"{value:.1f}"
+    return (
+        f"{value:.2g}"
+        if value >= 10**5
+        else f"{value:.0f}"
+        if value >= 100
+        else f"{value:.2g}"
+        if value < 10
+        else f"{value:.1f}"
+    )
 
 
 def _done(value: Any, failed: bool, tried: bool) -> str:

@@ -12,6 +12,8 @@ TRACE = 1e-2
 """The same when duplicates have been pruned and layers refitted by ridge regressions."""
 _WORSE = "worse than plain cutting"
 """Words by which a warning says that the plain cut does better."""
+_HALFWAY, _ADVICE = "FusionError: while ", "does not run with its new widths"
+"""How an error begins that nobody foresaw (the network is put back); and the one kind of them that says what to do."""
 
 Record = dict[str, Any]
 
@@ -21,8 +23,8 @@ def verdict(record: Record) -> tuple[str, str]:
 
     better (or as good as its twin), worse (and it says so), refused (with a reason), nothing (that torch-pruning could
     cut), no network (torch-pruning makes none that runs, and we say so), too large (for the row's limits), skipped (not
-    tried here), and the faults: WORSE (and says nothing), CRASH (an error that is not meant for users), FAULT (the
-    result cannot be used as promised).
+    tried here), and the faults: WORSE (and says nothing), CRASH (an error that is not meant for users, or that nobody
+    foresaw), FAULT (the result cannot be used as promised).
     """
     errors = record.get("errors", {})
     if record.get("skipped"):
@@ -32,7 +34,9 @@ def verdict(record: Record) -> tuple[str, str]:
     if "build" in errors:
         return _kind(errors["build"], "skipped"), f"it cannot be built: {errors['build']}"
     if "prune" in errors:
-        return _kind(errors["prune"], "CRASH" if "prune" in record.get("raw", ()) else "refused"), errors["prune"]
+        halfway = errors["prune"].startswith(_HALFWAY) and _ADVICE not in errors["prune"]
+        crash = halfway or "prune" in record.get("raw", ())
+        return _kind(errors["prune"], "CRASH" if crash else "refused"), errors["prune"]
     if "forward" in errors:
         said = [warning for warning in record.get("warnings", []) if "does not run" in warning]
         if said and ("torch-pruning" in errors or "the twin runs" in errors):
@@ -46,8 +50,8 @@ def verdict(record: Record) -> tuple[str, str]:
     error, twin = record.get("error"), record.get("twin")
     if error is None or twin is None or error <= WORSE * twin + EXACT:
         return "better", ""
-    said = [warning for warning in record.get("warnings", []) if _WORSE in warning]
-    return ("worse", said[0]) if said else ("WORSE", f"{error:.3g}, its twin {twin:.3g}")
+    said = any(_WORSE in warning for warning in record.get("warnings", []))
+    return "worse" if said else "WORSE", f"{error:.3g}, its twin {twin:.3g}"
 
 
 def faults(record: Record) -> list[str]:

@@ -116,6 +116,7 @@ SOUND = {
     "twin": 0.6,
     "groups": 1,
 }
+RUNS_NOT = "does not run with its new widths: ..."
 WORSE = {**SOUND, "error": 0.7}
 
 
@@ -132,6 +133,8 @@ WORSE = {**SOUND, "error": 0.7}
         ({**SOUND, "errors": {"training": "RuntimeError: no"}}, "FAULT"),
         ({**SOUND, "error": None, "errors": {"prune": "FusionError: no"}}, "refused"),
         ({**SOUND, "error": None, "errors": {"prune": "KeyError: 3"}, "raw": ["prune"]}, "CRASH"),
+        ({**SOUND, "error": None, "errors": {"prune": "FusionError: while fusing group 'a': 3"}}, "CRASH"),
+        ({**SOUND, "error": None, "errors": {"prune": f"FusionError: while it {RUNS_NOT}"}}, "refused"),
         ({**SOUND, "error": None, "errors": {"forward": "RuntimeError: shape"}}, "FAULT"),
         ({**SOUND, "error": None, "errors": {"prune": "RuntimeError: not enough memory"}}, "too large"),
         ({**SOUND, "stopped": "after 90 s"}, "better"),
