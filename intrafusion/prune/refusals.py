@@ -49,23 +49,50 @@ def refusal(graph: tp.DependencyGraph, groups: Iterable[Group]) -> str:
 
 def explained(error: Exception, model: nn.Module) -> str:
     """What to say when torch-pruning cannot even follow a network; '' if the error is not torch-pruning's own."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None or "torch_pruning" not in trace.tb_frame.f_code.co_filename:
+    if not _is_foreign(error):
         return ""
     root = _root_in(error, model)
     recurrent = [_called(name, module) for name, module in model.named_modules() if isinstance(module, _RECURRENT)]
     what = f"torch-pruning cannot follow {'this network' if root is None else f'the channels of {root!r}'}"
     why = f"{type(error).__name__}: {error}"
+    slopes = [
+        name for name, module in model.named_modules() if isinstance(module, nn.PReLU) and module.num_parameters == 1
+    ]
     if recurrent:
         why += f"; it does not know recurrent layers, and there is {', '.join(recurrent)}"
+    elif slopes and isinstance(error, TypeError):
+        why += f"; it loses the channels behind an nn.PReLU of one slope, and there is {', '.join(map(repr, slopes))}"
+        return f"{what} ({why}): give it a slope for each channel, as nn.PReLU(num_parameters=channels)"
     else:
         why += f"; {_UNSEEN}"
     out = "prune a part of the network that has none of them, as a module of its own"
     if root is not None:
         out = f"leave them out with ignored_layers=[{expression(root)}]"
     return f"{what} ({why}): {out}"
+
+
+def uncut(error: Exception, name: str) -> str:
+    """What to say when a group was not cut: the error, and how to leave the group out if that is torch-pruning's own."""
+    if not _is_foreign(error):
+        return str(error)
+    return f"torch-pruning fails to cut it ({type(error).__name__}: {error}). {_leave_out([expression(name)])}"
+
+
+def _is_foreign(error: Exception) -> bool:
+    """Has torch-pruning's own code failed?"""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "torch_pruning" in trace.tb_frame.f_code.co_filename
+
+
+def misread(layer: str, roots: Iterable[str]) -> str:
+    """What to say when a layer does not get the channels that it was cut for. roots: of the groups that were cut."""
+    named = ", ".join(map(repr, dict.fromkeys(roots)))
+    return (
+        f"torch-pruning did not see how the channels of {named} come to {layer!r}. "
+        f"{_leave_out(expression(root) for root in dict.fromkeys(roots))}"
+    )
 
 
 def disordered(graph: tp.DependencyGraph, tables: Iterable[GroupTable], broken: Collection[str]) -> str:

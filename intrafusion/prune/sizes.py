@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch_pruning.dependency.group import Group
 
+from intrafusion.prune import refusals
 from intrafusion.running import evaluating
 
 _MOST_RUNS = 200
@@ -120,10 +121,17 @@ class Sizes:
         self._last = self._values()
         self._shapes = self._outputs() if self._held else None
         self._options: list[_Option] = []
+        self._roots: dict[nn.Module, list[str]] = {}
 
     def cutting(self, group: Group) -> Callable[[], None]:
         """To be called before a group is cut; what it returns, after that."""
         shapes, values = _shapes(group), self._values()
+        root: Any = group[0]
+        for layer, _ in shapes:
+            roots = self._roots.setdefault(layer, [])
+            name = self._names.get(root.dep.target.module)
+            if name is not None and name not in roots and layer is not root.dep.target.module:
+                roots.append(name)
 
         def note() -> None:
             self._options += _options(values, list(dict.fromkeys(self._changes(shapes, _shapes(group)))))
@@ -228,6 +236,10 @@ class Sizes:
 
     def advice(self, failure: Failure) -> str:
         """Why the network does not run, and what its user can do."""
+        broken = next((module for module in failure.modules if module in self._roots), None)
+        if not self.is_suspicious and broken is not None:
+            why = refusals.misread(self._names[broken], self._roots[broken])
+            return f"the network does not run with its new widths: {failure}. {why}"
         held = [f"{self._told(o)} = {vars(o.module)[o.name]}" for o in self._options if o.is_open]
         listed = ", ".join(list(dict.fromkeys(held))[:6])
         return (

@@ -30,7 +30,7 @@ from intrafusion.history.replay import GroupCut
 from intrafusion.methods.method import Method
 from intrafusion.methods.view import View
 from intrafusion.ot import Pair, Plan, kept_only, selection_pair, transport_plan
-from intrafusion.prune import checks
+from intrafusion.prune import checks, refusals
 from intrafusion.prune.fused_group import FusedGroup, FusionError
 from intrafusion.prune.host import Host
 from intrafusion.prune.inputs import inputs_for
@@ -160,7 +160,7 @@ class Step:
             if correction is not None:
                 correction.close()
             where = f"while fusing group {table.name!r} ({table.n} -> {len(kept)} channels)"
-            raise FusionError(f"{where}: {error}") from error
+            raise FusionError(f"{where}: {refusals.uncut(error, table.name)}") from error
         self.cuts = (*self.cuts, GroupCut.of(self._pruner.DG, group, self._pruner.channel_groups_of(group), pair))
         merged = "selection" if pair is None else self.method.label
         cost, targets = (None, ()) if plan is None else (plan.cost, plan.main_targets)
