@@ -5,6 +5,7 @@ Every check gives a part of a `Row`; none raises.
 
 from __future__ import annotations
 
+import signal
 import time
 import traceback
 import warnings
@@ -29,6 +30,9 @@ PARTS = ("step", "duplicates", "state")
 
 # How much worse than the plain cut is still called equal, and what counts as no change.
 MARGIN, EXACT = 1.02, 1e-4
+
+# Seconds of one step.
+LONGEST = 60
 
 # A warning that says this says that the result is worse than cutting.
 _WORSE = ("worse", "discard")
@@ -98,7 +102,8 @@ def check(drawn: Drawn, preset: str, parts: Collection[str] = PARTS) -> Row:
     row, start = Row(drawn.seed, preset, at=time.strftime("%F %T")), time.perf_counter()
     with _recorded():
         row.plain = plain_problem(drawn)
-        _check_step(drawn, row)
+        with _limited():
+            _check_step(drawn, row)
         if not row.error and "duplicates" in parts:
             _check_duplicates(drawn, row)
         if not row.error and "state" in parts:
@@ -128,7 +133,7 @@ def plain_problem(drawn: Drawn) -> str:
     """Why torch-pruning itself does not prune this network to one that runs ('' if it does)."""
     model = drawn.model()
     try:
-        with _recorded():
+        with _recorded(), _limited():
             tp.pruner.BasePruner(model, **_settings(drawn, model)).step()
             outputs(model, drawn.batch(2, part=2))
     except Exception as error:
@@ -291,6 +296,22 @@ def _recorded() -> Iterator[list[warnings.WarningMessage]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield caught
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """TimeoutError after a time that no small network takes: torch-pruning's lists of indices may grow without end."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"no end after {LONGEST} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LONGEST)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _failed(row: Row, error: Exception, dense: nn.Module) -> None:
