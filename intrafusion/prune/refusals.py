@@ -72,7 +72,7 @@ def explained(error: Exception, model: nn.Module) -> str:
 
 
 def uncut(error: Exception, name: str) -> str:
-    """What to say when a group was not cut: the error, and how to leave the group out if that is torch-pruning's own."""
+    """What to say when a group was not cut: the error, and the way out if it is torch-pruning's own."""
     if not _is_foreign(error):
         return str(error)
     return f"torch-pruning fails to cut it ({type(error).__name__}: {error}). {_leave_out([expression(name)])}"

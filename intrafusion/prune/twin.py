@@ -20,8 +20,8 @@ from torch_pruning.dependency.group import Group
 from intrafusion.groups.table import module_name
 from intrafusion.running import evaluating, map_tensors, tensors_in
 
-_SHARE, _MOST = 32, 32
-"""One input of `_SHARE` is held out, `_MOST` at most."""
+_SHARE, _LEAST, _MOST = 32, 4, 32
+"""One input of `_SHARE` is held out, between these two: fewer say nothing, and what is held out is not learnt from."""
 _VALUES, _DRAWS = 2**18, 64
 """So many numbers are drawn where nothing else is there to judge with, or one input."""
 _WORSE, _NOTHING = 1.02, 1e-4
@@ -141,11 +141,12 @@ def varied(example: Any) -> Any:
 
 
 def held_out(batches: Sequence) -> tuple[list, list]:
-    """(batches to work on, batches to judge with): one input in 32 judges, 32 at most, none of fewer than 32.
+    """(batches to work on, batches to judge with): one input in 32 judges, at least 4 and at most 32, none of fewer than 32.
 
     Inputs are parted along the first axis of a batch's tensors where they share one; otherwise whole batches are.
     """
-    wanted = min(_MOST, count_of(batches) // _SHARE)
+    count = count_of(batches)
+    wanted = min(_MOST, max(_LEAST, count // _SHARE)) if count >= _SHARE else 0
     kept: list = list(batches)
     judges: list = []
     while wanted > 0:

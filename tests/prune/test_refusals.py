@@ -302,7 +302,7 @@ class Twice(nn.Module):
 
     def forward(self, x):
         x = torch.relu(self.stem(x))
-        return self.fc(torch.cat([self.twin(x), self.twin(-x)], dim=1))
+        return self.fc(torch.cat([self.twin(x), self.twin(torch.tanh(x))], dim=2))
 
 
 class Slope(nn.Module):
@@ -322,9 +322,9 @@ def test_a_reader_that_gets_other_channels_than_it_was_cut_for_is_named_with_the
         model = Twice()
         before = copy.deepcopy(model.state_dict())
         pruner = IntraFusionPruner(
-            model, torch.randn(2, 6), tp.importance.GroupMagnitudeImportance(p=1),
+            model, torch.randn(2, 3, 6), tp.importance.GroupMagnitudeImportance(p=1),
             ignored_layers=[model.get_submodule(name) for name in ignored], fusion=fusion,
-            calibration=[torch.randn(40, 6)] if fusion == "calibrated" else None,
+            calibration=[torch.randn(200, 3, 6)] if fusion == "calibrated" else None,
         )  # fmt: skip
         if not refused:
             pruner.step()
