@@ -37,7 +37,7 @@ LONGEST = 60
 # A warning that says this says that the result is worse than cutting.
 _WORSE = ("worse", "discard")
 
-# Exceptions that are raised as sentences; others that a FusionError wraps are mistakes of ours or of torch-pruning.
+# Exceptions that are raised as sentences; a raw one at the end of a FusionError is a mistake of somebody.
 _SENTENCES = (ValueError, TypeError, FusionError)
 
 _Metric = Callable[[Any], "Tensor | None"]
@@ -316,8 +316,9 @@ def _limited() -> Iterator[None]:
 
 def _failed(row: Row, error: Exception, dense: nn.Module) -> None:
     row.error, row.where = _said(error), _place(error)
-    cause = error.__cause__ or error
-    plain = isinstance(error, _SENTENCES) and isinstance(cause, _SENTENCES) and _is_ours(cause)
+    cause = error.__cause__
+    raw = cause is not None and not _is_ours(cause) and str(error).endswith(str(cause))
+    plain = isinstance(error, _SENTENCES) and _is_ours(error) and not raw
     names = [name for name, _ in [*dense.named_modules(), *dense.named_parameters()] if name]
     row.named = plain and any(f"'{name}'" in str(error) or f"{name}:" in str(error) for name in names)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -25,21 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 # All parts of the check for one network; one step for the others, by one of the two presets that refit.
 _WHOLE, _STEP = (304,), tuple(seed for seed in range(303, 326) if seed != 304)
 
-# What is not mended yet: a network of each kind, by what is wrong.
-_KNOWN = {
-    (313, "paper"): "two example inputs judge what is worse than the cut",
-    (314, "data-free"): "a concat of tokens: the cut network does not run, and no layer is named",
-    (324, "paper"): "torch-pruning's graph fails behind an nn.PReLU of one slope, and nothing names it",
-    (324, "barycentre"): "the same",
-    (324, "data-free"): "the same",
-}
 
-
-def _cases(seeds: tuple[int, ...], presets: Callable[[int], tuple[str, ...]]) -> list[Any]:
-    """(seed, preset), those that are known to fail marked so; they need not."""
-    pairs = [(seed, preset) for seed in seeds for preset in presets(seed)]
-    known = {pair: pytest.mark.xfail(reason=reason, strict=False) for pair, reason in _KNOWN.items()}
-    return [pytest.param(*pair, marks=[known[pair]] if pair in known else []) for pair in pairs]
+def _cases(seeds: tuple[int, ...], presets: Callable[[int], tuple[str, ...]]) -> list[tuple[int, str]]:
+    return [(seed, preset) for seed in seeds for preset in presets(seed)]
 
 
 @pytest.mark.slow
