@@ -180,9 +180,11 @@ class Correction:
         name = walk.name
         layer, dense = self.model.get_submodule(name), self.dense.get_submodule(name)
         norm = self.layers[name]
+        if isinstance(layer, nn.Embedding):
+            return  # what it gives depends on nothing that was cut before
         rows = self._rows.get(name) or RowMap.identity(outputs(dense))
         sights = walk.sights(present=self._after_cut)
-        if isinstance(layer, nn.Embedding) or len(rows.weights) != outputs(layer) or not sights:
+        if len(rows.weights) != outputs(layer) or not sights:
             return  # cut in a way that the table does not tell
         view = LayerView(
             name,

@@ -170,11 +170,12 @@ class _Reader:
 
     def see(self, tape: Tape, inputs: Tensor) -> None:
         before, chain = tape.trace_back(inputs)
-        if _is_part(self.slot, self.n):
-            axis = self.slot.kind.channel_axis % inputs.dim()
-            before = inputs = inputs.index_select(axis, self.slot.local[:, 0].to(inputs.device))
-            chain, self.movable = (), False
         window = _window(before, inputs, chain, self.slot, self.n) if self.understood else None
+        if window is None and self.understood and self.slot.local.shape[1] == 1:  # at least what is read is known
+            axis = self.slot.kind.channel_axis % inputs.dim()
+            inputs = inputs.index_select(axis, self.slot.local[:, 0].clamp(min=0).to(inputs.device))
+            before, chain, self.movable = inputs, (), False
+            window = _window(before, inputs, chain, self.slot, self.n)
         if window is None:
             self.understood, self.z, self.h, self.places = False, [], [], []
             return
@@ -263,22 +264,12 @@ class _Window:
         return value[images[:, None, None], :, down, right].permute(0, 3, 1, 2)
 
 
-def _is_plain(slot: Slot, n: int) -> bool:
-    """Does a reader read the n channels of a group, in their order, and nothing else?"""
-    copies = slot.local.shape[1]
-    return slot.size == n * copies and torch.equal(slot.local, torch.arange(n * copies).reshape(n, copies))
-
-
-def _is_part(slot: Slot, n: int) -> bool:
-    """Does a reader read them one by one, but others too, as behind a concat? Then it is not known how it sees them."""
-    return slot.local.shape == (n, 1) and bool((slot.local >= 0).all()) and not _is_plain(slot, n)
-
-
 def _window(z: Tensor, h: Tensor, calls: Sequence[Call], slot: Slot, n: int) -> _Window | None:
     """None if what the reader reads is not understood."""
     copies = slot.local.shape[1]
     axis = slot.kind.channel_axis % z.dim() if z.dim() == h.dim() else 1
-    if not (_is_plain(slot, n) or _is_part(slot, n)) or z.dim() < 2 or z.shape[axis] != n:
+    plain = slot.size == n * copies and torch.equal(slot.local, torch.arange(n * copies).reshape(n, copies))
+    if not (plain or z is h) or z.dim() < 2 or z.shape[axis] != n:
         return None
     flattened = copies > 1 and h.dim() == 2 < z.dim() and bool(calls) and calls[-1].flattens
     sides = [call.block for call in (calls[:-1] if flattened else calls)]

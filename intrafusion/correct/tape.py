@@ -249,10 +249,13 @@ class Tape(TorchFunctionMode):
         self._end(list(self._open.values()), None, (), {})
 
     def _end(self, visits: list[Visit], func: Any, args: Sequence, kwargs: dict) -> None:
-        for visit in sorted(dict.fromkeys(visits), key=list(self._open.values()).index):
+        ending = sorted(dict.fromkeys(visits), key=list(self._open.values()).index)
+        for number, visit in enumerate(ending):
+            later = [one.output for one in ending[number + 1 :]]  # they may still change: they make up for this one
             if func in _ADDITIONS and len(args) == 2 and not kwargs:
                 others = [value for value in args if value is not visit.output]
-                if len(others) == 1 and isinstance(others[0], Tensor) and others[0].shape == visit.output.shape:
+                fits = len(others) == 1 and isinstance(others[0], Tensor) and others[0].shape == visit.output.shape
+                if fits and not any(others[0] is output for output in later):
                     visit.other = others[0]
             if self.read is not None:
                 self.read(visit)

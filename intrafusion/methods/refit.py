@@ -39,21 +39,20 @@ class Refit(Method):
         is lost is then left to the layers that read the group.
         """
         chosen = selection_pair(plan.kept, table.n)
-        if any(slot.is_depthwise for slot in table.slots):
-            return chosen
         start = self.start.pair(table, plan, view)
         readers = view.samples(table)
+        stays = any(slot.is_depthwise for slot in table.slots) or not all(reader.movable for reader in readers)
         if not readers:  # nothing says which rows are good: those that stay are, for readers that will be refitted
             consumers = [slot for slot in table.slots if slot.reads]
-            return chosen if consumers and all(can_refit(slot.owner) for slot in consumers) else start
+            return chosen if stays or (consumers and all(can_refit(slot.owner) for slot in consumers)) else start
         may_shift = shift_carrier(table) is not None
         rows, shift = chosen.rows, torch.zeros(len(plan.kept), dtype=torch.float64)
-        if all(reader.movable for reader in readers):
+        if not stays:
             halfway = (start.rows + chosen.rows.to(start.rows)) / 2
             rows, shift = best_rows(halfway, readers, may_shift=may_shift, selection=chosen.rows)
         read = read_back(rows, shift, readers, start.columns)
         rows, read = (_inside_classes(side.cpu(), table, plan) for side in (rows, read.T))
-        return Pair(rows, read.T, plan.kept, shift.cpu() if may_shift else None, read.T)
+        return Pair(rows, read.T, plan.kept, None if stays or not may_shift else shift.cpu(), read.T)
 
     def repair_(self, layer: LayerView, view: View) -> None:
         """Refit the layer so that it gives what the dense one gives; where that is not possible, its batch-norm."""

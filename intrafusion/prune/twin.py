@@ -141,7 +141,7 @@ def varied(example: Any) -> Any:
 
 
 def held_out(batches: Sequence) -> tuple[list, list]:
-    """(batches to work on, batches to judge with): one input in 32 judges, at least 4 and at most 32, none of fewer than 32.
+    """(batches to work on, batches to judge with): of 32 inputs or more one in 32 judges, at least 4, at most 32.
 
     Inputs are parted along the first axis of a batch's tensors where they share one; otherwise whole batches are.
     """
