@@ -274,14 +274,16 @@ class _Stopped:
 
 @torch.no_grad()
 def _calls_of(name: str, forward: Callable[[], Any], layers: Layers, live: Live) -> list[Sight]:
-    """What one pass sees at all calls of a layer, in copies: the network may overwrite what it has read."""
+    """What one pass sees at all calls of a layer, in copies: the network may overwrite what it has read.
+
+    What is added is left out: it may come from another call, which changes with this one.
+    """
     sights: list[Sight] = []
 
     def read(visit: Visit) -> None:
         if visit.name == name:
-            other = None if visit.other is None else visit.other.clone()
-            sight = Sight(visit.inputs.clone(), visit.output.clone(), other, visit.geometry)
-            live.add((sight.inputs, sight.output, other))
+            sight = Sight(visit.inputs.clone(), visit.output.clone(), None, visit.geometry)
+            live.add((sight.inputs, sight.output))
             sights.append(sight)
 
     tape = Tape(layers, read=read)
