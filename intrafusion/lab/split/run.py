@@ -46,7 +46,7 @@ from intrafusion.lab.training import forget_checkpoint
 from intrafusion.lab.weights import digest
 
 _log = logging.getLogger(__name__)
-_FUSE_CODE = ("ot", "running.py", "groups", "correct", "average", "schedule.py", "lab/split/schedules.py")
+_FUSE_CODE = ("ot", "running", "groups", "correct", "average", "schedule.py", "lab/split/schedules.py")
 _ON_THE_WAY_CODE = ("training/fusion_schedule.py", "training/optimizer_state.py", "training/averaged_weights.py")
 
 
