@@ -43,7 +43,7 @@ class RandomState:
 def repeatable(inputs: Any) -> Iterator[None]:
     """The same random numbers every time for the same inputs, and others for other inputs; nobody else's change."""
     before, seed = RandomState.now(), _seed(inputs)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed queues a call for every kind of device that is not there
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed queues a call for devices that are not there
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
     random.seed(seed)
