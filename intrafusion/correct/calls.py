@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,18 +78,6 @@ def _pool_window(args: tuple, kwargs: dict) -> int | None:
     stride = side if stride in (None, [], ()) else stride
     stride = stride[0] if isinstance(stride, (tuple, list)) and len(set(stride)) == 1 else stride
     return side if isinstance(side, int) and side == stride and padding in (0, (0, 0)) else None
-
-
-def flat(value: Any) -> Iterator[Any]:
-    """All that is inside nested tuples, lists and dictionaries."""
-    if isinstance(value, (tuple, list)):
-        for part in value:
-            yield from flat(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from flat(part)
-    else:
-        yield value
 
 
 def overwrites(func: Callable, kwargs: dict) -> bool:

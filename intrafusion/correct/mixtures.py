@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from intrafusion.correct.calls import CHANNELWISE, flat, name_of
+from intrafusion.correct.calls import CHANNELWISE, name_of
+from intrafusion.running import leaves
 
 _SUMS = {"add", "add_", "sub", "sub_", "rsub", "iadd", "isub", "radd", "cat", "concat", "concatenate", "stack", "lerp"}
 """Names without underscores around them: what gives a sum, or puts side by side, what it is given."""
@@ -55,7 +56,7 @@ class Mixtures:
 
     def called(self, func: Callable, arguments: Any, output: Any) -> None:
         """Something else has been computed."""
-        pasts = [self._of(value) for value in flat(arguments) if isinstance(value, Tensor)]
+        pasts = [self._of(value) for value in leaves(arguments) if isinstance(value, Tensor)]
         operands = [past.sources for past in pasts if past.sources]
         if not operands:
             return
@@ -66,7 +67,7 @@ class Mixtures:
         elif len(operands) == 1 and name not in _ROUTES and name not in _SUMS:
             products |= {(operands[0], operands[0])}
         past = _Past(frozenset[str]().union(*operands), products)
-        for value in flat(output):
+        for value in leaves(output):
             self._set(value, past)
 
     def keeps(self, value: Tensor, layers: Iterable[str]) -> bool:

@@ -26,7 +26,7 @@ _FOLDS = 2
 _PATCH_VALUES = 2**24
 """As many values of unfolded inputs are held at once (64 MB in float32)."""
 _TO_READ = 2
-"""The dense inputs are read from d present ones by regression where there are at least as many times d places."""
+"""The dense inputs are read from d present ones by regression where there are `_TO_READ` d places or more."""
 _PER_VALUE, _FEWEST = 32, 16384
 """A layer whose outputs read d values is fitted on at most `_PER_VALUE` d places, or `_FEWEST` if that is more."""
 
@@ -80,8 +80,8 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Sequence[tupl
     narrow = any(before.inputs.shape[axis] != now.inputs.shape[axis] for before, now in sights)
     if not narrow and not any(_differ(before, now, compensates) for before, now in sights):
         return False
-    known = sum(now.inputs.movedim(axis, -1)[..., 0].numel() for _, now in sights)
-    reading = narrow and groups == 1 and known >= _TO_READ * sights[0][1].inputs.shape[axis]
+    width = sights[0][1].inputs.shape[axis]
+    reading = narrow and groups == 1 and sum(now.inputs.numel() for _, now in sights) >= _TO_READ * width**2
     fits, reads = _Folds(groups), _Folds()
     per_image = layer.weight[0].numel()
     for before, now in sights:
@@ -99,7 +99,8 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Sequence[tupl
                 reads.add(fold, now_inputs[at], dense_inputs[at])
     priors = [Prior(folded_weight(layer, bn).flatten(1).unflatten(0, (groups, -1)))]
     if groups == 1 and (reading or not narrow):
-        weight = torch.einsum("lm,m...->l...", *_alike(rows.weights, kind.folded_weight(dense, dense_bn)))
+        weight = kind.folded_weight(dense, dense_bn)
+        weight = torch.einsum("lm,m...->l...", rows.weights.to(weight), weight)
         priors.append(_through(reads.fit(), weight) if narrow else Prior(weight.flatten(1)[None]))
     _write_(layer, bn, fits.fit(*priors))
     return True
@@ -112,10 +113,6 @@ def _through(reading: Fit, weight: Tensor) -> Prior:
         return torch.einsum("ln...,nk->lk...", weight, read[0]).flatten(1)[None]
 
     return Prior(of(reading.weight), tuple(map(of, reading.without)))
-
-
-def _alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    return first.to(second), second
 
 
 def _other(before: Sight, now: Sight) -> Tensor | None:

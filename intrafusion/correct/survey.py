@@ -159,7 +159,7 @@ class _Reader:
     told: str
     mixed: Sequence[str]
     calls: Sequence[Call] = ()
-    kind: tuple | None = None
+    way: tuple | None = None
     makers: set[str] = field(default_factory=set)
     understood: bool = True
     movable: bool = True
@@ -179,10 +179,10 @@ class _Reader:
         if window is None:
             self.understood, self.z, self.h, self.places = False, [], [], []
             return
-        kind = (window.side, window.flattened, before.dim(), tuple(call.func for call in chain))
-        if self.kind not in (None, kind):
+        way = (window.side, window.flattened, before.dim(), tuple(call.func for call in chain))
+        if self.way not in (None, way):
             return
-        self.kind = kind
+        self.way = way
         share = max(1, min(_PLACES, max(2 * self.n, _VALUES // self.n)) // self.expected)
         chosen = torch.randperm(window.count, generator=self.generator)[:share].to(inputs.device)
         self.calls, maker = chain[:-1] if window.flattened else chain, tape.maker(before)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from intrafusion.correct.calls import CHANNELWISE, RESHAPES, Call, as_windows, flat, name_of, overwrites
+from intrafusion.correct.calls import CHANNELWISE, RESHAPES, Call, as_windows, name_of, overwrites
 from intrafusion.correct.mixtures import Mixtures
 from intrafusion.groups.kinds.filters import PLAIN, Geometry
+from intrafusion.running import leaves
 
 _LAYER_CALLS = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.embedding,
@@ -208,7 +209,7 @@ class Tape(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        tensors = [value for value in flat((args, kwargs)) if isinstance(value, Tensor)]
+        tensors = [value for value in leaves((args, kwargs)) if isinstance(value, Tensor)]
         if not tensors or name_of(func) in _METADATA:
             return func(*args, **kwargs)
         visit = self._open.get(id(args[0])) if args and self._open else None
@@ -282,7 +283,7 @@ class Tape(TorchFunctionMode):
         if not isinstance(out, Tensor) or (out is first and before is first):
             return out  # a dropout in eval mode, a tensor that is contiguous already
         self._origins.pop(id(out), None)
-        if before is None or any(isinstance(value, Tensor) for value in flat((args[1:], kwargs))):
+        if before is None or any(isinstance(value, Tensor) for value in leaves((args[1:], kwargs))):
             return out
         flattens = func in RESHAPES and out.dim() == 2 < before.dim() and out.shape[0] == before.shape[0]
         if flattens:  # however it is written, and whatever sizes are written there

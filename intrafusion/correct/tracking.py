@@ -58,14 +58,14 @@ def _sums(network: nn.Module, run: Callable, batches: Sequence, names: Iterable[
     """Moments of what each batch-norm reads, per channel, over all its calls."""
     found: _Sums = {}
 
-    def see(name: str, _: nn.Module, inputs: tuple) -> None:
-        sample = by_channel(inputs[0], 1)
+    def see(name: str, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        sample = by_channel(args[0] if args else kwargs["input"], 1)
         more = Moments.of(sample[:, :0], sample.to(torch.promote_types(sample.dtype, torch.float32)))
         found[name] = found[name] + more if name in found else more
 
     with ExitStack() as stack, evaluating(network):
         for name in names:
-            hook = network.get_submodule(name).register_forward_pre_hook(partial(see, name))
+            hook = network.get_submodule(name).register_forward_pre_hook(partial(see, name), with_kwargs=True)
             stack.callback(hook.remove)
         for batch in batches:
             run(network, batch)

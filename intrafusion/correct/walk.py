@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.correct.calls import flat
 from intrafusion.correct.parking import Live, Parking
 from intrafusion.correct.passes import Pass
 from intrafusion.correct.tape import Layers, Tape, Visit
 from intrafusion.groups.kinds.filters import PLAIN, Geometry
-from intrafusion.running import evaluating
+from intrafusion.running import evaluating, leaves
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ class Walk:
         self._wake([one.live])
 
     def _wake(self, lives: Sequence[Live]) -> None:
-        foreign = (value for value in flat(self._batches) if isinstance(value, Tensor))
+        foreign = (value for value in leaves(self._batches) if isinstance(value, Tensor))
         owned = (tensor for network in self._networks for tensor in (*network.parameters(), *network.buffers()))
         self._parking.wake(lives, chain(foreign, owned))
 

@@ -71,6 +71,13 @@ def memory_limit(value: Any) -> float | None:
     return value
 
 
+def after_cut(value: Any) -> Callable | None:
+    """As given. Raises TypeError for what cannot be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"after_cut is {value!r}: give a function of the network and the group that was cut")
+    return value
+
+
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")

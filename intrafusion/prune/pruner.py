@@ -29,13 +29,8 @@ from intrafusion.prune.fused_group import FusedGroup, FusionError
 from intrafusion.prune.fusion import Fusion
 from intrafusion.prune.report import GroupReport, Report
 from intrafusion.prune.step import Step
-from intrafusion.prune.twin import Comparison, WorseThanCut
+from intrafusion.prune.twin import Comparison
 from intrafusion.running import run_model
-
-_WAY_OUT = (
-    "Compare both on your own data: fusion='calibrated' with calibration=<batches of your own> knows what the network "
-    "really sees, fusion='discard' is the plain cut"
-)
 
 
 class FusionMixin:
@@ -92,9 +87,7 @@ class FusionMixin:
     ) -> None:
         self.fusion = Fusion.of(fusion)
         self.memory_limit = checks.memory_limit(memory_limit)
-        if after_cut is not None and not callable(after_cut):
-            raise TypeError(f"after_cut is {after_cut!r}: give a function of the network and the group that was cut")
-        self.after_cut = after_cut
+        self.after_cut = checks.after_cut(after_cut)
         self.calibration = checks.calibration_batches(calibration, self.fusion.method(), f"fusion={self.fusion.name!r}")
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         checks.check_arguments(bound.arguments)
@@ -139,14 +132,12 @@ class FusionMixin:
         """
         if interactive:
             return super().step(interactive=True)  # type: ignore[misc]
-        snapshot, reported = Snapshot(self.DG, self.model.modules(), self.state()), len(self.report.groups)
-        compared, attributes = len(self.report.comparisons), len(self.report.attributes)
+        snapshot, mark = Snapshot(self.DG, self.model.modules(), self.state()), self.report.mark()
         try:
             super().step(interactive=False)  # type: ignore[misc]
         except BaseException:
             snapshot.restore()
-            del self.report.groups[reported:], self.report.comparisons[compared:]
-            del self.report.attributes[attributes:]
+            self.report.back_to(mark)
             raise
         return None
 
@@ -288,10 +279,7 @@ class FusionMixin:
         """A step is over; a warning if its result is farther from the dense network than plain cutting's."""
         self.report.comparisons.append(comparison)
         if comparison.is_worse:
-            warnings.warn(
-                f"fusion={self.fusion.name!r} left this network worse than plain cutting would have: {comparison}. "
-                f"{_WAY_OUT}", WorseThanCut, stacklevel=5,
-            )  # fmt: skip
+            warnings.warn(comparison.warning(self.fusion.name), stacklevel=5)
 
     def reported(self, entry: GroupReport) -> None:
         """A group was pruned."""
@@ -301,7 +289,7 @@ class FusionMixin:
 
     def cut_again(self, history: Iterable[tuple[str, bool, Iterable[int]]]) -> None:
         """Cut the channels of a torch-pruning history again, fusing nothing and reporting nothing: structure only."""
-        settings, reported, attributes = self.fusion, len(self.report.groups), len(self.report.attributes)
+        settings, mark = self.fusion, self.report.mark()
         self.fusion = settings.discarded()
         try:
             self.last_step = step = Step(self)
@@ -314,7 +302,7 @@ class FusionMixin:
             step.finish()
         finally:
             self.fusion = settings
-            del self.report.groups[reported:], self.report.attributes[attributes:]
+            self.report.back_to(mark)
 
     def state(self) -> list[dict]:
         """The dictionaries that hold what a step changes of the pruner."""

@@ -46,6 +46,15 @@ class Report:
     comparisons: list[Comparison] = field(default_factory=list)
     attributes: list[Attribute] = field(default_factory=list)
 
+    def mark(self) -> tuple[int, int, int]:
+        """How much has been reported."""
+        return len(self.groups), len(self.comparisons), len(self.attributes)
+
+    def back_to(self, mark: tuple[int, int, int]) -> None:
+        """Forget what has been reported since."""
+        for entries, length in zip((self.groups, self.comparisons, self.attributes), mark, strict=True):
+            del entries[length:]  # type: ignore[attr-defined]
+
     @property
     def fused(self) -> list[GroupReport]:
         return [group for group in self.groups if group.merged not in ("selection", "untouched")]

@@ -20,14 +20,13 @@ from torch.overrides import TorchFunctionMode
 from torch_pruning.dependency.group import Group
 
 from intrafusion.prune import refusals
+from intrafusion.prune.size_options import Option, Width, is_size, one_each, options_of, put
 from intrafusion.running import evaluating
 
 _MOST_RUNS = 200
 """So often the network is tried with other attributes after one cut; most of these runs end early."""
 _TOGETHER = 3
 """So many attributes of one module are changed at once."""
-_PACKED = 3
-"""Queries, keys and values that one layer makes."""
 
 
 @dataclass(frozen=True)
@@ -59,49 +58,6 @@ class Failure:
         return f"{type(self.error).__name__}: {' '.join(str(self.error).split())}{self.where}"
 
 
-@dataclass(frozen=True)
-class _Width:
-    """Channels of layers, before and after a cut. attention, heads: the layer of queries, keys or values whose rows
-    they are, and how many heads share them before and after, where torch-pruning was told.
-    """
-
-    before: int
-    after: int
-    attention: nn.Module | None = None
-    heads: tuple[int, int] = (0, 0)
-
-
-@dataclass(frozen=True)
-class _Option:
-    """A number that a module holds may have become another one.
-
-    place: in a tuple or list (None: it is the attribute itself). sure: torch-pruning was told the number of heads that
-    says so.
-    """
-
-    module: nn.Module
-    name: str
-    place: int | None
-    before: int
-    value: int
-    sure: bool
-
-    @property
-    def is_open(self) -> bool:
-        """Has nobody set it since?"""
-        value = vars(self.module).get(self.name)
-        if self.place is None:
-            return value == self.before
-        return isinstance(value, (tuple, list)) and len(value) > self.place and value[self.place] == self.before
-
-    def put(self, *, back: bool = False) -> None:
-        new: Any = self.before if back else self.value
-        if self.place is not None:
-            old = vars(self.module)[self.name]
-            new = type(old)((*old[: self.place], new, *old[self.place + 1 :]))
-        setattr(self.module, self.name, new)
-
-
 class Sizes:
     """The attributes of one network while its groups are cut.
 
@@ -116,11 +72,11 @@ class Sizes:
         self._names = {module: name for name, module in model.named_modules()}
         others = [module for module in self._names if module not in layers or not _has_tensors(module)]
         self._held = [
-            (module, name) for module in others for name, value in vars(module).items() if _is_size(name, value)
+            (module, name) for module in others for name, value in vars(module).items() if is_size(name, value)
         ]
         self._last = self._values()
         self._shapes = self._outputs() if self._held else None
-        self._options: list[_Option] = []
+        self._options: list[Option] = []
         self._roots: dict[nn.Module, list[str]] = {}
 
     def cutting(self, group: Group) -> Callable[[], None]:
@@ -134,7 +90,7 @@ class Sizes:
                 roots.append(name)
 
         def note() -> None:
-            self._options += _options(values, list(dict.fromkeys(self._changes(shapes, _shapes(group)))))
+            self._options += options_of(values, list(dict.fromkeys(self._changes(shapes, _shapes(group)))))
 
         return note
 
@@ -154,19 +110,19 @@ class Sizes:
 
     def settle(self) -> Failure | None:
         """Set what has to be set; None if the network then runs. Otherwise nothing is set, and this is what fails."""
-        sure = _first([option for option in self._options if option.sure and option.is_open])
+        sure = one_each([option for option in self._options if option.sure and option.is_open])
         failure = self._tried(sure)
         if failure is not None and sure:
-            _put(sure, back=True)
+            put(sure, back=True)
             failure = self._tried([])
         if failure is None:
             self._options.clear()
         return failure
 
-    def _tried(self, chosen: Sequence[_Option]) -> Failure | None:
+    def _tried(self, chosen: Sequence[Option]) -> Failure | None:
         """Set `chosen`, and whatever else makes the network run. None if it does; else only `chosen` is set."""
-        _put(chosen)
-        more: list[_Option] = []
+        put(chosen)
+        more: list[Option] = []
         left = _MOST_RUNS
         first = failure = self._failure()
         while failure is not None and left > 0:
@@ -174,14 +130,14 @@ class Sizes:
             left -= runs
             if not better:
                 break
-            _put(better)
+            put(better)
             more += better
         if failure is not None:
-            _put(more, back=True)
+            put(more, back=True)
             return first
         return None
 
-    def _step(self, failure: Failure) -> tuple[Sequence[_Option], Failure | None, int]:
+    def _step(self, failure: Failure) -> tuple[Sequence[Option], Failure | None, int]:
         """(the fewest options of one module that get the network farther, how it fails then, how often it was run).
 
         No options if there are none, or several that get it as far: nobody can know which are meant.
@@ -192,11 +148,11 @@ class Sizes:
         for module in (*inside, *rest):
             most = _TOGETHER if module in inside else 1
             for chosen_sets in self._choices(module, most):
-                found: list[tuple[float, Sequence[_Option], Failure | None]] = []
+                found: list[tuple[float, Sequence[Option], Failure | None]] = []
                 for chosen in chosen_sets:
-                    _put(chosen)
+                    put(chosen)
                     now = self._failure()
-                    _put(chosen, back=True)
+                    put(chosen, back=True)
                     runs += 1
                     found.append((float("inf") if now is None else now.position, chosen, now))
                     if runs >= _MOST_RUNS:
@@ -207,9 +163,9 @@ class Sizes:
                     return (*winners[0], runs) if len(winners) == 1 else ((), failure, runs)
         return (), failure, runs
 
-    def _choices(self, module: nn.Module, most: int) -> Iterator[list[tuple[_Option, ...]]]:
+    def _choices(self, module: nn.Module, most: int) -> Iterator[list[tuple[Option, ...]]]:
         """All ways to change one attribute of a module, then all ways to change two, ..."""
-        numbers: dict[tuple[str, int | None], list[_Option]] = {}
+        numbers: dict[tuple[str, int | None], list[Option]] = {}
         for option in dict.fromkeys(self._options):
             if option.module is module and option.is_open:
                 numbers.setdefault((option.name, option.place), []).append(option)
@@ -248,7 +204,7 @@ class Sizes:
             "argument of the pruner, or after each group.prune() of step(interactive=True)"
         )
 
-    def _told(self, option: _Option) -> str:
+    def _told(self, option: Option) -> str:
         name = self._names[option.module]
         return f"{name}.{option.name}" if name else option.name
 
@@ -256,13 +212,13 @@ class Sizes:
         found = ((module, name, vars(module).get(name)) for module, name in self._held)
         return {(module, name): tuple(value) if isinstance(value, list) else value for module, name, value in found}
 
-    def _changes(self, before: dict, after: dict) -> Iterator[_Width]:
+    def _changes(self, before: dict, after: dict) -> Iterator[Width]:
         for (layer, name), old in before.items():
             for axis, (a, b) in enumerate(zip(old, after.get((layer, name), old), strict=False)):
                 if a != b and axis == 0 and layer in self._before:  # heads share its rows
-                    yield _Width(a, b, layer, (self._before[layer], self._heads.get(layer, 0)))
+                    yield Width(a, b, layer, (self._before[layer], self._heads.get(layer, 0)))
                 elif a != b:
-                    yield _Width(a, b)
+                    yield Width(a, b)
 
     def _outputs(self) -> list[tuple[int, ...]]:
         with torch.no_grad(), evaluating(self._model):
@@ -289,69 +245,6 @@ class _Counter(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
         return func(*args, **(kwargs or {}))
-
-
-def _options(values: dict[tuple[nn.Module, str], Any], widths: list[_Width]) -> list[_Option]:
-    """What attributes may have become, each option once."""
-    by_module: dict[nn.Module, list[int]] = {}
-    for (module, _), value in values.items():
-        if type(value) is int:
-            by_module.setdefault(module, []).append(value)
-    found: dict[tuple, _Option] = {}
-    for (module, name), value in values.items():
-        for number, place in _entries(value):
-            for new, sure in _becomes(number, widths, by_module.get(module, []), module):
-                key = module, name, place, new
-                if sure or key not in found:
-                    found[key] = _Option(*key[:3], number, new, sure)
-    return list(found.values())
-
-
-def _becomes(number: int, widths: list[_Width], beside: list[int], module: nn.Module) -> Iterator[tuple[int, bool]]:
-    """(what a number may have become, whether a known number of heads says so). beside: the module's other numbers."""
-    for width in widths:
-        if width.attention is not None and width.attention in module.children():
-            old, new = width.heads
-            if number == old != new:
-                yield new, True
-            for parts in (old, _PACKED * old):
-                after = parts // old * new
-                if number * parts == width.before and after and width.after % after == 0:
-                    yield width.after // after, True
-        if number == width.before:
-            yield width.after, False
-        elif width.before % number == 0:
-            parts = width.before // number
-            shared = parts == _PACKED or parts in beside or (parts % _PACKED == 0 and parts // _PACKED in beside)
-            if shared and width.after % parts == 0:
-                yield width.after // parts, False
-
-
-def _is_size(name: str, value: Any) -> bool:
-    """May this be an attribute that holds widths: a whole number above 1, or a tuple or list with one?"""
-    return not name.startswith("_") and next(_entries(value), None) is not None
-
-
-def _entries(value: Any) -> Iterator[tuple[int, int | None]]:
-    """(number, place in a tuple or list) for all that may be widths."""
-    if type(value) is int and value > 1:
-        yield value, None
-    elif isinstance(value, (tuple, list)) and type(value) in (tuple, list, torch.Size):
-        numbers = enumerate(value) if all(type(one) is int for one in value) else ()
-        yield from ((one, place) for place, one in numbers if one > 1)
-
-
-def _put(options: Sequence[_Option], *, back: bool = False) -> None:
-    for option in options:
-        option.put(back=back)
-
-
-def _first(options: Sequence[_Option]) -> list[_Option]:
-    """One option for every number."""
-    found: dict[tuple, _Option] = {}
-    for option in options:
-        found.setdefault((option.module, option.name, option.place), option)
-    return list(found.values())
 
 
 def _shapes(group: Group) -> dict[tuple[nn.Module, str], tuple[int, ...]]:

@@ -48,6 +48,14 @@ class Comparison:
         """By more than 2 %. (A number that is not finite is worse.)"""
         return not self.fused <= _WORSE * self.cut + _NOTHING
 
+    def warning(self, fusion: str) -> WorseThanCut:
+        """What to say of a step that is worse. fusion: the name of its settings."""
+        return WorseThanCut(
+            f"fusion={fusion!r} left this network worse than plain cutting would have: {self}. Compare both on your "
+            "own data: fusion='calibrated' with calibration=<batches of your own> knows what the network really sees, "
+            "fusion='discard' is the plain cut"
+        )
+
     def __str__(self) -> str:
         return f"relative error of the output {self.fused:.3g}, plainly cut {self.cut:.3g} (on {self.inputs})"
 

@@ -1,0 +1,119 @@
+"""What attributes that hold widths may have become when some widths have changed: every number that would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_PACKED = 3
+"""Queries, keys and values that one layer makes."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """Channels of layers, before and after a cut. attention, heads: the layer of queries, keys or values whose rows
+    they are, and how many heads share them before and after, where torch-pruning was told.
+    """
+
+    before: int
+    after: int
+    attention: nn.Module | None = None
+    heads: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A number that a module holds may have become another one.
+
+    place: in a tuple or list (None: it is the attribute itself). sure: torch-pruning was told the number of heads that
+    says so.
+    """
+
+    module: nn.Module
+    name: str
+    place: int | None
+    before: int
+    value: int
+    sure: bool
+
+    @property
+    def is_open(self) -> bool:
+        """Has nobody set it since?"""
+        value = vars(self.module).get(self.name)
+        if self.place is None:
+            return value == self.before
+        return isinstance(value, (tuple, list)) and len(value) > self.place and value[self.place] == self.before
+
+    def put(self, *, back: bool = False) -> None:
+        new: Any = self.before if back else self.value
+        if self.place is not None:
+            old = vars(self.module)[self.name]
+            new = type(old)((*old[: self.place], new, *old[self.place + 1 :]))
+        setattr(self.module, self.name, new)
+
+
+def options_of(values: dict[tuple[nn.Module, str], Any], widths: list[Width]) -> list[Option]:
+    """What attributes may have become, each option once."""
+    by_module: dict[nn.Module, list[int]] = {}
+    for (module, _), value in values.items():
+        if type(value) is int:
+            by_module.setdefault(module, []).append(value)
+    found: dict[tuple, Option] = {}
+    for (module, name), value in values.items():
+        for number, place in _entries(value):
+            for new, sure in _becomes(number, widths, by_module.get(module, []), module):
+                key = module, name, place, new
+                if sure or key not in found:
+                    found[key] = Option(*key[:3], number, new, sure)
+    return list(found.values())
+
+
+def _becomes(number: int, widths: list[Width], beside: list[int], module: nn.Module) -> Iterator[tuple[int, bool]]:
+    """(what a number may have become, whether a known number of heads says so). beside: the module's other numbers."""
+    for width in widths:
+        if width.attention is not None and width.attention in module.children():
+            old, new = width.heads
+            if number == old != new:
+                yield new, True
+            for parts in (old, _PACKED * old):
+                after = parts // old * new
+                if number * parts == width.before and after and width.after % after == 0:
+                    yield width.after // after, True
+        if number == width.before:
+            yield width.after, False
+        elif width.before % number == 0:
+            parts = width.before // number
+            shared = parts == _PACKED or parts in beside or (parts % _PACKED == 0 and parts // _PACKED in beside)
+            if shared and width.after % parts == 0:
+                yield width.after // parts, False
+
+
+def is_size(name: str, value: Any) -> bool:
+    """May this be an attribute that holds widths: a whole number above 1, or a tuple or list with one?"""
+    return not name.startswith("_") and next(_entries(value), None) is not None
+
+
+def _entries(value: Any) -> Iterator[tuple[int, int | None]]:
+    """(number, place in a tuple or list) for all that may be widths."""
+    if type(value) is int and value > 1:
+        yield value, None
+    elif isinstance(value, (tuple, list)) and type(value) in (tuple, list, torch.Size):
+        numbers = enumerate(value) if all(type(one) is int for one in value) else ()
+        yield from ((one, place) for place, one in numbers if one > 1)
+
+
+def put(options: Sequence[Option], *, back: bool = False) -> None:
+    for option in options:
+        option.put(back=back)
+
+
+def one_each(options: Sequence[Option]) -> list[Option]:
+    """One option for every number."""
+    found: dict[tuple, Option] = {}
+    for option in options:
+        found.setdefault((option.module, option.name, option.place), option)
+    return list(found.values())
