@@ -11,6 +11,8 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
+from intrafusion.groups.heads import blocks_of, opaque
+
 
 @dataclass(frozen=True)
 class Tracing:
@@ -40,7 +42,7 @@ class Tracing:
         """The dependency graph of ``model``."""
         free: Any = [(model.get_parameter(name), dim) for name, dim in self.unwrapped]
         ignored = [model.get_parameter(name) for name in self.ignored]
-        with _trainable(model), warnings.catch_warnings():
+        with _trainable(model), opaque(blocks_of(model)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
             return tp.DependencyGraph().build_dependency(
                 model, example_inputs, unwrapped_parameters=free, ignored_params=ignored, **self.options

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency.group import Group
 
 from intrafusion.groups.batchnorm import folded
+from intrafusion.groups.heads import Heads, find_heads, known_heads, opaque
 from intrafusion.groups.kinds.base import torch_pruners
 from intrafusion.groups.kinds.frozen import recognise
 from intrafusion.groups.permutation_check import inconsistent_groups
@@ -41,6 +42,8 @@ class FusionMixin:
         last_step: the last `Step`, or None.
         lineage: what became of every parameter.
         progress: set it to False for no progress bars; they are on a terminal only.
+        heads: the attention blocks that were found, see `groups.heads.Heads`; their numbers of heads are in torch-pruning's
+            `num_heads`, where the user gave none.
         keep_inputs: set it to True and `last_step.inputs` holds what the step ran on.
     """
 
@@ -55,6 +58,10 @@ class FusionMixin:
     root_module_types: list
     global_pruning: bool
     num_heads: dict
+    prune_head_dims: bool
+    prune_num_heads: bool
+    head_pruning_ratio_dict: dict
+    iterative_steps: int
     in_channel_groups: dict
     out_channel_groups: dict
     current_step: int
@@ -95,9 +102,12 @@ class FusionMixin:
         recognise(bound.arguments["model"])
         bound.arguments["customized_pruners"] = {**torch_pruners(), **(bound.arguments.get("customized_pruners") or {})}
         self._feed(bound.arguments)
+        self.heads = find_heads(bound.arguments["model"], partial(self.run, inputs=self.example_inputs))
+        bound.arguments["num_heads"].update(known_heads(self.heads, bound.arguments["num_heads"]))
         modes = [(module, module.training) for module in bound.arguments["model"].modules()]
         try:
-            super().__init__(*bound.args, **bound.kwargs)
+            with opaque(self.heads):
+                super().__init__(*bound.args, **bound.kwargs)
         except (ArithmeticError, LookupError, AttributeError, TypeError) as error:
             reason = refusals.explained(error, bound.arguments["model"])
             if reason:
@@ -113,6 +123,7 @@ class FusionMixin:
         self._scores: dict[tuple[Any, Callable], Tensor] = {}
         self._listed: list[Group] = []
         self._quiet = False
+        self._leave_heads()
         checks.warn_if_nothing_prunable(self)
 
     def _feed(self, arguments: dict[str, Any]) -> None:
@@ -124,6 +135,15 @@ class FusionMixin:
         if self.calibration:
             plain = forward_fn is None
             self.calibration = feeding.tried(self.calibration, model, self.example_inputs, self.run, plain=plain)
+
+    def _leave_heads(self) -> None:
+        """Cut no heads, and no channels inside heads, that something else tells apart."""
+        if not all(block.dims_move for block in self.heads):
+            self.prune_head_dims = False
+        never = [0.0] * (self.iterative_steps + 1)
+        for block in self.heads:
+            if not block.heads_move:
+                self.head_pruning_ratio_dict.update(dict.fromkeys(block.projections, never))
 
     def step(self, interactive: bool = False) -> Iterator[Group] | None:
         """One pruning step, as in torch-pruning; if a group fails, every group of the step is put back first.

@@ -1,0 +1,269 @@
+"""Attention with layers of its own for queries, keys, values and output: where it is, and how torch-pruning sees it.
+
+    logits = (q_h x)ᵀ (k_h x),   output = Σ_h o_h softmax(logits) v_h x
+
+Nobody has to name the heads of such a network: blocks are found by the names of their layers, the numbers of heads by
+their attributes or the network's config, and what was found is verified: heads (and the channels inside them) change
+places, and the output must not change. Rotary positions, norms inside of heads, position tables of one head show here.
+
+Torch-Pruning follows every operation between these layers; where rotary positions slice and join channels, its groups
+never end. While it traces, `opaque` shows it what is true of all of them: channel i of the queries, of the keys and of
+the values goes with channel i of what the output layer reads, where several heads may share one key and value.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.running import Levelled, evaluating
+
+_PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"), ("query_proj", "key_proj", "value_proj"), ("q", "k", "v"),
+)  # fmt: skip
+_OUTPUTS = ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "dense", "dense_out")
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "n_local_heads")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_key_heads", "kv_heads")
+_DIMS = ("head_dim", "attention_head_size", "dim_head", "head_size")
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """One attention block: linear layers, how many heads its queries have, and how many its keys and values.
+
+    name: of the module that holds the projections. heads_move: can whole heads change places? dims_move: can the
+    channels inside the heads? What cannot change places is told apart by something that is not in these layers.
+    """
+
+    name: str
+    queries: nn.Linear
+    keys: nn.Linear
+    values: nn.Linear
+    output: nn.Linear
+    heads: int
+    key_heads: int
+    heads_move: bool = True
+    dims_move: bool = True
+
+    @property
+    def dim(self) -> int:
+        return self.queries.out_features // self.heads
+
+    @property
+    def shared(self) -> int:
+        """How many heads of the queries share one of the keys and values."""
+        return self.heads // self.key_heads
+
+    @property
+    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        return self.queries, self.keys, self.values
+
+
+def find_heads(model: nn.Module, forward: Callable[[nn.Module], list[Tensor]]) -> list[Heads]:
+    """The attention blocks of a network, in the order of its modules, with what of them can change places.
+
+    forward: runs the network on an example and returns its output tensors. The network is as it was afterwards. None of
+    its layers is run if it has no such block. Blocks whose heads cannot be told are left out.
+    """
+    blocks = blocks_of(model)
+    if not blocks:
+        return []
+    with torch.no_grad(), evaluating(model), Levelled():
+        before = forward(model)
+        whole = _bearing(blocks, lambda some: _unchanged(model, forward, before, some, inside=False))
+        inside = _bearing(blocks, lambda some: _unchanged(model, forward, before, some, inside=True))
+    return [
+        Heads(b.name, *b.projections, b.output, b.heads, b.key_heads, b in whole, b in inside) for b in blocks
+    ]
+
+
+def blocks_of(model: nn.Module) -> list[Heads]:
+    """The same, not verified."""
+    blocks = [block for name, module in model.named_modules() if (block := _block(model, name, module)) is not None]
+    used = Counter(layer for block in blocks for layer in (*block.projections, block.output))
+    return [block for block in blocks if all(used[layer] == 1 for layer in (*block.projections, block.output))]
+
+
+@contextmanager
+def opaque(blocks: Sequence[Heads]) -> Iterator[None]:
+    """For as long as it lasts, gradients of every block's output come from its projections, channel by channel."""
+    with ExitStack() as stack:
+        for block in blocks:
+            made: dict[nn.Module, Tensor] = {}
+
+            def note(layer: nn.Module, _args: Any, output: Tensor, made: dict[nn.Module, Tensor] = made) -> None:
+                made[layer] = output
+
+            def replace(_layer: nn.Module, args: Any, block: Heads = block, made: dict = made) -> Any:
+                if len(made) < 3 or not args or not all(made[p].dim() == args[0].dim() for p in block.projections):
+                    return None
+                seen = _together(block, *(made[layer] for layer in block.projections))
+                made.clear()
+                if seen.shape != args[0].shape:
+                    return None
+                return (args[0].detach() + 0 * seen, *args[1:])
+
+            for layer in block.projections:
+                stack.callback(layer.register_forward_hook(note).remove)
+            stack.callback(block.output.register_forward_pre_hook(replace).remove)
+        yield
+
+
+def _together(block: Heads, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Elementwise in all three, in the operations by which torch-pruning knows shared keys: [..., tokens, channels]."""
+    if block.shared > 1:
+        keys, values = (_repeated(block, one) for one in (keys, values))
+    tokens = min(queries.shape[-2], keys.shape[-2]) if queries.dim() > 1 else None
+    if tokens is not None and keys.shape[-2] != queries.shape[-2]:  # cross-attention: what is read has a length of its own
+        keys, values = (one.mean(dim=-2, keepdim=True) for one in (keys, values))
+    return queries + (keys + values)  # torch-pruning takes the layer that it meets first for the root: the queries
+
+
+def _repeated(block: Heads, one: Tensor) -> Tensor:
+    each = one.reshape(-1, one.shape[-2], block.key_heads, block.dim).transpose(1, 2)
+    batch, heads, tokens, dim = each.shape
+    many = each[:, :, None].expand(batch, heads, block.shared, tokens, dim).reshape(batch, -1, tokens, dim)
+    return many.transpose(1, 2).reshape(*one.shape[:-1], block.heads * block.dim)
+
+
+def _block(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
+    for names in _PROJECTIONS:
+        layers = [getattr(module, one, None) for one in names]
+        if all(isinstance(layer, nn.Linear) for layer in layers):
+            break
+    else:
+        return None
+    queries, keys, values = layers
+    if keys.out_features != values.out_features:
+        return None
+    output = _output(model, name, module, queries)
+    if output is None:
+        return None
+    heads, key_heads = _numbers(model, name, module, queries, keys)
+    if not heads or not key_heads or heads % key_heads or queries.out_features % heads:
+        return None
+    if keys.out_features != queries.out_features // heads * key_heads:
+        return None
+    return Heads(name, queries, keys, values, output, heads, key_heads)
+
+
+def _output(model: nn.Module, name: str, module: nn.Module, queries: nn.Linear) -> nn.Linear | None:
+    """The layer that reads what the heads give: beside the projections, or in the module around them."""
+    around = model.get_submodule(name.rpartition(".")[0]) if "." in name else None
+    places = [(module, _OUTPUTS), (around, tuple(f"output.{one}" for one in _OUTPUTS) + _OUTPUTS)]
+    for holder, names in places:
+        for one in names if holder is not None else ():
+            try:
+                found = holder.get_submodule(one)
+            except AttributeError:
+                continue
+            if isinstance(found, nn.Sequential) and len(found):
+                found = found[0]
+            if isinstance(found, nn.Linear) and found.in_features == queries.out_features:
+                return found
+    return None
+
+
+def _numbers(model: nn.Module, name: str, module: nn.Module, queries: nn.Linear, keys: nn.Linear) -> tuple[int, int]:
+    """(heads of the queries, heads of keys and values), 0 where nothing tells."""
+    holders = [module, getattr(module, "config", None), getattr(model, "config", None)]
+    heads = _first(holders, _HEADS)
+    dim = _first(holders[:1], _DIMS)
+    if dim and queries.out_features % dim == 0 and keys.out_features % dim == 0:
+        return queries.out_features // dim, keys.out_features // dim
+    key_heads = _first(holders, _KEY_HEADS) or heads
+    if heads and keys.out_features == queries.out_features:
+        key_heads = heads
+    return heads, key_heads
+
+
+def _first(holders: Sequence[Any], names: Sequence[str]) -> int:
+    for holder in holders:
+        for name in names:
+            value = getattr(holder, name, None)
+            if type(value) is int and value > 0:
+                return value
+    return 0
+
+
+def _bearing(blocks: Sequence[Heads], bears: Callable[[Sequence[Heads]], bool]) -> set[Heads]:
+    """Those that pass: all at once if they do, otherwise each by itself."""
+    if bears(blocks):
+        return set(blocks)
+    return {block for block in blocks if bears([block])} if len(blocks) > 1 else set()
+
+
+def _unchanged(
+    model: nn.Module,
+    forward: Callable[[nn.Module], list[Tensor]],
+    before: Sequence[Tensor],
+    blocks: Sequence[Heads],
+    *,
+    inside: bool,
+) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    with ExitStack() as stack:
+        for block in blocks:
+            queries, keys = _order(block, inside, generator)
+            for layer, order, axis in (
+                (block.queries, queries, 0), (block.keys, keys, 0), (block.values, keys, 0), (block.output, queries, 1),
+            ):  # fmt: skip
+                stack.enter_context(_reordered(layer, order, axis))
+        try:
+            after = forward(model)
+        except Exception:  # whatever a foreign network raises: these are no heads
+            return False
+    return all(_close(a, b) for a, b in zip(after, before, strict=True))
+
+
+def _order(block: Heads, inside: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """New orders of the channels of queries and of keys."""
+    shape = (block.key_heads, block.shared, block.dim)
+    queries = torch.arange(block.heads * block.dim).reshape(shape)
+    keys = torch.arange(block.key_heads * block.dim).reshape(block.key_heads, block.dim)
+    if inside:
+        order = torch.randperm(block.dim, generator=generator)
+        return queries[:, :, order].flatten(), keys[:, order].flatten()
+    order = torch.randperm(block.key_heads, generator=generator)
+    within = torch.randperm(block.shared, generator=generator)
+    return queries[order][:, within].flatten(), keys[order].flatten()
+
+
+@contextmanager
+def _reordered(layer: nn.Linear, order: Tensor, axis: int) -> Iterator[None]:
+    """For as long as it lasts, channel order[i] is in the place of channel i."""
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    assert weight is not None
+    order = order.to(weight.device)
+    try:
+        layer._parameters["weight"] = nn.Parameter(weight.index_select(axis, order), requires_grad=False)
+        if bias is not None and axis == 0:
+            layer._parameters["bias"] = nn.Parameter(bias[order], requires_grad=False)
+        yield
+    finally:
+        layer._parameters["weight"], layer._parameters["bias"] = weight, bias
+
+
+def _close(after: Tensor, before: Tensor) -> bool:
+    if not before.is_floating_point() or not torch.isfinite(before).all() or after.shape != before.shape:
+        return after.shape == before.shape
+    loose = 100 if before.dtype in (torch.float16, torch.bfloat16) else 1
+    return bool((after - before).abs().max() <= loose * _TOLERANCE * before.abs().max())
+
+
+def known_heads(blocks: Sequence[Heads], given: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
+    """Torch-Pruning's `num_heads` of blocks that the user gave none of."""
+    found: dict[nn.Module, int] = {}
+    for block in blocks:
+        if not any(layer in given for layer in block.projections):
+            found[block.queries] = block.heads
+            found[block.keys] = found[block.values] = block.key_heads
+    return found
