@@ -12,6 +12,7 @@ import torch_pruning as tp
 from torch import nn
 
 from intrafusion.groups.heads import blocks_of, opaque
+from intrafusion.groups.shared_keys import share_keys
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,14 @@ class Tracing:
         """The dependency graph of ``model``."""
         free: Any = [(model.get_parameter(name), dim) for name, dim in self.unwrapped]
         ignored = [model.get_parameter(name) for name in self.ignored]
-        with _trainable(model), opaque(blocks_of(model)), warnings.catch_warnings():
+        blocks = blocks_of(model)
+        with _trainable(model), opaque(blocks), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
-            return tp.DependencyGraph().build_dependency(
+            graph = tp.DependencyGraph().build_dependency(
                 model, example_inputs, unwrapped_parameters=free, ignored_params=ignored, **self.options
             )
+        share_keys(graph, blocks)
+        return graph
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from intrafusion.groups.heads import Heads, find_heads, known_heads, opaque
 from intrafusion.groups.kinds.base import torch_pruners
 from intrafusion.groups.kinds.frozen import recognise
 from intrafusion.groups.permutation_check import inconsistent_groups
+from intrafusion.groups.shared_keys import share_keys
 from intrafusion.groups.snapshot import Snapshot
 from intrafusion.groups.table import GroupTable, foldable_pairs, module_name, tabulate
 from intrafusion.history.lineage import Lineage
@@ -116,6 +117,7 @@ class FusionMixin:
         finally:  # tracing switches the network to eval mode
             for module, training in modes:
                 module.training = training
+        share_keys(self.DG, self.heads)
         self.report = Report()
         self.last_step: Step | None = None
         self.lineage = Lineage(self.DG)

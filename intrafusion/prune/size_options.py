@@ -12,17 +12,28 @@ from torch import nn
 _PACKED = 3
 """Queries, keys and values that one layer makes."""
 
+_SHARING = ("num_key_value_groups", "num_queries_per_kv", "n_rep", "kv_groups", "num_kv_groups")
+"""Attributes that say how many heads share one key and value."""
+
 
 @dataclass(frozen=True)
 class Width:
     """Channels of layers, before and after a cut. attention, heads: the layer of queries, keys or values whose rows
-    they are, and how many heads share them before and after, where torch-pruning was told.
+    they are, and how many heads share them before and after, where torch-pruning was told; keys: the same of the keys
+    and values, which several heads may share.
     """
 
     before: int
     after: int
     attention: nn.Module | None = None
     heads: tuple[int, int] = (0, 0)
+    keys: tuple[int, int] = (0, 0)
+
+    @property
+    def shared(self) -> tuple[int, int]:
+        """How many heads share one key, before and after; (0, 0) if none do."""
+        before, after = (many // few if few else 0 for many, few in zip(self.heads, self.keys, strict=True))
+        return (before, after) if before > 1 else (0, 0)
 
 
 @dataclass(frozen=True)
@@ -65,20 +76,25 @@ def options_of(values: dict[tuple[nn.Module, str], Any], widths: list[Width]) ->
     found: dict[tuple, Option] = {}
     for (module, name), value in values.items():
         for number, place in _entries(value):
-            for new, sure in _becomes(number, widths, by_module.get(module, []), module):
+            for new, sure in _becomes(name, number, widths, by_module.get(module, []), module):
                 key = module, name, place, new
                 if sure or key not in found:
                     found[key] = Option(*key[:3], number, new, sure)
     return list(found.values())
 
 
-def _becomes(number: int, widths: list[Width], beside: list[int], module: nn.Module) -> Iterator[tuple[int, bool]]:
+def _becomes(
+    name: str, number: int, widths: list[Width], beside: list[int], module: nn.Module
+) -> Iterator[tuple[int, bool]]:
     """(what a number may have become, whether a known number of heads says so). beside: the module's other numbers."""
     for width in widths:
         if width.attention is not None and width.attention in module.children():
             old, new = width.heads
-            if number == old != new:
+            if number == old != new and name not in _SHARING:
                 yield new, True
+            before, after = width.shared
+            if name in _SHARING and number == before != after:
+                yield after, True
             for parts in (old, _PACKED * old):
                 after = parts // old * new
                 if number * parts == width.before and after and width.after % after == 0:

@@ -213,10 +213,12 @@ class Sizes:
         return {(module, name): tuple(value) if isinstance(value, list) else value for module, name, value in found}
 
     def _changes(self, before: dict, after: dict) -> Iterator[Width]:
+        heads = {layer: (self._before[layer], self._heads.get(layer, 0)) for layer, _ in before if layer in self._before}
+        keys = min(heads.values(), default=(0, 0))
         for (layer, name), old in before.items():
             for axis, (a, b) in enumerate(zip(old, after.get((layer, name), old), strict=False)):
-                if a != b and axis == 0 and layer in self._before:  # heads share its rows
-                    yield Width(a, b, layer, (self._before[layer], self._heads.get(layer, 0)))
+                if a != b and axis == 0 and layer in heads:  # heads share its rows
+                    yield Width(a, b, layer, heads[layer], keys)
                 elif a != b:
                     yield Width(a, b)
 

@@ -208,10 +208,9 @@ class Step:
         """Why a group can only be cut ('' if it can be fused)."""
         if table.name in self._inconsistent:
             return "torch-pruning's index map does not describe the network here, and its cut may be wrong as well"
-        reason = checks.mismatch(group, table, kept)
-        if not reason and self._pruner.is_attention(group):
+        if self._pruner.is_attention(group):
             return "queries and keys meet in a product, which a linear merge cannot keep"
-        reason = reason or table.unsupported or checks.uneven_chunks(table, kept)
+        reason = checks.mismatch(group, table, kept) or table.unsupported or checks.uneven_chunks(table, kept)
         if not reason and not any(slot.makes_channels for slot in table.slots):
             reason = "no layer of the group produces its channels"
         return reason
