@@ -1,6 +1,6 @@
-"""First and second moments of a group's channels: expected from the weights alone, or measured on inputs.
+"""First and second moments of a group's channels as they are expected from the weights alone (measured: `readings`).
 
-Expected: the network is followed from the layers that produce the channels to those that read them, and every step
+The network is followed from the layers that produce the channels to those that read them, and every step
 maps a Gaussian to a Gaussian with the same moments. A layer's output has the correlation of its filters (its inputs are
 taken as white, with mean 0 and variance 1), a batch-norm sets the mean and variance that it remembers, activations are
 exact for Gaussian inputs (`intrafusion.ot.moments`), sums and products are of independent terms, and what follows a
@@ -10,20 +10,17 @@ on: for rebuilding channels from each other, a common scale does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch_pruning as tp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from intrafusion.groups.gaussian import Gaussian, average
 from intrafusion.groups.kinds.base import Slot, kind_of
-from intrafusion.groups.layout import by_channel
 from intrafusion.groups.table import GroupTable
-from intrafusion.running import evaluating
 
 _ACTIVATIONS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
     "Relu": lambda call: torch.relu,
@@ -133,55 +130,3 @@ def _entrance(node: Any) -> Sequence[Any]:
         ahead.update(dict.fromkeys(last.inputs))
         parted = parted or len(ahead) > 1
     return list(ahead)
-
-
-@torch.no_grad()
-def measured_covariances(
-    model: nn.Module, run: Callable[[Any], Any], batches: Iterable, table: GroupTable, readers: Sequence[Slot]
-) -> list[Tensor]:
-    """[n, n] covariance of the group's channels as each reader reads them on the given inputs, one pass for all.
-
-    run: calls the network on one batch. Where a reader has several copies of a channel (behind a flatten, say), each
-    copy has its own mean and their covariances are averaged.
-
-    Raises ValueError, naming the layer, if an activation is not finite or a layer is never reached.
-    """
-    totals = {reader.name: _Total(reader) for reader in readers}
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        for reader in readers:
-            hook = reader.owner.register_forward_pre_hook(lambda _, args, total=totals[reader.name]: total.add(args[0]))
-            stack.callback(hook.remove)
-        for batch in batches:
-            run(batch)
-    return [totals[reader.name].covariance() for reader in readers]
-
-
-class _Total:
-    """Running sums of what one layer reads."""
-
-    def __init__(self, slot: Slot) -> None:
-        self.slot, self.count = slot, 0
-        self.sums: Tensor | None = None
-        self.gram: Tensor | None = None
-
-    def add(self, inputs: Tensor) -> None:
-        values = by_channel(inputs, self.slot.kind.channel_axis).double()
-        if not torch.isfinite(values).all():
-            raise ValueError(f"layer {self.slot.name!r} reads activations that are not finite")
-        local = self.slot.local.to(values.device)
-        copies = values[:, local.clamp(min=0)] * (local >= 0)  # [samples, n, m]
-        sums = copies.sum(dim=0)
-        gram = torch.einsum("snm,skm->nk", copies, copies)
-        self.count += len(values)
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.gram = gram if self.gram is None else self.gram + gram
-
-    def covariance(self) -> Tensor:
-        if self.sums is None or self.gram is None:
-            raise ValueError(f"the inputs do not reach layer {self.slot.name!r}")
-        cov = (self.gram - self.sums @ self.sums.T / self.count) / self.count
-        still = cov.diagonal() <= 1e-12 * self.gram.diagonal() / self.count  # constant up to rounding
-        cov[still] = 0
-        cov[:, still] = 0
-        return cov

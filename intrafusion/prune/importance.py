@@ -1,4 +1,4 @@
-"""Two metrics for any torch-pruning pruner that ask what a channel adds to the others, not how large its weights are.
+"""Metrics for any torch-pruning pruner that look at what is read, and ask what a channel adds, not how large it is.
 
 Like `torch_pruning.importance`, an instance is called with a full group and returns one score per channel. The network
 is the one that the group's dependency graph was built on, and is left as it was.
@@ -6,7 +6,7 @@ is the one that the group's dependency graph was built on, and is left as it was
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -19,9 +19,10 @@ from torch_pruning.dependency.group import Group
 from intrafusion.groups.features import columns_of
 from intrafusion.groups.kinds.base import Slot
 from intrafusion.groups.layout import gather
-from intrafusion.groups.statistics import activation_of, expected_covariances, measured_covariances
+from intrafusion.groups.readings import Reading, Readings
+from intrafusion.groups.statistics import activation_of, expected_covariances
 from intrafusion.groups.table import GroupTable, tabulate
-from intrafusion.ot.choice import reconstruction_scores
+from intrafusion.ot.choice import RIDGE, RIDGE_LEAST, SEARCHES, reconstruction_scores
 from intrafusion.running import does_not_run, evaluating, input_batches, run_model, to_device
 
 _NAME = "the importance's"
@@ -33,7 +34,14 @@ class ReconstructionImportance:
     batches: unlabelled inputs (tensors, tuples or dictionaries, as the network takes them). Without them, the
     covariance of the channels is computed from the weights and batch-norm statistics alone; a layer without batch-norm
     is taken to have standard normal inputs (see `groups.statistics`). forward_fn: forward_fn(model, batch), if
-    model(*batch) is not how the network is called.
+    model(*batch) is not how the network is called. The first call measures all layers of the network in one pass over
+    the batches; another pass is made when the network has changed.
+
+    search: `forward` starts from no channel and picks the one from which the rest is rebuilt best, `backward` starts
+    from all and drops the one that costs least when the readers are refitted to the others (OSSCAR); its scores are
+    those of the picks in reverse. ridge: of `backward`, what is added to the variance of each channel, as a share of
+    it; more where inputs are few. (Exchanging channels afterwards, OSSCAR's local search, is for one width; scores are
+    for all.)
 
     A score is the share of its group's error that the channel's pick removes (see `ot.choice`): scores of one group sum
     to 1 and fall in the order of the picks, so that any ratio keeps the first picks. Global pruning compares shares: it
@@ -45,15 +53,26 @@ class ReconstructionImportance:
     the weights. In attention, queries, keys and values are averaged without inputs; inputs show what is really read.
 
     Raises ValueError for empty batches, activations that are not finite or weights that are not, naming the layer; also
-    for a group that is not full.
+    for a group that is not full, and for another search or ridge.
     """
 
     sees_activations = True
     """Batch-norms are accounted for: the folded network would score the same, but cannot be run."""
 
-    def __init__(self, batches: Iterable | None = None, forward_fn: Callable | None = None) -> None:
-        self._batches = None if batches is None else input_batches(batches, _NAME)
-        self._forward_fn = forward_fn
+    def __init__(
+        self,
+        batches: Iterable | None = None,
+        forward_fn: Callable | None = None,
+        *,
+        search: str = "forward",
+        ridge: float = RIDGE,
+    ) -> None:
+        if search not in SEARCHES:
+            raise ValueError(f"search is {search!r}: it must be one of {', '.join(SEARCHES)}")
+        if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not RIDGE_LEAST <= ridge < float("inf"):
+            raise ValueError(f"ridge is {ridge!r}: it must be a number from {RIDGE_LEAST} on")
+        self._inputs = None if batches is None else _Inputs(batches, forward_fn, products=True)
+        self._search, self._ridge = search, float(ridge)
 
     @torch.no_grad()
     def __call__(self, group: Group) -> Tensor:
@@ -61,14 +80,15 @@ class ReconstructionImportance:
         graph, table = _table(group)
         readers = [slot for slot in table.slots if slot.reads]
         device = _device(graph)
-        metrics = [_metric(graph, reader) for reader in readers] or [torch.eye(table.n)]
-        if self._batches is None or not readers:
-            covariances = expected_covariances(graph, table, readers)
+        metrics = [_metric(graph, reader).to(device) for reader in readers] or [torch.eye(table.n, device=device)]
+        if self._inputs is None or not readers:
+            covariances = [one.to(device) for one in expected_covariances(graph, table, readers)]
         else:
-            batches, run = _inputs(graph, self._batches, self._forward_fn)
-            covariances = measured_covariances(graph.model, run, batches, table, readers)
+            readings = self._inputs.readings(graph, readers)
+            of = {id(reading): reading.covariance().to(device) for reading in dict.fromkeys(readings)}
+            covariances = [of[id(reading)] for reading in readings]
         try:
-            return reconstruction_scores([c.to(device) for c in covariances], [m.to(device) for m in metrics])
+            return reconstruction_scores(covariances, metrics, self._search, self._ridge)
         except ValueError as error:
             raise ValueError(f"while scoring group {table.name!r}: {error}") from error
 
@@ -94,8 +114,7 @@ class CHIPImportance:
     sees_activations = True
 
     def __init__(self, batches: Iterable, forward_fn: Callable | None = None) -> None:
-        self._batches = input_batches(batches, _NAME)
-        self._forward_fn = forward_fn
+        self._inputs = _Inputs(batches, forward_fn)
 
     @torch.no_grad()
     def __call__(self, group: Group) -> Tensor | None:
@@ -104,7 +123,7 @@ class CHIPImportance:
         slots = [slot for slot in table.slots if slot.has_filters]
         if not slots:
             return None
-        batches, run = _inputs(graph, self._batches, self._forward_fn)
+        run = self._inputs.runner(graph)
         totals = {slot.name: _Mean() for slot in slots}
 
         def measure(_module: nn.Module, _args: Any, output: Tensor, slot: Slot) -> None:
@@ -119,7 +138,7 @@ class CHIPImportance:
             for slot in slots:
                 layer = slot.owner if slot.partner is None else slot.partner
                 stack.callback(layer.register_forward_hook(partial(measure, slot=slot)).remove)
-            for batch in batches:
+            for batch in self._inputs.on(graph):
                 run(batch)
         return torch.stack([_per_root(totals[slot.name].value(slot.name), slot) for slot in slots]).mean(dim=0)
 
@@ -209,12 +228,23 @@ def _device(graph: tp.DependencyGraph) -> torch.device:
     return next(graph.model.parameters()).device
 
 
-def _inputs(
-    graph: tp.DependencyGraph, batches: list, forward_fn: Callable | None
-) -> tuple[Iterable, Callable[[Any], Any]]:
-    device = _device(graph)
-    moved = (to_device(batch, device) for batch in batches)
-    return moved, _Runner(graph.model, forward_fn)
+class _Inputs:
+    """The batches of an importance, and what a network was found to read on them."""
+
+    def __init__(self, batches: Iterable, forward_fn: Callable | None, products: bool = False) -> None:
+        self._batches, self._forward_fn = input_batches(batches, _NAME), forward_fn
+        self._readings = Readings(products)
+
+    def on(self, graph: tp.DependencyGraph) -> Iterator[Any]:
+        """The batches, one after the other on the network's device."""
+        device = _device(graph)
+        return (to_device(batch, device) for batch in self._batches)
+
+    def runner(self, graph: tp.DependencyGraph) -> Callable[[Any], Any]:
+        return _Runner(graph.model, self._forward_fn)
+
+    def readings(self, graph: tp.DependencyGraph, readers: Sequence[Slot]) -> list[Reading]:
+        return self._readings.of(graph.model, self.runner(graph), lambda: self.on(graph), readers)
 
 
 class _Runner:
