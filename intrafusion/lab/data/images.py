@@ -67,6 +67,22 @@ def locate(root: Path, *, progress: bool = True) -> Path:
     raise LabError(f"{archive} does not hold the folders train/ and test/")
 
 
+def locate_classes(root: Path, *, progress: bool = True) -> Path:
+    """The folder with the class folders: ``root`` itself, or the unpacked archive that it is.
+
+    Raises:
+        LabError: there is no such folder, and no archive of one.
+    """
+    if is_archive(root):
+        root = unpack(root, progress=progress)
+        inside = [path for path in root.iterdir() if path.is_dir()]
+        root = inside[0] if len(inside) == 1 else root
+    if not root.is_dir():
+        raise LabError(f"data.root {root} is neither a folder of class folders nor a tar archive of it")
+    class_names(root)
+    return root
+
+
 def read_split(folder: Path, decoding: Decoding | None = None, *, limit: int | None = None) -> ImageArray:
     """Decode ``folder/<class>/*`` or map the array an earlier call decoded from the same files.
 

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from intrafusion.lab.data.cifar import CLASSES, NORMALISATION, read_cifar
 from intrafusion.lab.data.conventions import Values, hold_out, numbered, statistics_or
 from intrafusion.lab.data.dataset import Dataset, Split
-from intrafusion.lab.data.images import SUFFIXES, Decoding, class_names, image_shape, locate, read_split
+from intrafusion.lab.data.images import (
+    SUFFIXES, Decoding, class_names, image_shape, locate, locate_classes, read_split,
+)  # fmt: skip
 from intrafusion.lab.data.own import own
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.files import cache_folder
@@ -52,7 +54,7 @@ def open_data(settings: DataSection, classes: int, *, progress: bool = True) -> 
         root = Path(settings.root) if settings.root else None
         return cifar(settings.name, root, download=settings.download, progress=progress, **common)
     common |= {name: getattr(settings, name) for name in ("on_corrupt", "size", "resize", "workers")}
-    make = imagenet if settings.name == "imagenet" else image_folder
+    make = {"imagenet": imagenet, "image_halves": image_halves}.get(settings.name, image_folder)
     return make(Path(settings.root or ""), progress=progress, **common)
 
 
@@ -133,6 +135,39 @@ def image_folder(
     decoding = Decoding(size, resize, on_corrupt, workers, progress)
     return _from_folders("image_folder", folder / "train", held, decoding, validation, seed, train_images, test_images,
                          mean, std)  # fmt: skip
+
+
+def image_halves(
+    root: Path, *, validation: float = 0.1, seed: int = 0, test_images: int | None = None,
+    mean: Values = None, std: Values = None, on_corrupt: str = "error", progress: bool = True,
+    size: int | None = None, resize: int | None = None, train_images: int | None = None, workers: int | None = None,
+) -> Dataset:  # fmt: skip
+    """``root/<class>/*.jpg`` without halves of its own: of all images in order, every second one is for the test.
+
+    The order is that of the class folders and, within one, of the file names. So a folder with one image a class, as a
+    sample of ImageNet may be, trains and validates on the first class, tests on the second, and so on, and a label is
+    the place of its class among all of them.
+
+    Args:
+        root: the folder, or a tar archive of it.
+        validation: share of the training half that is held out; of classes with one image each there is none.
+            The rest as in :func:`image_folder`.
+
+    Raises:
+        LabError: as :func:`image_folder`.
+    """
+    folder = locate_classes(root, progress=progress)
+    decoding = Decoding(size, resize, on_corrupt, workers, progress)
+
+    def load(split: str) -> Split:
+        array = read_split(folder, decoding)
+        images, labels = torch.from_numpy(array.images), torch.from_numpy(array.labels)
+        everything = Split(images, labels, array.skipped, source_digest=array.digest)
+        half = everything.take(torch.arange(int(split == "test"), len(everything), 2))
+        return half.first(test_images) if split == "test" else hold_out(half.first(train_images), split, validation, seed)
+
+    shape = image_shape(folder, decoding)
+    return Dataset("image_halves", class_names(folder), shape, *statistics_or(mean, std, IMAGENET, shape[0]), _load=load)
 
 
 def imagenet(

@@ -18,11 +18,11 @@ ImportanceName = Literal[
     "l1", "l2", "taylor", "lamp", "bn_scale", "random", "fpgm", "chip", "reconstruction", "reconstruction_data_free"
 ]
 
-Images = Literal["digits", "cifar10", "cifar100", "imagenet", "image_folder", "fake"]
+Images = Literal["digits", "cifar10", "cifar100", "imagenet", "image_folder", "image_halves", "fake"]
 _ONLY_FOR = {
-    "size": ("imagenet", "image_folder", "fake"),
-    "resize": ("imagenet", "image_folder"),
-    "train_images": ("cifar10", "cifar100", "imagenet", "image_folder", "fake", "one's own"),
+    "size": ("imagenet", "image_folder", "image_halves", "fake"),
+    "resize": ("imagenet", "image_folder", "image_halves"),
+    "train_images": ("cifar10", "cifar100", "imagenet", "image_folder", "image_halves", "fake", "one's own"),
     "download": ("cifar10", "cifar100"),
 }
 
@@ -85,7 +85,8 @@ class DataSection:
     root: str | None = option(
         None,
         "image_folder: folder with train/<class>/*.jpg and test/<class>/*.jpg, or a tar archive of it, or the folder "
-        "it lies in; imagenet: folder with train/<wnid>/ and val/<wnid>/; cifar10 and cifar100: folder with the "
+        "it lies in; image_halves: folder with <class>/*.jpg, or a tar archive of it, of which every second image is for "
+        "the test; imagenet: folder with train/<wnid>/ and val/<wnid>/; cifar10 and cifar100: folder with the "
         "archive or its content, null for one in the cache; one's own function is given it",
         parse=_read_path,
     )
@@ -120,7 +121,7 @@ class DataSection:
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Folders need a root; digits and CIFAR are as they are."""
-        if self.name == "image_folder" and self.root is None:
+        if self.name in ("image_folder", "image_halves") and self.root is None:
             yield "root", "missing; set it with --set data.root=FOLDER (or the path of an archive)"
         if self.name == "imagenet" and self.root is None:
             yield "root", "missing; set it with --set data.root=FOLDER, which holds train/<wnid>/ and val/<wnid>/"

@@ -1,0 +1,66 @@
+"""Measure one row."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from benchmarks.imagenet import network
+from benchmarks.imagenet.rows import DENSE, Removal, Row
+from benchmarks.rivals import grail  # noqa: F401  it is registered
+from intrafusion import Fusion, IntraFusionPruner
+from intrafusion.lab.data.dataset import Dataset
+from intrafusion.lab.measure import count_macs, count_parameters
+
+FUSIONS = {
+    "discard": Fusion.preset("discard"),
+    "paper, same channels": Fusion(merge="paper"),
+    "paper": Fusion.preset("paper"),
+    "GRAIL": Fusion(merge="GRAIL"),
+    "data-free": Fusion.preset("data-free"),
+    "calibrated": Fusion.preset("calibrated"),
+}
+
+
+@dataclass
+class Bench:
+    """The network, its images, what it calls those that judge, and the images that may be looked at, in batches."""
+
+    dense: nn.Module
+    data: Dataset
+    named: Tensor
+    calibration: Sequence[Tensor]
+    commit: str
+
+    def measure(self, removal: Removal, method: str, ratio: float, seed: int = 0) -> Row:
+        """Prune a copy of the network and let the other half of the images judge it."""
+        model, kept, wall, processor = copy.deepcopy(self.dense), "", time.perf_counter(), time.process_time()
+        if method != DENSE:
+            kept = self._prune(model, removal, replace(FUSIONS[method], seed=seed), ratio)
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        named = network.named_classes(model, self.data)
+        right = (named == self.data.split("test").labels).numpy()
+        return Row(
+            removal, method, ratio, right, (named == self.named).numpy(), count_parameters(model),
+            count_macs(model, network.example()), kept, round(wall, 1), round(processor, 1), self.commit,
+        )  # fmt: skip
+
+    def _prune(self, model: nn.Module, removal: Removal, fusion: Fusion, ratio: float) -> str:
+        """Prune in place; a digest of the channels that stay."""
+        pruner = IntraFusionPruner(
+            model, network.example(), tp.importance.GroupMagnitudeImportance(p=1), pruning_ratio=ratio,
+            ignored_layers=network.left_alone(model, removal.groups), fusion=fusion,
+            calibration=self.calibration if fusion.method().inputs == "calibration" else None,
+        )  # fmt: skip
+        pruner.progress = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that fusing can be worse than cutting is what the table shows
+            pruner.step()
+        return hashlib.sha256(repr(sorted(map(str, pruner.pruning_history()))).encode()).hexdigest()[:12]

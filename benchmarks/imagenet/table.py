@@ -1,0 +1,66 @@
+"""The rows as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import timm
+import torch
+import torch_pruning as tp
+
+from benchmarks.imagenet.rows import DENSE, METHODS, REMOVALS, Removal, Row
+
+_NORMAL = 1.959964
+
+
+def report(rows: Mapping[tuple[Removal, str], Row], command: str) -> str:
+    """Top-1 and agreement of every method at every removal."""
+    dense = rows[Removal("none", 0.0), DENSE]
+    commits = sorted({row.commit for row in rows.values()})
+    parts = [
+        "# EfficientNet-Lite0 on ImageNet, pruned without fine-tuning",
+        f"`{command}` (commit {', '.join(commits)}; torch {torch.__version__}, torch-pruning {tp.__version__}, "
+        f"timm {timm.__version__})",
+        "The published weights; 1,000 ImageNet images, one a class. Those of every second class, without labels, are "
+        f"what GRAIL and `calibrated` look at; the other {len(dense.right)} judge. They are training images of the "
+        f"network (dense top-1 {_percent(dense.right)}), so that the share on which a pruned network *agrees* with the "
+        "dense one counts as much. L1 importance, one ratio for all groups, residual streams included unless it says "
+        "*expanded widths*: then only the channels within inverted residual blocks. Every method keeps the channels of "
+        "`discard`, its twin, but `paper`, whose importance sees the network with batch-norm folded in. In %; a figure "
+        f"near 50 has a 95 % interval of ± {_half(len(dense.right)):.1f}, ± {_half(len(dense.right), 0.1):.1f} near 10 "
+        "or 90. Nothing was chosen on the images that judge. Seconds of one thread of the processor.",
+        _lines(rows, dense),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _lines(rows: Mapping[tuple[Removal, str], Row], dense: Row) -> str:
+    lines = [
+        "| removed | MACs left | parameters left | method | top-1 | agreement | seconds |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    order = sorted(REMOVALS, key=lambda removal: (removal.groups, removal.macs, abs(removal.amount - removal.macs)))
+    for removal in order:
+        found = [rows[removal, method] for method in METHODS if (removal, method) in rows]
+        best = max((row.right.sum() for row in found), default=0)
+        for index, row in enumerate(found):
+            sizes = f"{row.macs / dense.macs:.0%} | {row.params / dense.params:.0%}"
+            ratio = f" ({row.ratio:.1%} of the channels)" if removal.macs else ""
+            start = f"| {removal}{ratio} | {sizes} |" if index == 0 else "|  |  |  |"
+            top1 = f"**{_percent(row.right)}**" if row.right.sum() == best else _percent(row.right)
+            lines.append(f"{start} {_shown(row.method)} | {top1} | {_percent(row.agrees)} | {row.processor:.0f} |")
+    return "\n".join(lines)
+
+
+def _shown(method: str) -> str:
+    return f"`{method}`" if method in ("data-free", "calibrated") else method
+
+
+def _percent(hits: np.ndarray) -> str:
+    return f"{100 * hits.mean():.1f}"
+
+
+def _half(count: int, share: float = 0.5) -> float:
+    """Half the width of the 95 % interval of a share, in points."""
+    return 100 * _NORMAL * (share * (1 - share) / count) ** 0.5
