@@ -19,6 +19,8 @@ from intrafusion import Fusion, IntraFusionPruner
 from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.measure import count_macs, count_parameters
 
+_MEMORY = 6
+"""GiB of activations that are held; what is beyond lies in files."""
 FUSIONS = {
     "discard": Fusion.preset("discard"),
     "paper, same channels": Fusion(merge="paper"),
@@ -57,7 +59,7 @@ class Bench:
         pruner = IntraFusionPruner(
             model, network.example(), tp.importance.GroupMagnitudeImportance(p=1), pruning_ratio=ratio,
             ignored_layers=network.left_alone(model, removal.groups), fusion=fusion,
-            calibration=self.calibration if fusion.method().inputs == "calibration" else None,
+            calibration=self.calibration if fusion.method().inputs == "calibration" else None, memory_limit=_MEMORY,
         )  # fmt: skip
         pruner.progress = False
         with warnings.catch_warnings():
