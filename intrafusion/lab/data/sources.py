@@ -16,7 +16,13 @@ from intrafusion.lab.data.cifar import CLASSES, NORMALISATION, read_cifar
 from intrafusion.lab.data.conventions import Values, hold_out, numbered, statistics_or
 from intrafusion.lab.data.dataset import Dataset, Split
 from intrafusion.lab.data.images import (
-    SUFFIXES, Decoding, class_names, image_shape, locate, locate_classes, read_split,
+    SUFFIXES,
+    Decoding,
+    class_names,
+    image_shape,
+    locate,
+    locate_classes,
+    read_split,
 )  # fmt: skip
 from intrafusion.lab.data.own import own
 from intrafusion.lab.errors import LabError
@@ -164,10 +170,13 @@ def image_halves(
         images, labels = torch.from_numpy(array.images), torch.from_numpy(array.labels)
         everything = Split(images, labels, array.skipped, source_digest=array.digest)
         half = everything.take(torch.arange(int(split == "test"), len(everything), 2))
-        return half.first(test_images) if split == "test" else hold_out(half.first(train_images), split, validation, seed)
+        if split == "test":
+            return half.first(test_images)
+        return hold_out(half.first(train_images), split, validation, seed)
 
     shape = image_shape(folder, decoding)
-    return Dataset("image_halves", class_names(folder), shape, *statistics_or(mean, std, IMAGENET, shape[0]), _load=load)
+    statistics = statistics_or(mean, std, IMAGENET, shape[0])
+    return Dataset("image_halves", class_names(folder), shape, *statistics, _load=load)
 
 
 def imagenet(

@@ -85,8 +85,8 @@ class DataSection:
     root: str | None = option(
         None,
         "image_folder: folder with train/<class>/*.jpg and test/<class>/*.jpg, or a tar archive of it, or the folder "
-        "it lies in; image_halves: folder with <class>/*.jpg, or a tar archive of it, of which every second image is for "
-        "the test; imagenet: folder with train/<wnid>/ and val/<wnid>/; cifar10 and cifar100: folder with the "
+        "it lies in; image_halves: folder with <class>/*.jpg or a tar archive of it, every second image the test; "
+        "imagenet: folder with train/<wnid>/ and val/<wnid>/; cifar10 and cifar100: folder with the "
         "archive or its content, null for one in the cache; one's own function is given it",
         parse=_read_path,
     )

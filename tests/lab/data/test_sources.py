@@ -10,7 +10,7 @@ from torch import nn
 
 from intrafusion.lab.data import images
 from intrafusion.lab.data.dataset import Dataset
-from intrafusion.lab.data.sources import digits, fake, image_folder, imagenet
+from intrafusion.lab.data.sources import digits, fake, image_folder, image_halves, imagenet
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.inspection import inspect
 from intrafusion.lab.measure import evaluate
@@ -66,6 +66,28 @@ def test_val_stands_in_for_test(image_root: Path) -> None:
     data = image_folder(image_root, size=16, train_images=8)
     assert data.shape == (3, 16, 16)
     assert (len(data.split("test")), len(data.split("train"))) == (6, 8)
+
+
+@pytest.mark.parametrize("prefix", [None, "", "sample/"])
+def test_every_second_image_of_a_folder_without_halves_is_for_the_test(
+    tmp_path: Path, write_image: Callable[..., None], make_archive: Callable[..., Path], prefix: str | None
+) -> None:
+    root = tmp_path / "sample"
+    for label, name in enumerate(("n02", "n00", "n03", "n01")):
+        write_image(root / name / f"{name}.jpg", seed=label, size=(20, 16))
+    data = image_halves(root if prefix is None else make_archive(root, prefix), size=8, resize=10)
+    assert (data.classes, data.shape) == (("n00", "n01", "n02", "n03"), (3, 8, 8))
+    assert [data.split(name).labels.tolist() for name in ("train", "test")] == [[0, 2], [1, 3]]
+    with pytest.raises(LabError, match="leaves no validation images of the 2 training images"):
+        data.split("validation")  # one image a class
+    assert len(image_halves(root, train_images=1, test_images=1).split("train")) == 1
+
+
+def test_halves_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(LabError, match=r"nowhere is neither a folder of class folders nor a tar archive"):
+        image_halves(tmp_path / "nowhere")
+    with pytest.raises(LabError, match="holds no class folders"):
+        image_halves(tmp_path)
 
 
 def test_errors(image_root: Path) -> None:
