@@ -14,7 +14,12 @@ if _TYPE_CHECKING:
     from intrafusion.ot import Pair, Plan
     from intrafusion.prune.fused_group import FusedGroup, FusionError
     from intrafusion.prune.fusion import PRESETS, Fusion
-    from intrafusion.prune.importance import CHIPImportance, ReconstructionImportance
+    from intrafusion.prune.importance import (
+        CHIPImportance,
+        FLAPImportance,
+        ReconstructionImportance,
+        WandaImportance,
+    )
     from intrafusion.prune.pruner import (
         IntraFusionBNScalePruner,
         IntraFusionGroupNormPruner,
@@ -39,6 +44,7 @@ __all__ = [
     "CheckpointError",
     "DivergedError",
     "ExportError",
+    "FLAPImportance",
     "FusedGroup",
     "Fusion",
     "FusionError",
@@ -55,6 +61,7 @@ __all__ = [
     "ReconstructionImportance",
     "Report",
     "Training",
+    "WandaImportance",
     "WorseThanCut",
     "align",
     "cosine_scheduler",
@@ -94,7 +101,9 @@ _HOME = {
     ),
     "prune.importance": (
         "CHIPImportance",
+        "FLAPImportance",
         "ReconstructionImportance",
+        "WandaImportance",
     ),
     "onnx.export": (
         "ExportError",

@@ -93,6 +93,71 @@ class ReconstructionImportance:
             raise ValueError(f"while scoring group {table.name!r}: {error}") from error
 
 
+class _ActivationWeighted:
+    """A score per channel and reader from the weights that read it and the size of what is read, summed over readers.
+
+    standardised: subtract a group's mean and divide by its standard deviation, so that groups can be compared.
+    """
+
+    sees_activations = True
+
+    def __init__(self, batches: Iterable, forward_fn: Callable | None = None, *, standardised: bool = False) -> None:
+        self._inputs = _Inputs(batches, forward_fn)
+        self._standardised = standardised
+
+    @torch.no_grad()
+    def __call__(self, group: Group) -> Tensor | None:
+        """[n] float64 scores of the root channels of a full group; None if no layer reads them."""
+        graph, table = _table(group)
+        readers = [slot for slot in table.slots if slot.reads]
+        if not readers:
+            return None
+        device, total = _device(graph), 0.0
+        for slot, reading in zip(readers, self._inputs.readings(graph, readers), strict=True):
+            columns = columns_of(graph, slot)
+            assert columns is not None  # a reader has columns
+            copies = columns.unflatten(1, (slot.local.shape[1], -1))
+            total = total + self.score(copies.to(device), reading).to(device).sum(dim=1)
+        if not torch.isfinite(total).all():
+            raise ValueError(f"while scoring group {table.name!r}: the weights that read it are not finite")
+        if self._standardised:
+            total = (total - total.mean()) / total.std(correction=0).clamp(min=1e-300)
+        return total
+
+    def score(self, columns: Tensor, reading: Reading) -> Tensor:
+        """[n, m] of every copy; columns: [n, m, outputs and taps] that read it."""
+        raise NotImplementedError
+
+
+class FLAPImportance(_ActivationWeighted):
+    """Fluctuation (An et al., "FLAP", AAAI 2024): Var(x_j) |V_:j|², what is lost if x_j becomes its mean.
+
+    x_j are the values that a reader of the group reads of channel j on unlabelled batches, V_:j the weights, behind its
+    batch-norm, that it multiplies them by (all taps of a convolution); several readers, and copies of a channel, add
+    up. It is the error of a plain cut whose readers get the mean back as a bias.
+
+    batches, forward_fn: as for `ReconstructionImportance`; batches are required. standardised: scores of each group
+    with mean 0 and standard deviation 1, as FLAP compares them between layers: for global pruning. (Scores are then no
+    masses: not with `source_mass="importance"`.)
+
+    Raises ValueError for empty batches, for a group that is not full, and for activations or weights that are not
+    finite, naming the layer or group.
+    """
+
+    def score(self, columns: Tensor, reading: Reading) -> Tensor:
+        return reading.variances.to(columns.device) * columns.square().sum(dim=2)
+
+
+class WandaImportance(_ActivationWeighted):
+    """Weights times activations (Wanda, Sun et al., ICLR 2024, for whole channels: Wanda-sp, FASP): Σ_i |V_ij| |x_j|.
+
+    |x_j| is the root mean square of what a reader reads of channel j, V and everything else is as for `FLAPImportance`.
+    """
+
+    def score(self, columns: Tensor, reading: Reading) -> Tensor:
+        return reading.mean_squares.to(columns.device).sqrt() * columns.abs().sum(dim=2)
+
+
 class CHIPImportance:
     """Channel independence (Sui et al., "CHIP", NeurIPS 2021, equations 3 and 4): how much rank a feature map adds.
 
@@ -231,7 +296,7 @@ def _device(graph: tp.DependencyGraph) -> torch.device:
 class _Inputs:
     """The batches of an importance, and what a network was found to read on them."""
 
-    def __init__(self, batches: Iterable, forward_fn: Callable | None, products: bool = False) -> None:
+    def __init__(self, batches: Iterable, forward_fn: Callable | None = None, products: bool = False) -> None:
         self._batches, self._forward_fn = input_batches(batches, _NAME), forward_fn
         self._readings = Readings(products)
 

@@ -1,4 +1,4 @@
-"""ReconstructionImportance and CHIPImportance: the rules against plain oracles, and every kind of network."""
+"""The importances of this package: the rules against plain oracles, and every kind of network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from intrafusion import CHIPImportance, IntraFusionPruner, ReconstructionImportance
+from intrafusion import (
+    CHIPImportance,
+    FLAPImportance,
+    IntraFusionPruner,
+    ReconstructionImportance,
+    WandaImportance,
+)
 from intrafusion.groups import readings
 from intrafusion.ot import choice
 from intrafusion.ot.choice import SEARCHES, reconstruction_scores
@@ -206,6 +212,62 @@ def test_a_flatten_and_a_chunked_reader_count_all_their_columns():
     torch.testing.assert_close(ReconstructionImportance([x[:100], x[100:]])(group), expected, atol=1e-6, rtol=0)
 
 
+def test_activation_weighted_scores_are_those_of_the_papers():
+    """A layer behind a flatten, with a batch-norm behind: every channel is read in four copies of each position."""
+    model, x = randomise_(Plain()), torch.randn(64, 3, 8, 8)
+    group = group_of(model, model.conv2, x[:1])
+    with torch.no_grad():
+        read = F.adaptive_avg_pool2d(F.relu(model.bn2(model.conv2(F.relu(model.bn1(model.conv1(x)))))), 2).double()
+    scale = model.bn3.weight.detach().double() / (model.bn3.running_var.double() + model.bn3.eps).sqrt()
+    weight = (scale[:, None] * model.fc1.weight.detach().double()).unflatten(1, (6, 4))
+    values = read.flatten(2)
+    fluctuation = (values.var(dim=0, correction=0) * weight.square().sum(dim=0)).sum(dim=1)
+    size = (values.square().mean(dim=0).sqrt() * weight.abs().sum(dim=0)).sum(dim=1)
+    for kind, expected in ((FLAPImportance, fluctuation), (WandaImportance, size)):
+        got = kind([x[:50], x[50:]])(group)
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+        apart = kind([x], standardised=True)(group)
+        torch.testing.assert_close(apart, (got - got.mean()) / got.std(correction=0), atol=1e-5, rtol=1e-4)
+
+
+def test_flap_is_the_error_of_a_cut_whose_reader_gets_the_mean_back():
+    model, x = OneLayer(F.relu).eval(), torch.randn(500, 6)
+    scores = FLAPImportance([x])(group_of(model, model.a, x[:1]))
+    hidden = model.f(model.a(x)).detach().double()
+    for j in range(8):
+        without = hidden.clone()
+        without[:, j] = hidden[:, j].mean()
+        lost = (hidden - without) @ model.b.weight.detach().double().T
+        assert scores[j].item() == pytest.approx(lost.square().sum(dim=1).mean().item(), rel=1e-5)
+
+
+def test_standardised_scores_of_equal_channels_are_equal_and_finite():
+    model, x = OneLayer(F.relu).eval(), torch.randn(500, 6)
+    model.b.weight.data.zero_()
+    assert torch.equal(FLAPImportance([x], standardised=True)(group_of(model, model.a, x[:1])), torch.zeros(8).double())
+
+
+@pytest.mark.parametrize("kind", [FLAPImportance, WandaImportance])
+def test_a_group_that_nobody_reads_has_no_activation_weighted_scores(kind):
+    model, x = randomise_(Plain()), torch.randn(4, 3, 8, 8)
+    assert kind([x])(group_of(model, model.fc2, x[:1])) is None
+
+
+def test_scores_move_with_the_channels():
+    """Of a network whose channels have changed places."""
+    model, x = randomise_(Plain()), torch.randn(64, 3, 8, 8)
+    metrics = {name: METRICS[name](x) for name in MEASURED}
+    before = {name: metric(group_of(model, model.conv1, x[:1])) for name, metric in metrics.items()}
+    order = torch.randperm(8)
+    for tensor in (model.conv1.weight, *model.bn1.state_dict().values()):
+        if tensor.dim():
+            tensor.data.copy_(tensor.data[order].clone())
+    model.conv2.weight.data.copy_(model.conv2.weight.data[:, order].clone())
+    for name, metric in metrics.items():
+        after = metric(group_of(model, model.conv1, x[:1]))
+        torch.testing.assert_close(after, before[name][order], atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(3, 5, 12), (2, 12, 5), (2, 6, 6), (1, 7, 1)])
 def test_channel_independence_is_that_of_plain_singular_values(shape):
     maps = torch.randn(shape)
@@ -243,11 +305,15 @@ def test_chip_takes_the_inputs_of_a_batch_as_positions_of_a_linear_layer_and_tok
     torch.testing.assert_close(got, channel_independence(maps).mean(dim=0))
 
 
+MEASURING = (ReconstructionImportance, FLAPImportance, WandaImportance, CHIPImportance)
 METRICS = {
     "data-free": lambda x: ReconstructionImportance(),
     "calibrated": lambda x: ReconstructionImportance([x, x + 1]),
     "data-free backward": lambda x: ReconstructionImportance(search="backward"),
     "calibrated backward": lambda x: ReconstructionImportance([x, x + 1], search="backward"),
+    "flap": lambda x: FLAPImportance([x, x + 1]),
+    "flap standardised": lambda x: FLAPImportance([x, x + 1], standardised=True),
+    "wanda": lambda x: WandaImportance([x, x + 1]),
     "chip": lambda x: CHIPImportance([x]),
 }
 SCOPES = {
@@ -432,7 +498,7 @@ def test_a_way_of_calling_the_network_can_be_given():
     group = group_of(model, model.conv1, x[:1])
     wrapped = [{"images": x}]
     forward = lambda model, batch: model(batch["images"])  # noqa: E731
-    for kind in (ReconstructionImportance, CHIPImportance):
+    for kind in MEASURING:
         assert torch.equal(kind(wrapped, forward)(group), kind([x])(group))
 
 
@@ -446,7 +512,7 @@ def test_bad_settings_are_refused_when_they_are_given():
 
 def test_bad_input_is_refused_with_a_sentence():
     model, x = randomise_(Plain()), torch.randn(4, 3, 8, 8)
-    for kind in (ReconstructionImportance, CHIPImportance):
+    for kind in MEASURING:
         with pytest.raises(ValueError, match="empty"):
             kind([])
         with pytest.raises(ValueError, match=r"'conv1' has 2 of its 8 channels"):
@@ -457,13 +523,22 @@ def test_bad_input_is_refused_with_a_sentence():
     model.bn1.bias.data[2] = float("nan")
     with pytest.raises(ValueError, match=r"layer 'conv2' reads activations that are not finite"):
         ReconstructionImportance([x])(group)
+    for kind in (FLAPImportance, WandaImportance):
+        with pytest.raises(ValueError, match=r"layer 'conv2' reads activations that are not finite"):
+            kind([x])(group)
     with pytest.raises(ValueError, match=r"layer 'conv1' gives activations that are not finite"):
         CHIPImportance([x])(group)
     with pytest.raises(ValueError, match=r"while scoring group 'conv1': .*not finite"):
         ReconstructionImportance()(group)
+    model = randomise_(Plain())
+    group = group_of(model, model.conv1, x[:1])
+    model.conv2.weight.data[0, 0, 0, 0] = float("inf")
+    for kind in (ReconstructionImportance, FLAPImportance, WandaImportance):
+        with pytest.raises(ValueError, match=r"while scoring group 'conv1': .*weights.* not finite"):
+            kind([x])(group)
 
 
-@pytest.mark.parametrize("importance", [ReconstructionImportance, CHIPImportance])
+@pytest.mark.parametrize("importance", MEASURING)
 def test_batches_that_do_not_run_are_named_with_what_may_be_wrong(importance):
     images, labels = torch.randn(8, 3, 8, 8), torch.arange(8)
     with pytest.raises(TypeError, match=r"the importance's batches are one tensor"):
