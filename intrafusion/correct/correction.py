@@ -7,7 +7,7 @@ right on the way. What the outputs of every layer stand for, in terms of the den
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class LayerView:
     """One layer that may be put right.
 
     layer, norm: of the pruned network; dense, dense_norm: of the dense one; norm is the batch-norm that reads the layer
-    alone, or None. rows: what its outputs stand for. sights: (dense, pruned), one pair per batch, or
+    alone, or None. rows: what its outputs stand for. may_have_bias: whether it may get a bias if it has none. sights: (dense, pruned), one pair per batch, or
     per call where there are several in a pass.
     """
 
@@ -47,13 +47,14 @@ class LayerView:
     dense_norm: Any
     rows: RowMap
     sights: Sequence[tuple[Sight, Sight]]
+    may_have_bias: bool = True
 
 
 class Correction:
     """graph: of the network that is pruned. run: calls a network on one batch. batches: the inputs. tables: of the
     groups that are going to be cut. repair_: puts one layer right. tracked: inputs whose statistics the batch-norms get
     that no layer is refitted with (all, if none are given). after_cut: whether that is done when the layer's
-    own group has been cut, or before. survey: whether samples are going to be asked for. memory: how many bytes of
+    own group has been cut, or before. unbiased: layers that must not get a bias. survey: whether samples are going to be asked for. memory: how many bytes of
     activations may be held at a time; what is beyond lies in files.
 
     The dense network is a copy, taken now. Memory holds two networks and what their passes will still read.
@@ -68,6 +69,7 @@ class Correction:
         repair_: Callable[[LayerView], None] | None,
         *,
         tracked: Sequence = (),
+        unbiased: Collection[str] = (),
         after_cut: bool = False,
         survey: bool = True,
         memory: int | None = None,
@@ -76,7 +78,7 @@ class Correction:
         self.graph, self.model, self.run, self.batches = graph, graph.model, run, batches
         self.dense = copy_of(graph.model).requires_grad_(False).eval()
         self._repair_, self._after_cut, self._memory = repair_, after_cut, memory
-        self._tracked = tracked or batches
+        self._tracked, self._unbiased = tracked or batches, unbiased
         partners = layers_of(graph)
         self._calls = visits(self.dense, run, batches[0], partners)
         self.layers = {name: partners[name] for name in self._calls}
@@ -194,6 +196,7 @@ class Correction:
             self.dense.get_submodule(norm) if norm else None,
             rows,
             sights,  # type: ignore[arg-type]
+            may_have_bias=name not in self._unbiased,
         )
         self._repair_(view)
         walk.changed(rejoin=self._calls[name] > 1)

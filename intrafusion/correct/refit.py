@@ -65,11 +65,20 @@ def can_refit(layer: Any) -> bool:
 
 
 @torch.no_grad()
-def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Sequence[tuple[Sight, Sight]], rows: RowMap) -> bool:
+def refit_(
+    layer: Any,
+    bn: Any,
+    dense: Any,
+    dense_bn: Any,
+    sights: Sequence[tuple[Sight, Sight]],
+    rows: RowMap,
+    *,
+    may_have_bias: bool = True,
+) -> bool:
     """Give a layer (and its batch-norm) new weights; False, and nothing changed, if its inputs are the dense ones.
 
     dense, dense_bn: the same layer of the dense network. sights: (dense, pruned), one pair per batch. rows: what the
-    present outputs stand for. The ridge pulls towards the present weight, which the pair has mixed, or towards the
+    present outputs stand for. may_have_bias: if the layer has none, it gets one, or is fitted without. The ridge pulls towards the present weight, which the pair has mixed, or towards the
     dense one, read from the present channels as well as a regression can: to what predicts held-out images better.
 
     Raises ValueError if an activation is not finite.
@@ -82,7 +91,8 @@ def refit_(layer: Any, bn: Any, dense: Any, dense_bn: Any, sights: Sequence[tupl
         return False
     width = sights[0][1].inputs.shape[axis]
     reading = narrow and groups == 1 and sum(now.inputs.numel() for _, now in sights) >= _TO_READ * width**2
-    fits, reads = _Folds(groups), _Folds()
+    affine = may_have_bias or bn is not None or layer.bias is not None
+    fits, reads = _Folds(groups, affine=affine), _Folds()
     per_image = layer.weight[0].numel()
     for before, now in sights:
         windows = kind.windows(layer, now.inputs, now.geometry)
@@ -147,11 +157,12 @@ def match_statistics_(layer: Any, bn: Any, sights: Iterable[tuple[Sight, Sight]]
 class _Folds:
     """Running sums in two folds; images alternate between them, however they are batched.
 
-    Sums are taken about the first piece's mean: features whose mean is far above their spread do not cancel.
+    Sums are taken about the first piece's mean: features whose mean is far above their spread do not cancel. For a map
+    without a shift (affine=False) they are taken about zero.
     """
 
-    def __init__(self, groups: int = 1) -> None:
-        self._groups = groups
+    def __init__(self, groups: int = 1, *, affine: bool = True) -> None:
+        self._groups, self._affine = groups, affine
         self._sums: list[Moments | None] = [None] * _FOLDS
         self._about: tuple[Tensor, Tensor] | None = None
         self._seen = 0
@@ -181,12 +192,12 @@ class _Folds:
         """x: [samples, groups * d], y: [samples, groups * m]"""
         x, y = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (x, y))
         if self._about is None:
-            self._about = x.mean(dim=0), y.mean(dim=0)
+            self._about = (x.mean(dim=0), y.mean(dim=0)) if self._affine else (x.new_zeros(x.shape[1]), y.new_zeros(y.shape[1]))
         x, y = (
             (value - mean).unflatten(1, (self._groups, -1)).movedim(1, 0)
             for value, mean in zip((x, y), self._about, strict=True)
         )
-        more, total = Moments.of(x, y), self._sums[fold]
+        more, total = Moments.of(x, y, affine=self._affine), self._sums[fold]
         self._sums[fold] = more if total is None else total + more
 
     def fit(self, *priors: Prior) -> Fit:
@@ -223,7 +234,7 @@ def _write_(layer: Any, bn: Any, fit: Fit) -> None:
             set_tensor_(bn, "bias", beta)
     elif layer.bias is not None:
         set_tensor_(layer, "bias", bias)
-    else:
+    elif fit.affine:
         layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
     set_tensor_(layer, "weight", from_channels(weight, layer.weight))
 

@@ -29,7 +29,7 @@ _PROJECTIONS = (
     ("wq", "wk", "wv"), ("query_proj", "key_proj", "value_proj"), ("q", "k", "v"),
 )  # fmt: skip
 _OUTPUTS = ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "dense", "dense_out")
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "n_local_heads")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "n_local_heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_key_heads", "kv_heads")
 _DIMS = ("head_dim", "attention_head_size", "dim_head", "head_size")
 _TOLERANCE = 1e-3
@@ -78,8 +78,8 @@ def find_heads(model: nn.Module, forward: Callable[[nn.Module], list[Tensor]]) -
         return []
     with torch.no_grad(), evaluating(model), Levelled():
         before = forward(model)
-        whole = _bearing(blocks, lambda some: _unchanged(model, forward, before, some, inside=False))
-        inside = _bearing(blocks, lambda some: _unchanged(model, forward, before, some, inside=True))
+        whole = _bearing(model, blocks, lambda some: _unchanged(model, forward, before, some, inside=False))
+        inside = _bearing(model, blocks, lambda some: _unchanged(model, forward, before, some, inside=True))
     return [
         Heads(b.name, *b.projections, b.output, b.heads, b.key_heads, b in whole, b in inside) for b in blocks
     ]
@@ -175,7 +175,7 @@ def _output(model: nn.Module, name: str, module: nn.Module, queries: nn.Linear) 
 def _numbers(model: nn.Module, name: str, module: nn.Module, queries: nn.Linear, keys: nn.Linear) -> tuple[int, int]:
     """(heads of the queries, heads of keys and values), 0 where nothing tells."""
     holders = [module, getattr(module, "config", None), getattr(model, "config", None)]
-    heads = _first(holders, _HEADS)
+    heads = _first(holders, HEADS)
     dim = _first(holders[:1], _DIMS)
     if dim and queries.out_features % dim == 0 and keys.out_features % dim == 0:
         return queries.out_features // dim, keys.out_features // dim
@@ -194,11 +194,16 @@ def _first(holders: Sequence[Any], names: Sequence[str]) -> int:
     return 0
 
 
-def _bearing(blocks: Sequence[Heads], bears: Callable[[Sequence[Heads]], bool]) -> set[Heads]:
-    """Those that pass: all at once if they do, otherwise each by itself."""
+def _bearing(model: nn.Module, blocks: Sequence[Heads], bears: Callable[[Sequence[Heads]], bool]) -> set[Heads]:
+    """Those that pass: all at once if they do, otherwise those of each class of module at once."""
     if bears(blocks):
         return set(blocks)
-    return {block for block in blocks if bears([block])} if len(blocks) > 1 else set()
+    classes: dict[type, list[Heads]] = {}
+    for block in blocks:
+        classes.setdefault(type(model.get_submodule(block.name)), []).append(block)
+    if len(classes) < 2:
+        return set()
+    return {block for some in classes.values() if bears(some) for block in some}
 
 
 def _unchanged(

@@ -57,7 +57,7 @@ class Refit(Method):
     def repair_(self, layer: LayerView, view: View) -> None:
         """Refit the layer so that it gives what the dense one gives; where that is not possible, its batch-norm."""
         if can_refit(layer.layer):
-            refit_(layer.layer, layer.norm, layer.dense, layer.dense_norm, layer.sights, layer.rows)
+            refit_(layer.layer, layer.norm, layer.dense, layer.dense_norm, layer.sights, layer.rows, may_have_bias=layer.may_have_bias)
         elif layer.norm is not None:
             match_statistics_(layer.layer, layer.norm, layer.sights, layer.rows)
 

@@ -24,7 +24,8 @@ _RIDGES = tuple(10.0**exponent for exponent in (1, 0, -1, -2, -3, -4))
 class Moments:
     """Running sums over samples: count N, sum of x [..., d], of y [..., m], x x^T [..., d, d], x y^T [..., d, m], y^2.
 
-    Accumulated in float64 whatever the samples are in.
+    Accumulated in float64 whatever the samples are in. affine: whether the map that is sought has a shift; without one,
+    nothing is taken about its mean.
     """
 
     n: float
@@ -33,9 +34,10 @@ class Moments:
     xx: Tensor
     xy: Tensor
     yy: Tensor
+    affine: bool = True
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor) -> Moments:
+    def of(cls, x: Tensor, y: Tensor, *, affine: bool = True) -> Moments:
         """Sums of one batch. x: [..., N, d], y: [..., N, m]."""
         return cls(
             float(x.shape[-2]),
@@ -44,16 +46,19 @@ class Moments:
             (x.mT @ x).double(),
             (x.mT @ y).double(),
             y.double().square().sum(dim=-2),
+            affine,
         )
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(*(getattr(self, name) + getattr(other, name) for name in _FIELDS))
+        return Moments(*(getattr(self, name) + getattr(other, name) for name in _FIELDS), self.affine)
 
     def __sub__(self, other: Moments) -> Moments:
-        return Moments(*(getattr(self, name) - getattr(other, name) for name in _FIELDS))
+        return Moments(*(getattr(self, name) - getattr(other, name) for name in _FIELDS), self.affine)
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean-free sums: x x^T [..., d, d], x y^T [..., d, m], y^2 [..., m]."""
+        """Mean-free sums: x x^T [..., d, d], x y^T [..., d, m], y^2 [..., m]; as they are for a map without a shift."""
+        if not self.affine:
+            return self.xx, self.xy, self.yy
         mean = (self.x / self.n)[..., :, None]
         return (
             self.xx - mean * self.x[..., None, :],
@@ -71,6 +76,7 @@ class Fit:
 
     mean, std: [..., m] of the fitted output; unexplained: the share of the targets' variance that is left (0: exact).
     without: the weight [..., m, d] that is fitted on all folds but one, for every fold; () if there is one fold only.
+    affine: whether there is a bias; it is 0 otherwise.
     """
 
     weight: Tensor
@@ -80,6 +86,7 @@ class Fit:
     std: Tensor
     unexplained: float
     without: tuple[Tensor, ...] = ()
+    affine: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,12 +114,12 @@ def ridge(folds: list[Moments], *priors: Prior) -> Fit:
         trial = _best_trial(folds, total, priors)
     weight = _solve(total, (trial.prior.weight,), trial.strength)[0]
     xx, xy, yy = total.centred()
-    bias = (total.y - _times(weight, total.x)) / total.n
+    bias = (total.y - _times(weight, total.x)) / total.n if total.affine else torch.zeros_like(total.y)
     variance = ((weight @ xx) * weight).sum(dim=-1).clamp(min=0)
     left = yy - 2 * (weight * xy.mT).sum(dim=-1) + variance
     unexplained = float(left.sum().clamp(min=0) / yy.sum().clamp(min=1e-300))
     mean, std = total.y / total.n, (variance / total.n).sqrt()
-    return Fit(weight, bias, trial.strength, mean, std, unexplained, trial.without)
+    return Fit(weight, bias, trial.strength, mean, std, unexplained, trial.without, total.affine)
 
 
 def _solve(moments: Moments, priors: Sequence[Tensor], strength: float) -> list[Tensor]:
@@ -167,6 +174,8 @@ def _error(held_out: Moments, rest: Moments, weight: Tensor) -> float:
     """Squared error on the held-out fold of a weight that was fitted on the rest."""
     xx, xy, yy = held_out.centred()
     inside = yy - 2 * (weight * xy.mT).sum(dim=-1) + ((weight @ xx) * weight).sum(dim=-1)
+    if not held_out.affine:
+        return float(inside.sum())
     gap = (held_out.y - _times(weight, held_out.x)) / held_out.n - (rest.y - _times(weight, rest.x)) / rest.n
     return float((inside + held_out.n * gap.square()).sum())
 

@@ -31,6 +31,7 @@ class Host(Protocol):
     keep_inputs: bool
     memory_limit: float | None
     num_heads: dict
+    unbiased: frozenset[str]
     after_cut: Callable[[nn.Module, Group], Any] | None
     report: Report
 

@@ -27,6 +27,7 @@ from intrafusion.groups.table import GroupTable, foldable_pairs, module_name, ta
 from intrafusion.history.lineage import Lineage
 from intrafusion.history.tracing import Tracing
 from intrafusion.prune import checks, feeding, refusals
+from intrafusion.prune.configs import without_bias
 from intrafusion.prune.fused_group import FusedGroup, FusionError
 from intrafusion.prune.fusion import Fusion
 from intrafusion.prune.report import GroupReport, Report
@@ -118,6 +119,7 @@ class FusionMixin:
             for module, training in modes:
                 module.training = training
         share_keys(self.DG, self.heads)
+        self.unbiased = without_bias(self.model)
         self.report = Report()
         self.last_step: Step | None = None
         self.lineage = Lineage(self.DG)

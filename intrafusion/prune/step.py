@@ -30,7 +30,7 @@ from intrafusion.history.replay import GroupCut
 from intrafusion.methods.method import Method
 from intrafusion.methods.view import View
 from intrafusion.ot import Pair, Plan, kept_only, selection_pair, transport_plan
-from intrafusion.prune import checks, refusals
+from intrafusion.prune import checks, configs, refusals
 from intrafusion.prune.fused_group import FusedGroup, FusionError
 from intrafusion.prune.host import Host
 from intrafusion.prune.inputs import inputs_for
@@ -109,6 +109,7 @@ class Step:
             repair_ = _repair(method, view) if method.repairs else None
             view.correction = Correction(
                 pruner.DG, pruner.run, inputs.batches, tables, repair_, tracked=inputs.own or inputs.drawn,
+                unbiased=pruner.unbiased,
                 after_cut=method.after_cut, survey=method.samples, progress=pruner.progress,
                 memory=None if pruner.memory_limit is None else int(pruner.memory_limit * 2**30),
             )  # fmt: skip
@@ -186,6 +187,15 @@ class Step:
         if trouble:
             warnings.warn(trouble, stacklevel=5)
 
+    def _follow_config(self) -> None:
+        """A config that describes the network says its new widths, or somebody is told that it cannot."""
+        if not self.cuts:
+            return
+        changed, trouble = configs.follow(self._pruner.model)
+        self._pruner.report.attributes.extend(changed)
+        if trouble:
+            warnings.warn(trouble, stacklevel=5)
+
     def _pair(self, group: FusedGroup, table: GroupTable, kept: Tensor) -> tuple[Plan | None, Pair | None, str]:
         """(plan, pair, remark): features, plan, merge, apply. No pair: the group is only cut; the remark says why."""
         view, settings = self.view, self.settings
@@ -221,6 +231,7 @@ class Step:
         self._settle()
         view = self.view
         if view is None:
+            self._follow_config()
             return
         snapshot = Snapshot(self._pruner.DG, self._pruner.model.modules())
         try:
@@ -233,6 +244,7 @@ class Step:
         except Exception as error:
             snapshot.restore()
             raise FusionError(f"while refitting the layers after the cut: {error}") from error
+        self._follow_config()
         compared = view.twin.compared(self._pruner.current_step, self._pruner.model, self._pruner.run)
         if compared is not None:
             self._pruner.compared(compared)

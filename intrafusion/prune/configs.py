@@ -1,0 +1,182 @@
+"""The config of a `transformers` network follows the cut, so that `save_pretrained` and `from_pretrained` go on working.
+
+Nobody says which field of a config holds which width. A network of the config's own class is built without memory, and
+its shapes are compared with those of the pruned one: fields that held a width take what it has become, as long as that
+brings the shapes nearer, until they are the same. Biases are given to a layer only where some flag of the config has
+them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from intrafusion.groups.heads import HEADS
+from intrafusion.prune.sizes import Attribute
+
+_NO_WIDTHS = ("token_id", "num_hidden_layers", "num_layers", "n_layer", "vocab_size", "max_position", "n_positions")
+_ROUNDS = 12
+_STREAM = ("hidden_size", "d_model", "n_embd", "dim")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def has_config(model: nn.Module) -> bool:
+    """Is this a network that a config describes, as those of `transformers`?"""
+    return hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "to_dict")
+
+
+def without_bias(model: nn.Module) -> frozenset[str]:
+    """Names of the layers that have no bias and must not get one: no flag of the config would let them be loaded."""
+    if not has_config(model):
+        return frozenset()
+    config: Any = copy.deepcopy(model.config)
+    for holder, name in _flags(config):
+        setattr(holder, name, True)
+    shapes = _shapes(model, config) or {}
+    layers = (name for name, layer in model.named_modules() if getattr(layer, "bias", False) is None)
+    return frozenset(name for name in layers if f"{name}.bias" not in shapes)
+
+
+def follow(model: nn.Module) -> tuple[list[Attribute], str]:
+    """Set the fields of the network's config to what its layers have become.
+
+    Returns what was set, and what stands in the way of saving it ('' if nothing does). Nothing is set if no config
+    describes the network.
+    Where a flag gives several layers a bias and some have none, they get one of zeros.
+    """
+    if not has_config(model):
+        return [], ""
+    want: Shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    config: Any = copy.deepcopy(model.config)
+    _untie(model, config)
+    added = _with_head_dim(config)
+    have = _shapes(model, config)
+    if have is None:
+        return [], ""  # it takes more than a config to make such a network
+    wrong = _wrong(have, want)
+    for _ in range(_ROUNDS):
+        if not wrong:
+            break
+        best = None
+        for holder, name, value in _options(config, have, want):
+            before = getattr(holder, name)
+            setattr(holder, name, value)
+            shapes = _shapes(model, config)
+            setattr(holder, name, before)
+            count = len(want) + 1 if shapes is None else len(_wrong(shapes, want))
+            if shapes is not None and (best is None or count < best[0]):
+                best = (count, holder, name, value, shapes)
+        if best is None or best[0] >= len(wrong):
+            break
+        _, holder, name, value, have = best
+        setattr(holder, name, value)
+        wrong = _wrong(have, want)
+    if wrong:
+        listed = ", ".join(f"{name} {have.get(name, 'absent')}, pruned {want.get(name, 'absent')}" for name in wrong[:3])
+        return [], (
+            f"no config of {type(model).__name__} describes the pruned network ({listed}): save it with "
+            "intrafusion.save, or prune all layers by the same ratio (no global pruning)"
+        )
+    if added is not None:
+        spare = copy.deepcopy(config)
+        delattr(spare, added)
+        config = spare if (_shapes(model, spare) or {}) == have else config
+    trouble = _refused(config)
+    for name in sorted(have.keys() - want.keys()):
+        layer: Any = model.get_submodule(name.rpartition(".")[0])
+        layer.bias = nn.Parameter(layer.weight.new_zeros(have[name]), requires_grad=layer.weight.requires_grad)
+    return list(_taken_over(model.config, config)), trouble
+
+
+def _shapes(model: nn.Module, config: Any) -> Shapes | None:
+    try:
+        with torch.device("meta"):
+            made = type(model)(config)
+    except Exception:  # whatever a foreign constructor raises for numbers that do not fit
+        return None
+    return {name: tuple(value.shape) for name, value in made.state_dict().items()}
+
+
+def _with_head_dim(config: Any) -> str | None:
+    """Say the width of a head where that is left to be computed: it stays when heads go. The field, if it is new."""
+    heads = next((value for name in HEADS if type(value := getattr(config, name, None)) is int and value), 0)
+    stream = next((value for name in _STREAM if type(value := getattr(config, name, None)) is int), 0)
+    if getattr(config, "head_dim", 0) != 0 or not heads or stream % heads:
+        return None
+    config.head_dim = stream // heads
+    return "head_dim"
+
+
+def _refused(config: Any) -> str:
+    """What the config's own class has against its values, if it checks them; '' if nothing."""
+    try:
+        getattr(config, "validate", lambda: None)()
+    except Exception as error:  # whatever a foreign class raises
+        why = " ".join(str(error).split())
+        return (
+            f"the pruned network's config is refused by its own class ({why}), so that save_pretrained fails: prune to "
+            "widths that it allows (round_to=...), or save the network with intrafusion.save"
+        )
+    return ""
+
+
+def _wrong(have: Shapes, want: Shapes) -> list[str]:
+    """Tensors that differ; a bias that only the config's network has can be zeros."""
+    return [
+        name
+        for name in sorted(have.keys() | want.keys())
+        if have.get(name) != want.get(name) and not (name not in want and name.endswith(".bias"))
+    ]
+
+
+def _untie(model: Any, config: Any) -> None:
+    """Embeddings that were cut into two tensors are no longer tied."""
+    ends = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    if None not in ends and ends[0].weight is not ends[1].weight and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+
+
+def _holders(config: Any) -> list[Any]:
+    """The config, and those inside of it."""
+    return [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
+
+
+def _flags(config: Any) -> Iterator[tuple[Any, str]]:
+    for holder in _holders(config):
+        yield from ((holder, name) for name, value in vars(holder).items() if value is False and "bias" in name)
+
+
+def _options(config: Any, have: Shapes, want: Shapes) -> Iterator[tuple[Any, str, Any]]:
+    """(config, field, value) that may bring the shapes nearer."""
+    changes = {
+        (old, new)
+        for name in have.keys() & want.keys()
+        for old, new in zip(have[name], want[name], strict=False)
+        if old != new
+    }
+    for holder in _holders(config):
+        for name, value in vars(holder).items():
+            if type(value) is not int or value < 2 or any(part in name for part in _NO_WIDTHS):
+                continue
+            for new in sorted({new for old, new in changes if old == value}, reverse=True):
+                yield holder, name, new
+            parts = {(old // value, new) for old, new in changes if old % value == 0 and old != value}
+            for new in sorted({new // part for part, new in parts if new % part == 0}, reverse=True):
+                yield holder, name, new
+    if any(name.endswith(".bias") and name not in have for name in want):
+        yield from ((holder, name, True) for holder, name in _flags(config))
+
+
+def _taken_over(config: Any, new: Any) -> Iterator[Attribute]:
+    for number, (old, one) in enumerate(zip(_holders(config), _holders(new), strict=True)):
+        where = "config" if number == 0 else f"config ({type(old).__name__})"
+        for name, value in vars(one).items():
+            before = vars(old).get(name)
+            if isinstance(value, (int, bool)) and value != before:
+                setattr(old, name, value)
+                yield Attribute(where, name, before, value)
