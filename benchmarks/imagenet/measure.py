@@ -19,7 +19,7 @@ from intrafusion import Fusion, IntraFusionPruner
 from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.measure import count_macs, count_parameters
 
-_MEMORY = 6
+_MEMORY = 3
 """GiB of activations that are held; what is beyond lies in files."""
 FUSIONS = {
     "discard": Fusion.preset("discard"),
