@@ -1,4 +1,4 @@
-"""Attention with layers of its own for queries, keys, values and output: where it is, and how torch-pruning sees it.
+"""Attention made of linear layers: where its heads are, and how torch-pruning sees it.
 
     logits = (q_h x)ᵀ (k_h x),   output = Σ_h o_h softmax(logits) v_h x
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ _PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"),
     ("wq", "wk", "wv"), ("query_proj", "key_proj", "value_proj"), ("q", "k", "v"),
 )  # fmt: skip
+_PACKED = ("qkv", "Wqkv", "to_qkv", "in_proj", "qkv_proj", "query_key_value")
+"""Layers that make queries, keys and values, one after the other."""
 _OUTPUTS = ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "dense", "dense_out")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "n_local_heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_key_heads", "kv_heads")
@@ -38,6 +40,8 @@ _TOLERANCE = 1e-3
 @dataclass(frozen=True, eq=False)
 class Heads:
     """One attention block: linear layers, how many heads its queries have, and how many its keys and values.
+
+    queries, keys and values are one and the same layer where that makes all three, one after the other.
 
     name: of the module that holds the projections. heads_move: can whole heads change places? dims_move: can the
     channels inside the heads? What cannot change places is told apart by something that is not in these layers.
@@ -54,8 +58,12 @@ class Heads:
     dims_move: bool = True
 
     @property
+    def is_packed(self) -> bool:
+        return self.queries is self.keys
+
+    @property
     def dim(self) -> int:
-        return self.queries.out_features // self.heads
+        return self.output.in_features // self.heads
 
     @property
     def shared(self) -> int:
@@ -63,8 +71,8 @@ class Heads:
         return self.heads // self.key_heads
 
     @property
-    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        return self.queries, self.keys, self.values
+    def projections(self) -> tuple[nn.Linear, ...]:
+        return (self.queries,) if self.is_packed else (self.queries, self.keys, self.values)
 
 
 def find_heads(model: nn.Module, forward: Callable[[nn.Module], list[Tensor]]) -> list[Heads]:
@@ -80,9 +88,8 @@ def find_heads(model: nn.Module, forward: Callable[[nn.Module], list[Tensor]]) -
         before = forward(model)
         whole = _bearing(model, blocks, lambda some: _unchanged(model, forward, before, some, inside=False))
         inside = _bearing(model, blocks, lambda some: _unchanged(model, forward, before, some, inside=True))
-    return [
-        Heads(b.name, *b.projections, b.output, b.heads, b.key_heads, b in whole, b in inside) for b in blocks
-    ]
+    found = [replace(block, heads_move=block in whole, dims_move=block in inside) for block in blocks]
+    return [block for block in found if not block.is_packed or block.heads_move or block.dims_move]
 
 
 def blocks_of(model: nn.Module) -> list[Heads]:
@@ -96,13 +103,13 @@ def blocks_of(model: nn.Module) -> list[Heads]:
 def opaque(blocks: Sequence[Heads]) -> Iterator[None]:
     """For as long as it lasts, gradients of every block's output come from its projections, channel by channel."""
     with ExitStack() as stack:
-        for block in blocks:
+        for block in (block for block in blocks if not block.is_packed):
             made: dict[nn.Module, Tensor] = {}
 
             def note(layer: nn.Module, _args: Any, output: Tensor, made: dict[nn.Module, Tensor] = made) -> None:
                 made[layer] = output
 
-            def replace(_layer: nn.Module, args: Any, block: Heads = block, made: dict = made) -> Any:
+            def joined(_layer: nn.Module, args: Any, block: Heads = block, made: dict = made) -> Any:
                 if len(made) < 3 or not args or not all(made[p].dim() == args[0].dim() for p in block.projections):
                     return None
                 seen = _together(block, *(made[layer] for layer in block.projections))
@@ -113,7 +120,7 @@ def opaque(blocks: Sequence[Heads]) -> Iterator[None]:
 
             for layer in block.projections:
                 stack.callback(layer.register_forward_hook(note).remove)
-            stack.callback(block.output.register_forward_pre_hook(replace).remove)
+            stack.callback(block.output.register_forward_pre_hook(joined).remove)
         yield
 
 
@@ -135,18 +142,21 @@ def _repeated(block: Heads, one: Tensor) -> Tensor:
 
 
 def _block(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
-    for names in _PROJECTIONS:
+    for names in (*_PROJECTIONS, *((packed,) * 3 for packed in _PACKED)):
         layers = [getattr(module, one, None) for one in names]
         if all(isinstance(layer, nn.Linear) for layer in layers):
             break
     else:
         return None
     queries, keys, values = layers
-    if keys.out_features != values.out_features:
+    packed = queries is keys
+    width = queries.out_features // 3 if packed else queries.out_features
+    output = _output(model, name, module, width)
+    if output is None or keys.out_features != values.out_features or (packed and keys.out_features != 3 * width):
         return None
-    output = _output(model, name, module, queries)
-    if output is None:
-        return None
+    if packed:
+        heads = _first([module, getattr(module, "config", None), getattr(model, "config", None)], HEADS)
+        return Heads(name, queries, keys, values, output, heads, heads) if heads and width % heads == 0 else None
     heads, key_heads = _numbers(model, name, module, queries, keys)
     if not heads or not key_heads or heads % key_heads or queries.out_features % heads:
         return None
@@ -155,7 +165,7 @@ def _block(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
     return Heads(name, queries, keys, values, output, heads, key_heads)
 
 
-def _output(model: nn.Module, name: str, module: nn.Module, queries: nn.Linear) -> nn.Linear | None:
+def _output(model: nn.Module, name: str, module: nn.Module, width: int) -> nn.Linear | None:
     """The layer that reads what the heads give: beside the projections, or in the module around them."""
     around = model.get_submodule(name.rpartition(".")[0]) if "." in name else None
     places = [(module, _OUTPUTS), (around, tuple(f"output.{one}" for one in _OUTPUTS) + _OUTPUTS)]
@@ -167,7 +177,7 @@ def _output(model: nn.Module, name: str, module: nn.Module, queries: nn.Linear) 
                 continue
             if isinstance(found, nn.Sequential) and len(found):
                 found = found[0]
-            if isinstance(found, nn.Linear) and found.in_features == queries.out_features:
+            if isinstance(found, nn.Linear) and found.in_features == width:
                 return found
     return None
 
@@ -218,10 +228,14 @@ def _unchanged(
     with ExitStack() as stack:
         for block in blocks:
             queries, keys = _order(block, inside, generator)
-            for layer, order, axis in (
-                (block.queries, queries, 0), (block.keys, keys, 0), (block.values, keys, 0), (block.output, queries, 1),
-            ):  # fmt: skip
-                stack.enter_context(_reordered(layer, order, axis))
+            if block.is_packed:
+                width = len(queries)
+                makers = [(block.queries, torch.cat([queries, queries + width, queries + 2 * width]))]
+            else:
+                makers = [(block.queries, queries), (block.keys, keys), (block.values, keys)]
+            for layer, order in makers:
+                stack.enter_context(_reordered(layer, order, 0))
+            stack.enter_context(_reordered(block.output, queries, 1))
         try:
             after = forward(model)
         except Exception:  # whatever a foreign network raises: these are no heads
@@ -269,6 +283,6 @@ def known_heads(blocks: Sequence[Heads], given: Mapping[nn.Module, int]) -> dict
     found: dict[nn.Module, int] = {}
     for block in blocks:
         if not any(layer in given for layer in block.projections):
-            found[block.queries] = block.heads
             found[block.keys] = found[block.values] = block.key_heads
+            found[block.queries] = block.heads
     return found

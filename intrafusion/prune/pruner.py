@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from intrafusion.prune.fusion import Fusion
 from intrafusion.prune.report import GroupReport, Report
 from intrafusion.prune.step import Step
 from intrafusion.prune.twin import Comparison
+from intrafusion.prune.widths import checked, output_layers, restrict_
 from intrafusion.running import run_model
 
 
@@ -82,6 +83,7 @@ class FusionMixin:
             inspect.Parameter("calibration", keyword, default=None, annotation="Iterable | None"),
             inspect.Parameter("memory_limit", keyword, default=None, annotation="float | None"),
             inspect.Parameter("after_cut", keyword, default=None, annotation="Callable | None"),
+            inspect.Parameter("widths", keyword, default=None, annotation="Mapping[str, float] | None"),
         ]
         cls.__signature__ = host.replace(parameters=[*host.parameters.values(), *ours])
 
@@ -92,16 +94,22 @@ class FusionMixin:
         calibration: Iterable | None = None,
         memory_limit: float | None = None,
         after_cut: Callable[[nn.Module, Group], Any] | None = None,
+        widths: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         self.fusion = Fusion.of(fusion)
         self.memory_limit = checks.memory_limit(memory_limit)
         self.after_cut = checks.after_cut(after_cut)
+        self.widths = checked(widths)
         self.calibration = checks.calibration_batches(calibration, self.fusion.method(), f"fusion={self.fusion.name!r}")
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         checks.check_arguments(bound.arguments)
         checks.complete(bound.arguments)
         recognise(bound.arguments["model"])
+        bound.arguments["ignored_layers"] = [
+            *(bound.arguments.get("ignored_layers") or ()),
+            *output_layers(bound.arguments["model"]),
+        ]
         bound.arguments["customized_pruners"] = {**torch_pruners(), **(bound.arguments.get("customized_pruners") or {})}
         self._feed(bound.arguments)
         self.heads = find_heads(bound.arguments["model"], partial(self.run, inputs=self.example_inputs))
@@ -128,6 +136,8 @@ class FusionMixin:
         self._listed: list[Group] = []
         self._quiet = False
         self._leave_heads()
+        if self.widths is not None:
+            restrict_(self, self.widths)
         checks.warn_if_nothing_prunable(self)
 
     def _feed(self, arguments: dict[str, Any]) -> None:
@@ -354,7 +364,8 @@ class IntraFusionPruner(FusionMixin, tp.pruner.BasePruner):
     inputs without labels, for `fusion="calibrated"`: tensors, tuples or dictionaries of them. memory_limit:
     (keyword-only) GiB of activations that are held at a time, None for as much as it takes; what is beyond lies in
     temporary files. after_cut: (keyword-only) after_cut(model, group) is called when a group has been cut, to set
-    attributes of the network that hold widths; those that leave no choice are set without it.
+    attributes of the network that hold widths; those that leave no choice are set without it. widths: (keyword-only) a
+    ratio for each kind of width that shall be cut, see `prune.widths`; all others are left alone.
 
     >>> pruner = IntraFusionPruner(model, example_inputs, importance, pruning_ratio=0.5, ignored_layers=[model.fc])
     >>> pruner.step()                      # or: for group in pruner.step(interactive=True): group.prune()

@@ -1,0 +1,131 @@
+"""Which kinds of width of a network are cut, each by its own ratio; and the layers that nobody wants to be cut.
+
+    feed_forward  channels between two linear layers: the hidden units of a transformer's feed-forward layers
+    heads         whole attention heads; where several share one key and value, as many of each of these
+    head_dim      channels inside all heads of a layer
+    stream        the residual stream of a transformer, and all that reads and writes it
+    channels      everything else: convolutions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch_pruning.dependency.group import Group
+
+KINDS = ("feed_forward", "heads", "head_dim", "stream", "channels")
+_LABELS = ("classifier", "score", "qa_outputs", "head", "classification_head")
+
+
+def checked(widths: Any) -> dict[str, float] | None:
+    """As given. Raises ValueError or TypeError for kinds that do not exist and ratios outside [0, 1)."""
+    if widths is None:
+        return None
+    if not isinstance(widths, Mapping):
+        raise TypeError(f"widths is {widths!r}: give a dictionary from a kind of width to a ratio, as {{'heads': 0.3}}")
+    for kind, ratio in widths.items():
+        if kind not in KINDS:
+            raise ValueError(f"widths names {kind!r}: choose among {', '.join(map(repr, KINDS))}")
+        number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+        if not number or not 0 <= ratio < 1:
+            raise ValueError(f"widths[{kind!r}] is {ratio!r}: it must be in [0, 1)")
+    return dict(widths)
+
+
+def output_layers(model: Any) -> list[nn.Module]:
+    """The layers that make scores of tokens or classes, where a network of `transformers` or `timm` says which."""
+    found = []
+    for name in ("get_output_embeddings", "get_classifier"):
+        method = getattr(model, name, None)
+        if callable(method):
+            try:
+                found.append(method())
+            except Exception:  # a network that has no such layer may say so by any error
+                continue
+    config = getattr(model, "config", None)
+    if hasattr(config, "num_labels"):
+        heads = (getattr(model, name, None) for name in _LABELS)
+        found += [layer for layer in heads if getattr(layer, "out_features", 0) == config.num_labels]
+    return [layer for layer in found if isinstance(layer, nn.Module) and any(True for _ in layer.parameters())]
+
+
+def restrict_(pruner: Any, widths: Mapping[str, float]) -> None:
+    """Leave alone every group of another kind, and give the others their ratio.
+
+    Raises ValueError for a kind that the network has none of, or that must not be cut there.
+    """
+    found: set[str] = set()
+    for group in list(pruner.all_groups()):
+        kind = kind_of_group(pruner, group)
+        found.add(kind)
+        ratios = [widths.get(k, 0) for k in (("heads", "head_dim") if kind == "heads" else (kind,))]
+        layers = [item.dep.target.module for item in group if pruner.DG.is_out_channel_pruning_fn(item.dep.handler)]
+        if not any(ratios):
+            pruner.ignored_layers.extend(layer for layer in layers if isinstance(layer, nn.Module))
+            continue
+        for layer in (*layers, *_readers(pruner, group)) if kind == "heads" else layers:
+            _set_ratio(pruner, layer, max(ratios) if kind == "heads" and not widths.get("head_dim") else ratios[-1])
+    _set_heads(pruner, widths)
+    there = found | ({"head_dim"} if "heads" in found else set())
+    missing = [kind for kind, ratio in widths.items() if ratio and kind not in there]
+    if missing:
+        known = ", ".join(sorted(there)) or "nothing"
+        raise ValueError(f"widths names {', '.join(map(repr, missing))}, but this network has {known} to cut")
+
+
+def kind_of_group(pruner: Any, group: Group) -> str:
+    """One of `KINDS`; "heads" also stands for "head_dim"."""
+    if pruner.is_attention(group):
+        return "heads"
+    layers = {id(item.dep.target.module) for item in group}
+    reading = [item.dep.target.module for item in group if pruner.DG.is_in_channel_pruning_fn(item.dep.handler)]
+    if any(id(layer) in layers for block in pruner.heads for layer in block.projections) or any(
+        layer in pruner.num_heads for layer in reading
+    ):
+        return "stream"
+    making = [item.dep.target.module for item in group if pruner.DG.is_out_channel_pruning_fn(item.dep.handler)]
+    made = [layer for layer in making if any(True for _ in _parameters(layer))]
+    return "feed_forward" if made and all(isinstance(layer, nn.Linear) for layer in made) else "channels"
+
+
+def _parameters(layer: Any) -> Iterable[nn.Parameter]:
+    return layer.parameters() if isinstance(layer, nn.Module) else ()
+
+
+def _readers(pruner: Any, group: Group) -> list[nn.Module]:
+    """Torch-Pruning takes the layer that reads the heads for the root of their group."""
+    return [
+        item.dep.target.module
+        for item in group
+        if pruner.DG.is_in_channel_pruning_fn(item.dep.handler) and isinstance(item.dep.target.module, nn.Linear)
+    ]
+
+
+def _set_ratio(pruner: Any, layer: Any, ratio: float) -> None:
+    if isinstance(layer, nn.Module):
+        schedule = pruner.iterative_pruning_ratio_scheduler(ratio, pruner.iterative_steps)
+        pruner.pruning_ratio_dict[layer] = schedule
+        pruner._layer_to_scope.setdefault(layer, (f"width_{len(pruner._layer_to_scope)}", [layer]))
+
+
+def _set_heads(pruner: Any, widths: Mapping[str, float]) -> None:
+    stuck = [block.name for block in pruner.heads if not block.dims_move]
+    if widths.get("head_dim") and stuck:
+        raise ValueError(
+            f"widths['head_dim']: the channels inside the heads of {stuck[0]!r} are told apart by something else (rotary "
+            "positions, a norm inside the heads), so that their number cannot change: cut heads instead"
+        )
+    fixed = [block.name for block in pruner.heads if not block.heads_move]
+    if widths.get("heads") and fixed:
+        raise ValueError(
+            f"widths['heads']: the heads of {fixed[0]!r} are told apart by something else (a table of positions for each "
+            "head, slopes): cut what is inside of them with head_dim instead"
+        )
+    pruner.prune_num_heads = bool(widths.get("heads"))
+    pruner.prune_head_dims = bool(widths.get("head_dim"))
+    pruner.head_pruning_ratio = widths.get("heads", 0.0)
+    pruner.per_step_head_pruning_ratio = pruner.iterative_pruning_ratio_scheduler(
+        pruner.head_pruning_ratio, pruner.iterative_steps
+    )
