@@ -7,7 +7,7 @@ right on the way. What the outputs of every layer stand for, in terms of the den
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +121,10 @@ class Correction:
             return self._survey.samples(table, walk.name or "", walk.outputs())
         return self._survey.samples(table)
 
-    def cut(self, table: GroupTable, pair: Pair) -> None:
-        """A group has been mixed by `pair` and cut."""
+    def cut(self, table: GroupTable, pair: Pair, inside: Mapping[str, Tensor] | None = None) -> None:
+        """A group has been mixed by `pair` and cut. inside: what outputs of its layers stand for instead, [left, full]."""
         self._touched = True
-        self._note(table, pair)
+        self._note(table, pair, inside or {})
         self._survey.forget(table)
         if self._walk is not None:
             shared = (self.model.get_submodule(name) for name, count in self._calls.items() if count > 1)
@@ -201,12 +201,17 @@ class Correction:
         self._repair_(view)
         walk.changed(rejoin=self._calls[name] > 1)
 
-    def _note(self, table: GroupTable, pair: Pair) -> None:
+    def _note(self, table: GroupTable, pair: Pair, inside: Mapping[str, Tensor]) -> None:
         """Remember what the outputs of the group's layers stand for from now on."""
+        for name, weights in inside.items():
+            if name in self.layers:
+                old = self._rows.get(name) or RowMap.identity(weights.shape[1])
+                weights = weights.cpu()
+                self._rows[name] = RowMap(weights @ old.weights, weights @ old.shift)
         carrier = shift_carrier(table)
         kept = pair.kept.cpu()
         for slot in table.slots:
-            if slot.name not in self.layers or not (slot.produces or slot.is_depthwise):
+            if slot.name in inside or slot.name not in self.layers or not (slot.produces or slot.is_depthwise):
                 continue
             old = self._rows.get(slot.name) or RowMap.identity(slot.size)
             mapped = torch.eye(slot.size, dtype=torch.float64)

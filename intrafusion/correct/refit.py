@@ -192,7 +192,9 @@ class _Folds:
         """x: [samples, groups * d], y: [samples, groups * m]"""
         x, y = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (x, y))
         if self._about is None:
-            self._about = (x.mean(dim=0), y.mean(dim=0)) if self._affine else (x.new_zeros(x.shape[1]), y.new_zeros(y.shape[1]))
+            self._about = (
+                (x.mean(dim=0), y.mean(dim=0)) if self._affine else (x.new_zeros(x.shape[1]), y.new_zeros(y.shape[1]))
+            )
         x, y = (
             (value - mean).unflatten(1, (self._groups, -1)).movedim(1, 0)
             for value, mean in zip((x, y), self._about, strict=True)

@@ -17,10 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from intrafusion.running import Levelled, evaluating
 
@@ -43,8 +45,9 @@ class Heads:
 
     queries, keys and values are one and the same layer where that makes all three, one after the other.
 
-    name: of the module that holds the projections. heads_move: can whole heads change places? dims_move: can the
+    name: of the module that holds the projections. names: of the layers, by their attribute here. heads_move: can whole heads change places? dims_move: can the
     channels inside the heads? What cannot change places is told apart by something that is not in these layers.
+    scaled: whether the logits are divided by the root of the heads' width whenever the network runs.
     """
 
     name: str
@@ -54,8 +57,10 @@ class Heads:
     output: nn.Linear
     heads: int
     key_heads: int
+    names: Mapping[str, str]
     heads_move: bool = True
     dims_move: bool = True
+    scaled: bool = False
 
     @property
     def is_packed(self) -> bool:
@@ -64,6 +69,11 @@ class Heads:
     @property
     def dim(self) -> int:
         return self.output.in_features // self.heads
+
+    def now(self, dim: int) -> Heads:
+        """The same block when it has lost heads, or channels inside them, of which there are `dim` by now."""
+        heads = self.output.in_features // dim
+        return replace(self, heads=heads, key_heads=heads if self.shared == 1 else self.key_heads)
 
     @property
     def shared(self) -> int:
@@ -85,10 +95,14 @@ def find_heads(model: nn.Module, forward: Callable[[nn.Module], list[Tensor]]) -
     if not blocks:
         return []
     with torch.no_grad(), evaluating(model), Levelled():
-        before = forward(model)
+        with _Scales(model, blocks) as scales:
+            before = forward(model)
         whole = _bearing(model, blocks, lambda some: _unchanged(model, forward, before, some, inside=False))
         inside = _bearing(model, blocks, lambda some: _unchanged(model, forward, before, some, inside=True))
-    found = [replace(block, heads_move=block in whole, dims_move=block in inside) for block in blocks]
+    found = [
+        replace(block, heads_move=block in whole, dims_move=block in inside, scaled=block in scales.found)
+        for block in blocks
+    ]
     return [block for block in found if not block.is_packed or block.heads_move or block.dims_move]
 
 
@@ -97,6 +111,31 @@ def blocks_of(model: nn.Module) -> list[Heads]:
     blocks = [block for name, module in model.named_modules() if (block := _block(model, name, module)) is not None]
     used = Counter(layer for block in blocks for layer in (*block.projections, block.output))
     return [block for block in blocks if all(used[layer] == 1 for layer in (*block.projections, block.output))]
+
+
+class _Scales(TorchFunctionMode):
+    """Notes the blocks whose attention is computed by torch's own function with a scale that it makes of the width."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Heads]) -> None:
+        super().__init__()
+        self.found: set[Heads] = set()
+        self._last, self._stack = False, ExitStack()
+        for block in blocks:
+            self._stack.callback(block.output.register_forward_pre_hook(partial(self._read, block)).remove)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "scaled_dot_product_attention":
+            self._last = (kwargs or {}).get("scale") is None
+        return func(*args, **(kwargs or {}))
+
+    def _read(self, block: Heads, *_: Any) -> None:
+        if self._last:
+            self.found.add(block)
+        self._last = False
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+        super().__exit__(*error)
 
 
 @contextmanager
@@ -129,7 +168,9 @@ def _together(block: Heads, queries: Tensor, keys: Tensor, values: Tensor) -> Te
     if block.shared > 1:
         keys, values = (_repeated(block, one) for one in (keys, values))
     tokens = min(queries.shape[-2], keys.shape[-2]) if queries.dim() > 1 else None
-    if tokens is not None and keys.shape[-2] != queries.shape[-2]:  # cross-attention: what is read has a length of its own
+    if (
+        tokens is not None and keys.shape[-2] != queries.shape[-2]
+    ):  # cross-attention: what is read has a length of its own
         keys, values = (one.mean(dim=-2, keepdim=True) for one in (keys, values))
     return queries + (keys + values)  # torch-pruning takes the layer that it meets first for the root: the queries
 
@@ -151,35 +192,41 @@ def _block(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
     queries, keys, values = layers
     packed = queries is keys
     width = queries.out_features // 3 if packed else queries.out_features
-    output = _output(model, name, module, width)
+    output_name, output = _output(model, name, module, width)
     if output is None or keys.out_features != values.out_features or (packed and keys.out_features != 3 * width):
         return None
+    prefix = f"{name}." if name else ""
+    layers_at = dict(zip(("queries", "keys", "values"), (prefix + one for one in names), strict=True))
+    layers_at["output"] = output_name
     if packed:
         heads = _first([module, getattr(module, "config", None), getattr(model, "config", None)], HEADS)
-        return Heads(name, queries, keys, values, output, heads, heads) if heads and width % heads == 0 else None
+        known = heads and width % heads == 0
+        return Heads(name, queries, keys, values, output, heads, heads, layers_at) if known else None
     heads, key_heads = _numbers(model, name, module, queries, keys)
     if not heads or not key_heads or heads % key_heads or queries.out_features % heads:
         return None
     if keys.out_features != queries.out_features // heads * key_heads:
         return None
-    return Heads(name, queries, keys, values, output, heads, key_heads)
+    return Heads(name, queries, keys, values, output, heads, key_heads, layers_at)
 
 
-def _output(model: nn.Module, name: str, module: nn.Module, width: int) -> nn.Linear | None:
-    """The layer that reads what the heads give: beside the projections, or in the module around them."""
-    around = model.get_submodule(name.rpartition(".")[0]) if "." in name else None
-    places = [(module, _OUTPUTS), (around, tuple(f"output.{one}" for one in _OUTPUTS) + _OUTPUTS)]
-    for holder, names in places:
+def _output(model: nn.Module, name: str, module: nn.Module, width: int) -> tuple[str, Any]:
+    """The layer that reads what the heads give: beside the projections, or in the module around them; its name first."""
+    outside = name.rpartition(".")[0]
+    around = model.get_submodule(outside) if "." in name else None
+    places = [(name, module, _OUTPUTS), (outside, around, tuple(f"output.{one}" for one in _OUTPUTS) + _OUTPUTS)]
+    for where, holder, names in places:
         for one in names if holder is not None else ():
             try:
                 found = holder.get_submodule(one)
             except AttributeError:
                 continue
+            path = f"{where}.{one}" if where else one
             if isinstance(found, nn.Sequential) and len(found):
-                found = found[0]
+                found, path = found[0], f"{path}.0"
             if isinstance(found, nn.Linear) and found.in_features == width:
-                return found
-    return None
+                return path, found
+    return "", None
 
 
 def _numbers(model: nn.Module, name: str, module: nn.Module, queries: nn.Linear, keys: nn.Linear) -> tuple[int, int]:

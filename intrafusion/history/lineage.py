@@ -126,6 +126,11 @@ class Change:
             if address[0]._parameters.get(address[1]) is not None:
                 self._mixings[address].append(mixing)
 
+    def rewritten(self, layer: nn.Module, why: str) -> None:
+        """The parameters of a layer have been changed in a way that gradients are not carried through."""
+        for name in layer._parameters:
+            self._problems[layer, name] = why
+
     @contextmanager
     def cutting(self, group: Any) -> Iterator[None]:
         """Inside, torch-pruning cuts `group`; what it keeps of each tensor is read off copies that hold numbers.

@@ -43,6 +43,8 @@ class Method:
         fills_up: whether few inputs of the user's own are filled up with synthetic ones.
         samples: whether `View.samples` is asked for (they cost one pass of the dense network).
         after_cut: whether `repair_` is called for a layer when its own group has been cut, or before.
+        circuits: whether the channels inside of attention heads are rewritten before some are cut, and what reads the
+            heads is put right, so that cutting them is more than that.
         plan: whether a plan is computed; otherwise the one that `pair` gets says which channels are kept, and no more.
     """
 
@@ -51,6 +53,7 @@ class Method:
     samples: bool = False
     after_cut: bool = False
     plan: bool = True
+    circuits: bool = False
 
     def begin(self, view: View, tables: Sequence[GroupTable]) -> None:
         """Called once, before the first cut, with the groups that are going to be cut."""

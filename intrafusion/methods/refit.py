@@ -22,7 +22,7 @@ from intrafusion.ot.rows import best_rows, read_back
 class Refit(Method):
     """start: the method, a rule for example, whose pair the rows start from. inputs: `synthetic` or `calibration`."""
 
-    samples = fills_up = True
+    samples = fills_up = circuits = True
 
     def __init__(self, start: Method, inputs: str) -> None:
         self.start, self.inputs = start, inputs
@@ -57,7 +57,15 @@ class Refit(Method):
     def repair_(self, layer: LayerView, view: View) -> None:
         """Refit the layer so that it gives what the dense one gives; where that is not possible, its batch-norm."""
         if can_refit(layer.layer):
-            refit_(layer.layer, layer.norm, layer.dense, layer.dense_norm, layer.sights, layer.rows, may_have_bias=layer.may_have_bias)
+            refit_(
+                layer.layer,
+                layer.norm,
+                layer.dense,
+                layer.dense_norm,
+                layer.sights,
+                layer.rows,
+                may_have_bias=layer.may_have_bias,
+            )
         elif layer.norm is not None:
             match_statistics_(layer.layer, layer.norm, layer.sights, layer.rows)
 

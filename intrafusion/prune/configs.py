@@ -77,7 +77,9 @@ def follow(model: nn.Module) -> tuple[list[Attribute], str]:
         setattr(holder, name, value)
         wrong = _wrong(have, want)
     if wrong:
-        listed = ", ".join(f"{name} {have.get(name, 'absent')}, pruned {want.get(name, 'absent')}" for name in wrong[:3])
+        listed = ", ".join(
+            f"{name} {have.get(name, 'absent')}, pruned {want.get(name, 'absent')}" for name in wrong[:3]
+        )
         return [], (
             f"no config of {type(model).__name__} describes the pruned network ({listed}): save it with "
             "intrafusion.save, or prune all layers by the same ratio (no global pruning)"

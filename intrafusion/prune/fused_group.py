@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch_pruning._helpers import GroupItem
 from torch_pruning.dependency.group import Group
 
 
@@ -22,7 +23,8 @@ class FusedGroup(Group):
     def wrap(cls, group: Group, step: Any, view: Any) -> FusedGroup:
         """step: what prunes the group; view: what the step needs for that, held until the last group is gone."""
         wrapped = cls()
-        wrapped._group, wrapped._DG, wrapped._step, wrapped._view = group._group, group._DG, step, view
+        wrapped._group = [item if hasattr(item, "dep") else GroupItem(*item) for item in group._group]
+        wrapped._DG, wrapped._step, wrapped._view = group._DG, step, view
         return wrapped
 
     def prune(self, idxs: Any = None, record_history: bool = True) -> None:

@@ -9,6 +9,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency.group import Group
 
+from intrafusion.groups.heads import Heads
 from intrafusion.groups.table import GroupTable
 from intrafusion.history.lineage import Lineage
 from intrafusion.prune.fusion import Fusion
@@ -32,6 +33,8 @@ class Host(Protocol):
     memory_limit: float | None
     num_heads: dict
     unbiased: frozenset[str]
+    heads: list[Heads]
+    head_dims: dict[str, int]
     after_cut: Callable[[nn.Module, Group], Any] | None
     report: Report
 

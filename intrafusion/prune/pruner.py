@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency.group import Group
 
 from intrafusion.groups.batchnorm import folded
-from intrafusion.groups.heads import Heads, find_heads, known_heads, opaque
+from intrafusion.groups.heads import find_heads, known_heads, opaque
 from intrafusion.groups.kinds.base import torch_pruners
 from intrafusion.groups.kinds.frozen import recognise
 from intrafusion.groups.permutation_check import inconsistent_groups
@@ -127,6 +127,7 @@ class FusionMixin:
             for module, training in modes:
                 module.training = training
         share_keys(self.DG, self.heads)
+        self.head_dims = {block.name: block.dim for block in self.heads}
         self.unbiased = without_bias(self.model)
         self.report = Report()
         self.last_step: Step | None = None
@@ -332,15 +333,29 @@ class FusionMixin:
                 pruner: Any = self.DG.get_pruner_of_module(root)
                 handler = pruner.prune_out_channels if outputs else pruner.prune_in_channels
                 group = self.DG.get_pruning_group(root, handler, [int(i) for i in removed])
+                self._count_heads(group)
                 FusedGroup.wrap(group, step, None).prune()
             step.finish()
         finally:
             self.fusion = settings
             self.report.back_to(mark)
 
+    def _count_heads(self, group: Group) -> None:
+        """What torch-pruning does to `num_heads` where it chooses whole heads itself."""
+        for block in self.heads:
+            cut = next((item.idxs for item in group if item.dep.target.module is block.output), None)
+            heads = self.num_heads.get(block.queries)
+            if cut is None or heads is None or len(cut) % (block.output.in_features // heads):
+                continue
+            dim = block.output.in_features // heads
+            gone = {i // dim for i in cut}
+            if len(gone) * dim == len(cut):
+                for layer in block.projections if block.shared == 1 else (block.queries,):
+                    self.num_heads[layer] = self.out_channel_groups[layer] = heads - len(gone)
+
     def state(self) -> list[dict]:
         """The dictionaries that hold what a step changes of the pruner."""
-        own = (self.num_heads, self.in_channel_groups, self.out_channel_groups, self.initial_channels)
+        own = (self.head_dims, self.num_heads, self.in_channel_groups, self.out_channel_groups, self.initial_channels)
         return [self.__dict__, *own]
 
     @property

@@ -90,12 +90,13 @@ def _becomes(
     for width in widths:
         if width.attention is not None and width.attention in module.children():
             old, new = width.heads
-            if number == old != new and name not in _SHARING:
+            is_width = any(part in name for part in ("dim", "size", "width", "channels"))
+            if number == old != new and name not in _SHARING and not is_width:
                 yield new, True
             before, after = width.shared
             if name in _SHARING and number == before != after:
                 yield after, True
-            for parts in (old, _PACKED * old):
+            for parts in (old, _PACKED * old) if "heads" not in name else ():
                 after = parts // old * new
                 if number * parts == width.before and after and width.after % after == 0:
                     yield width.after // after, True

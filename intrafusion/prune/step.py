@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 from torch_pruning.dependency.group import Group
 
+from intrafusion.correct.circuits import HeadMoments, reduce_
 from intrafusion.correct.correction import Correction, LayerView
 from intrafusion.groups.apply import apply_pair
+from intrafusion.groups.heads import Heads
 from intrafusion.groups.snapshot import Snapshot, frozen_parameters
 from intrafusion.groups.table import GroupTable
-from intrafusion.history.lineage import Lineage
+from intrafusion.history.lineage import Change, Lineage
 from intrafusion.history.replay import GroupCut
 from intrafusion.methods.method import Method
 from intrafusion.methods.view import View
@@ -44,6 +46,7 @@ class _Begun(View):
     """What a method sees, and what its result will be compared with; it lives as long as some group may be pruned."""
 
     twin: Twin
+    moments: HeadMoments | None = None
 
 
 class Step:
@@ -139,6 +142,7 @@ class Step:
                         correction.come_to(table)
                 plan, pair, note = self._pair(group, table, kept)
                 change.mixed(table, pair)
+                inside = self._inside_heads_(group, table, kept, change)
                 if self.view is not None:
                     self.view.twin.note(self._pruner.DG, group)
                 cut = self._sizes.cutting(group)
@@ -152,7 +156,7 @@ class Step:
                 if correction is not None:
                     if self._sizes.is_suspicious:
                         self._sizes.settle()
-                    correction.cut(table, selection_pair(kept, table.n) if pair is None else pair)
+                    correction.cut(table, selection_pair(kept, table.n) if pair is None else pair, inside)
                     if self._at_once:
                         with self._sizes.explaining():
                             correction.finish()
@@ -163,7 +167,7 @@ class Step:
             where = f"while fusing group {table.name!r} ({table.n} -> {len(kept)} channels)"
             raise FusionError(f"{where}: {refusals.uncut(error, table.name)}") from error
         self.cuts = (*self.cuts, GroupCut.of(self._pruner.DG, group, self._pruner.channel_groups_of(group), pair))
-        merged = "selection" if pair is None else self.method.label
+        merged = "selection" if pair is None and not self._refits_heads(group) else self.method.label
         cost, targets = (None, ()) if plan is None else (plan.cost, plan.main_targets)
         entry = GroupReport(table.name, self._pruner.current_step, table.n, len(kept), merged, cost, note, targets)
         self._pruner.reported(entry)
@@ -214,10 +218,51 @@ class Step:
         self.method.mixed_(table, pair, view)
         return (plan, pair, _remark(plan)) if self.method.plan else (None, pair, "")
 
+    def _refits_heads(self, group: FusedGroup) -> bool:
+        """Are these the channels of attention heads, whose circuits the method takes care of?"""
+        return self.view is not None and self.method.circuits and self._pruner.is_attention(group)
+
+    def _inside_heads_(self, group: FusedGroup, table: GroupTable, kept: Tensor, change: Change) -> dict[str, Tensor]:
+        """Rewrite the channels of heads that are going to lose some; what the outputs of the layers will stand for.
+
+        Nothing is done, and {} returned, where whole heads go or the block is not one that was found.
+        """
+        view, pruner = self.view, self._pruner
+        layers = {item[0].target.module for item in group}
+        block = next((block for block in pruner.heads if block.output in layers and block.queries in layers), None)
+        if view is None or view.correction is None or block is None or not self._refits_heads(group):
+            return {}
+        dim = pruner.head_dims.get(block.name, block.dim)
+        block = block.now(dim)
+        inside = (kept % dim).unique()
+        whole = (kept // dim).unique()
+        if len(inside) == dim or block.output.in_features != table.n or len(inside) * len(whole) != len(kept):
+            return {}
+        if view.moments is None:
+            correction = view.correction
+            view.moments = HeadMoments(correction.dense, pruner.heads, pruner.run, correction.batches)
+        moments = view.moments.of(block)
+        found = reduce_(block, moments, inside, rescale=block.scaled)
+        pruner.head_dims[block.name] = len(inside)
+        for layer in (*block.projections, block.output):
+            change.rewritten(layer, "the channels inside its attention heads were changed")
+        return {name: weights[self._left(block, name, weights, whole, len(inside))] for name, weights in found.items()}
+
+    def _left(self, block: Heads, name: str, weights: Tensor, whole: Tensor, dim: int) -> Tensor:
+        """The rows of a layer that are left when whole heads have gone as well."""
+        heads = len(weights) // dim
+        stay = torch.zeros(heads, dtype=torch.bool)
+        shared = name != block.names["queries"] and block.shared > 1
+        for part in range(heads // block.heads if not shared else 0):
+            stay[part * block.heads + whole] = True
+        return (stay | shared).repeat_interleave(dim).nonzero().flatten()
+
     def _why_not(self, group: FusedGroup, table: GroupTable, kept: Tensor) -> str:
         """Why a group can only be cut ('' if it can be fused)."""
         if table.name in self._inconsistent:
             return "torch-pruning's index map does not describe the network here, and its cut may be wrong as well"
+        if self._refits_heads(group):
+            return "heads stay as they are; what reads them is refitted"
         if self._pruner.is_attention(group):
             return "queries and keys meet in a product, which a linear merge cannot keep"
         reason = checks.mismatch(group, table, kept) or table.unsupported or checks.uneven_chunks(table, kept)

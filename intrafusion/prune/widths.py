@@ -1,10 +1,10 @@
 """Which kinds of width of a network are cut, each by its own ratio; and the layers that nobody wants to be cut.
 
-    feed_forward  channels between two linear layers: the hidden units of a transformer's feed-forward layers
-    heads         whole attention heads; where several share one key and value, as many of each of these
-    head_dim      channels inside all heads of a layer
-    stream        the residual stream of a transformer, and all that reads and writes it
-    channels      everything else: convolutions
+feed_forward  channels between two linear layers: the hidden units of a transformer's feed-forward layers
+heads         whole attention heads; where several share one key and value, as many of each of these
+head_dim      channels inside all heads of a layer
+stream        the residual stream of a transformer, and all that reads and writes it
+channels      everything else: convolutions
 """
 
 from __future__ import annotations

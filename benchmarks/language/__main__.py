@@ -1,0 +1,133 @@
+"""Language models pruned without fine-tuning: loss on held-out text, every method in one command.
+
+    python -m benchmarks.language                                   # two small models, trained first, about an hour
+    python -m benchmarks.language --model smollm2 --ratio 0.3 --kind feed_forward --calibrate 16 --length 512
+
+Loss in nats a token (perplexity is its exponential), on text that no method sees; rows are JSON lines that a second call
+goes on from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.language.methods import METHODS
+from benchmarks.language.models import MODELS, SMALL, Language, open_model
+from benchmarks.language.texts import TEXTS
+from intrafusion import IntraFusionPruner
+
+KINDS = {
+    "feed_forward": ("feed_forward",),
+    "heads": ("heads",),
+    "stream": ("stream",),
+    "all": ("feed_forward", "heads", "stream"),
+}
+
+
+@torch.no_grad()
+def losses(model: Any, sequences: Tensor, each: int) -> list[float]:
+    """The mean loss of each sequence, in nats a token."""
+    found: list[float] = []
+    for batch in sequences.split(each):
+        logits = model(batch).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
+        found += loss.reshape(len(batch), -1).mean(dim=1).tolist()
+    return found
+
+
+def pruned(language: Language, name: str, kind: str, ratio: float, batches: list[Tensor]) -> tuple[Any, float, str]:
+    """(a pruned copy, processor seconds, its report)"""
+    entry, model = METHODS[name], copy.deepcopy(language.model)
+    began = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = IntraFusionPruner(
+            model,
+            batches[0][:1],
+            entry.choose(batches),
+            widths=dict.fromkeys(KINDS[kind], ratio),
+            fusion=entry.fusion,
+            calibration=batches if entry.fusion.method().inputs == "calibration" else None,
+        )
+        pruner.progress = False
+        pruner.step()
+    return model.eval(), time.process_time() - began, str(pruner.report)
+
+
+def row(language: Language, seed: int, name: str, kind: str, ratio: float, arguments: argparse.Namespace) -> dict:
+    batches = list(
+        language.sequences(language.text, "valid", arguments.calibrate, arguments.length).split(arguments.batch)
+    )
+    found: dict[str, Any] = {"seconds": 0.0}
+    model = language.model
+    if name != "dense":
+        model, found["seconds"], report = pruned(language, name, kind, ratio, batches)
+        found["parameters"] = sum(p.numel() for p in model.parameters())
+        if arguments.report:
+            print(report)
+    for which in TEXTS if language.name not in SMALL else (language.text,):
+        try:
+            sequences = language.sequences(which, "test", arguments.judge)
+        except FileNotFoundError as error:
+            print(error)
+            continue
+        each = losses(model, sequences, arguments.batch)
+        found[which] = sum(each) / len(each)
+        found[f"{which}, each"] = [round(value, 4) for value in each]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, action="append", help="default: the small ones (may be repeated)")
+    parser.add_argument("--method", choices=METHODS, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="of width (may be repeated)")
+    parser.add_argument("--ratio", type=float, action="append", help="default 0.1 0.3 0.5 (may be repeated)")
+    parser.add_argument("--seeds", type=int, default=1, help="so many small models are trained")
+    parser.add_argument("--calibrate", type=int, default=64, help="sequences that methods may see")
+    parser.add_argument("--length", type=int, default=None, help="of those sequences, in tokens")
+    parser.add_argument("--judge", type=int, default=96, help="sequences that are judged on")
+    parser.add_argument("--batch", type=int, default=16, help="sequences that are run at once")
+    parser.add_argument("--results", type=Path, default=Path("runs/language.jsonl"))
+    parser.add_argument("--report", action="store_true", help="print what was done to every group")
+    arguments = parser.parse_args()
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    lines = arguments.results.read_text().splitlines() if arguments.results.is_file() else []
+    done = {json.loads(line)["row"]: json.loads(line) for line in lines if line.strip()}
+    for name in arguments.model or SMALL:
+        for seed in range(arguments.seeds if name in SMALL else 1):
+            language = open_model(name, arguments.results.parent / "language", seed)
+            cells = [("dense", "-", 0.0)] + [
+                (m, kind, ratio)
+                for kind in arguments.kind or KINDS
+                for ratio in arguments.ratio or (0.1, 0.3, 0.5)
+                for m in arguments.method or METHODS
+            ]
+            for method, kind, ratio in cells:
+                key = f"{name}-{seed}/{kind}/{ratio:g}/{method}/{arguments.calibrate}x{arguments.length or language.length}"
+                if key not in done:
+                    try:
+                        found = row(language, seed, method, kind, ratio, arguments)
+                    except Exception as error:  # one cell that fails is a result too
+                        found = {"error": f"{type(error).__name__}: {error}"}
+                    done[key] = {"row": key, **found}
+                    with arguments.results.open("a") as file:
+                        file.write(json.dumps(done[key]) + "\n")
+                shown = done[key]
+                told = ", ".join(f"{t} {shown[t]:.3f} ({math.exp(min(50, shown[t])):.1f})" for t in TEXTS if t in shown)
+                print(f"{key}: {told or shown.get('error')}  [{shown.get('seconds', 0):.0f} s]", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Every method of the comparison by name: how units are chosen, and what is made of the rest.
+
+Rivals are methods like ours, registered through the same socket; what was taken from which paper is said at each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from intrafusion import FLAPImportance, Fusion, Method, Pair, Plan, ReconstructionImportance, WandaImportance, method
+from intrafusion.correct.correction import LayerView
+from intrafusion.groups.table import GroupTable
+from intrafusion.methods.view import View
+from intrafusion.ot import selection_pair
+
+RIDGE = 1e-2
+"""OSSCAR's and CORP's, in units of the mean diagonal."""
+
+
+class _Moments:
+    """Count, sum [d] and products [d, d] of what a layer reads in the dense network, one pass."""
+
+    def __init__(self) -> None:
+        self.n: float = 0
+        self.sum: Any = 0.0
+        self.products: Any = 0.0
+
+    def see(self, inputs: Tensor) -> None:
+        x = inputs.flatten(0, -2)
+        self.n += len(x)
+        self.sum = self.sum + x.double().sum(dim=0)
+        self.products = self.products + (x.T @ x).double()
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / self.n
+
+
+class _FromDense(Method):
+    """Rows are left; what reads them is corrected by moments of the dense network."""
+
+    inputs = "calibration"
+    plan = False
+
+    def begin(self, view: View, tables: Sequence[GroupTable]) -> None:
+        names = [slot.name for table in tables for slot in table.slots if slot.reads]
+        names += [name for name, layer in view.model.named_modules() if _reads_heads(name, layer)]
+        self.moments = {name: _Moments() for name in names}
+        view.watch({name: moments.see for name, moments in self.moments.items()})
+        self.weights = {
+            name: view.model.get_submodule(name).weight.detach().clone()  # type: ignore[union-attr]
+            for name in names
+        }
+
+    def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
+        return selection_pair(plan.kept, table.n)
+
+
+def _reads_heads(name: str, layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and name.rpartition(".")[2] in ("o_proj", "out_proj")
+
+
+@method("FLAP")
+class Flap(_FromDense):
+    """An et al., AAAI 2024: the output's bias takes up the mean of what was removed."""
+
+    def end_(self, view: View) -> None:
+        for name, moments in self.moments.items():
+            layer: Any = view.model.get_submodule(name)
+            dense = self.weights[name]
+            if layer.weight.shape == dense.shape or layer.weight.shape[0] != dense.shape[0]:
+                continue
+            kept = _kept(dense, layer.weight)
+            removed = torch.ones(dense.shape[1], dtype=torch.bool)
+            removed[kept] = False
+            shift = (dense[:, removed].double() @ moments.mean[removed]).to(dense)
+            layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
+
+
+@method("CORP")
+class Corp(_FromDense):
+    """CORP (arXiv 2602.05243) and, without the mean, GRAIL: removed units are read from kept ones, affinely."""
+
+    def end_(self, view: View) -> None:
+        for name, moments in self.moments.items():
+            layer: Any = view.model.get_submodule(name)
+            dense = self.weights[name]
+            if layer.weight.shape == dense.shape or layer.weight.shape[0] != dense.shape[0]:
+                continue
+            kept = _kept(dense, layer.weight)
+            mean = moments.mean
+            covariance = moments.products / moments.n - torch.outer(mean, mean)
+            system = covariance[kept][:, kept].clone()
+            system.diagonal().add_(RIDGE * system.diagonal().mean())
+            read = torch.linalg.solve(system, covariance[kept]).T  # [d, k]
+            shift = dense.double() @ (mean - read @ mean[kept])
+            layer.weight = nn.Parameter((dense.double() @ read).to(dense))
+            layer.bias = nn.Parameter((shift if layer.bias is None else layer.bias.double() + shift).to(dense))
+
+
+def _kept(dense: Tensor, now: Tensor) -> Tensor:
+    """Which columns of the dense weight those of the cut one are."""
+    columns = {tuple(column.tolist()): number for number, column in enumerate(dense[:16].T)}
+    return torch.tensor([columns[tuple(column.tolist())] for column in now.detach()[:16].T])
+
+
+@method("OSSCAR")
+class Osscar(Method):
+    """Meng et al., ICML 2024: least squares from what the pruned network gives to the dense output, in sequence.
+
+    Only layers that read a pruned group are solved for, with a fixed ridge and no prior; the stream is not made up for.
+    """
+
+    inputs = "calibration"
+    plan = False
+
+    def begin(self, view: View, tables: Sequence[GroupTable]) -> None:
+        self.readers = {slot.name for table in tables for slot in table.slots if slot.reads}
+        self.readers |= {name for name, layer in view.model.named_modules() if _reads_heads(name, layer)}
+
+    def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
+        return selection_pair(plan.kept, table.n)
+
+    def repair_(self, layer: LayerView, view: View) -> None:
+        linear: Any = layer.layer
+        if layer.name not in self.readers or linear.weight.shape == layer.dense.weight.shape:
+            return
+        gram: Any = 0.0
+        cross: Any = 0.0
+        for dense, now in layer.sights:
+            x, y = (value.flatten(0, -2) for value in (now.inputs, dense.output))
+            if linear.bias is not None:
+                y = y - linear.bias
+            gram, cross = gram + (x.T @ x).double(), cross + (x.T @ y).double()
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+        linear.weight = nn.Parameter(torch.linalg.solve(gram, cross).T.to(linear.weight))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: choose(batches) makes the importance; data: whether the user's text is seen."""
+
+    choose: Callable[[list], Callable]
+    fusion: Fusion
+    data: bool = True
+
+
+def _l1(_batches: list) -> Callable:
+    return tp.importance.GroupMagnitudeImportance(p=1)
+
+
+_backward = partial(ReconstructionImportance, search="backward")
+METHODS: dict[str, Entry] = {
+    "discard": Entry(_l1, Fusion.preset("discard"), data=False),
+    "barycentre": Entry(_l1, Fusion.preset("barycentre"), data=False),
+    "data-free": Entry(_l1, Fusion.preset("data-free"), data=False),
+    "FLAP": Entry(FLAPImportance, Fusion(merge="FLAP")),
+    "Wanda": Entry(WandaImportance, Fusion.preset("discard")),
+    "CORP": Entry(WandaImportance, Fusion(merge="CORP")),
+    "OSSCAR": Entry(_backward, Fusion(merge="OSSCAR")),
+    "calibrated, L1": Entry(_l1, Fusion.preset("calibrated")),
+    "calibrated, FLAP": Entry(FLAPImportance, Fusion.preset("calibrated")),
+    "calibrated": Entry(_backward, Fusion.preset("calibrated")),
+}
+"""By name, in the order of the table: those that see no text first, ours last."""

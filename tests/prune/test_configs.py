@@ -1,0 +1,121 @@
+"""Networks of `transformers` as they stand: pruned, saved, loaded without us, and generating the same tokens."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from intrafusion import IntraFusionPruner
+from tests.groups.test_heads import l1
+
+transformers = pytest.importorskip("transformers", reason="pip install 'intrafusion[transformers]'")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+SIZES = dict(vocab_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_size=16)
+
+
+def llama(**options):
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=2, head_dim=4, **options)
+    )
+
+
+def qwen2(**options):
+    return transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SIZES, intermediate_size=24, num_key_value_heads=2, **options)
+    )
+
+
+def opt(**options):
+    return transformers.OPTForCausalLM(
+        transformers.OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, dropout=0.0, pad_token_id=1, **options)
+    )
+
+
+def pruned(make, fusion, widths, **options):
+    torch.manual_seed(0)
+    model = make(**options).eval()
+    tokens = torch.randint(32, (48, 12))
+    pruner = IntraFusionPruner(
+        model, tokens[:1], l1(), widths=widths, fusion=fusion, calibration=[tokens] if fusion == "calibrated" else None
+    )
+    pruner.step()
+    return model.eval(), pruner, tokens
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters", "ignore:.*can only be cut")
+@pytest.mark.parametrize("fusion", ["discard", "calibrated"])
+@pytest.mark.parametrize(
+    ("make", "widths"),
+    [
+        (llama, {"feed_forward": 0.5, "heads": 0.5, "stream": 0.5}),
+        (qwen2, {"feed_forward": 0.5, "heads": 0.5}),
+        (opt, {"feed_forward": 0.5}),
+    ],
+)
+def test_a_pruned_model_is_loaded_as_it_is_saved(make, widths, fusion, tmp_path):
+    model, pruner, tokens = pruned(make, fusion, widths)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(model(tokens[:2]).logits, again(tokens[:2]).logits)
+    assert any(attribute.module == "config" for attribute in pruner.report.attributes)
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters", "ignore:.*can only be cut")
+def test_a_process_without_us_generates_the_same_tokens(tmp_path):
+    model, _, tokens = pruned(llama, "calibrated", {"feed_forward": 0.5, "heads": 0.5})
+    model.save_pretrained(tmp_path)
+    script = f"""
+import sys
+sys.modules["intrafusion"] = sys.modules["torch_pruning"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).eval()
+print(model.generate(torch.tensor({tokens[:1, :4].tolist()}), max_new_tokens=8, do_sample=False).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ours = model.generate(tokens[:1, :4], max_new_tokens=8, do_sample=False).tolist()
+    assert done.stdout.strip().splitlines()[-1] == str(ours)
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters", "ignore:.*can only be cut")
+def test_a_layer_gets_a_bias_only_where_the_config_has_one():
+    model, _, _ = pruned(qwen2, "calibrated", {"feed_forward": 0.5})
+    layers = model.model.layers[0]
+    assert layers.mlp.down_proj.bias is None and layers.self_attn.o_proj.bias is None
+    assert layers.self_attn.q_proj.bias is not None  # it always has one there
+    model, _, _ = pruned(llama, "calibrated", {"feed_forward": 0.5})
+    assert model.config.mlp_bias and all(
+        layer.bias is not None for layer in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.down_proj)
+    )
+    assert not model.config.attention_bias or model.model.layers[0].self_attn.o_proj.bias is not None
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters", "ignore:.*can only be cut")
+def test_widths_that_no_config_can_say_are_told():
+    torch.manual_seed(0)
+    model = llama().eval()
+    layers = [layer.mlp.down_proj for layer in model.model.layers]
+    pruner = IntraFusionPruner(
+        model,
+        torch.randint(32, (1, 12)),
+        l1(),
+        pruning_ratio_dict={layers[0]: 0.5, layers[1]: 0.25},
+        widths={"feed_forward": 0.5},
+        fusion="discard",
+    )
+    pruner.pruning_ratio_dict[model.model.layers[0].mlp.up_proj] = [0.0, 0.25]
+    with pytest.warns(UserWarning, match=r"no config of LlamaForCausalLM describes.*intrafusion\.save"):
+        pruner.step()
+    assert model.config.intermediate_size == 24
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")
+def test_a_config_that_its_own_class_refuses_is_told():
+    torch.manual_seed(0)
+    model = llama().eval()
+    pruner = IntraFusionPruner(model, torch.randint(32, (1, 12)), l1(), widths={"stream": 0.3}, fusion="discard")
+    with pytest.warns(UserWarning, match=r"refused by its own class.*round_to"):
+        pruner.step()

@@ -1,0 +1,72 @@
+"""A ratio for each kind of width."""
+
+import pytest
+import torch
+from torch import nn
+
+from intrafusion import IntraFusionPruner
+from tests.groups.test_heads import l1, network
+
+X = torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(0))
+
+
+def widths_of(model):
+    block = model.blocks[0]
+    return block.o_proj.in_features, block.head_dim, model.up.out_features, model.inputs.out_features
+
+
+@pytest.mark.parametrize(
+    ("widths", "expected"),
+    [
+        ({"feed_forward": 0.5}, (16, 4, 10, 12)),
+        ({"heads": 0.5}, (8, 4, 20, 12)),
+        ({"head_dim": 0.5}, (8, 2, 20, 12)),
+        ({"stream": 0.5}, (16, 4, 20, 6)),
+        ({"feed_forward": 0.5, "heads": 0.25, "stream": 0.25}, (12, 4, 10, 9)),
+        ({"feed_forward": 0.0, "heads": 0.5}, (8, 4, 20, 12)),
+    ],
+)
+def test_only_what_is_named_is_cut(widths, expected):
+    model = network()
+    pruner = IntraFusionPruner(model, X, l1(), widths=widths, ignored_layers=[model.scores], fusion="discard")
+    pruner.step()
+    assert widths_of(model) == expected
+    assert model.scores.out_features == 3 and torch.isfinite(model(X)).all()
+
+
+def test_several_steps_come_to_the_ratio():
+    model = network()
+    pruner = IntraFusionPruner(
+        model, X, l1(), widths={"feed_forward": 0.5}, iterative_steps=2, ignored_layers=[model.scores], fusion="discard"
+    )
+    pruner.step()
+    assert model.up.out_features == 15
+    pruner.step()
+    assert model.up.out_features == 10
+
+
+@pytest.mark.parametrize(
+    ("widths", "error", "said"),
+    [
+        ({"hidden": 0.5}, ValueError, "'hidden': choose among 'feed_forward', 'heads'"),
+        ({"heads": 1.0}, ValueError, r"widths\['heads'\] is 1.0: it must be in \[0, 1\)"),
+        ({"heads": True}, ValueError, "is True"),
+        ([("heads", 0.5)], TypeError, "give a dictionary"),
+        ({"channels": 0.5}, ValueError, "'channels', but this network has feed_forward, head_dim, heads, stream"),
+    ],
+)
+def test_what_means_nothing_is_refused(widths, error, said):
+    model = network()
+    with pytest.raises(error, match=said):
+        IntraFusionPruner(model, X, l1(), widths=widths, ignored_layers=[model.scores])
+
+
+def test_a_convolutional_network_has_channels():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 6), nn.Linear(6, 2)
+    )
+    x = torch.randn(1, 1, 6, 6)
+    pruner = IntraFusionPruner(model, x, l1(), widths={"channels": 0.5}, ignored_layers=[model[5]], fusion="discard")
+    pruner.step()
+    assert (model[0].out_channels, model[2].out_channels, model[4].out_features) == (4, 4, 6)
