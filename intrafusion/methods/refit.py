@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from intrafusion.correct.correction import LayerView
+from intrafusion.correct.streams import Rotation
 from intrafusion.correct.refit import can_refit, match_statistics_, refit_
 from intrafusion.groups.apply import shift_carrier
+from intrafusion.groups.streams import stream_of
 from intrafusion.groups.table import GroupTable
 from intrafusion.methods.method import Method
 from intrafusion.methods.view import View
@@ -36,8 +38,14 @@ class Refit(Method):
 
         In front of a depthwise convolution the rows stay: a mixture of channels that are filtered differently is no
         filter of a mixture. So they do where channels of the group are multiplied with each other, as in a gate. What
-        is lost is then left to the layers that read the group.
+        is lost is then left to the layers that read the group. A residual stream that is read through norms is turned
+        to its principal directions instead.
         """
+        stream = stream_of(view.graph, table)
+        self._rotation = None
+        if stream is not None and len(plan.kept) > 1:
+            self._rotation = Rotation(stream, view.dense, view.run, view.batches, plan.kept.cpu())
+            return self._rotation.pair
         chosen = selection_pair(plan.kept, table.n)
         start = self.start.pair(table, plan, view)
         readers = view.samples(table)
@@ -53,6 +61,11 @@ class Refit(Method):
         read = read_back(rows, shift, readers, start.columns)
         rows, read = (_inside_classes(side.cpu(), table, plan) for side in (rows, read.T))
         return Pair(rows, read.T, plan.kept, None if stays or not may_shift else shift.cpu(), read.T)
+
+    def mixed_(self, table: GroupTable, pair: Pair, view: View) -> None:
+        """The norms of a stream that was turned: their gains and shifts go over into what reads them."""
+        if self._rotation is not None:
+            self._rotation.write_()
 
     def repair_(self, layer: LayerView, view: View) -> None:
         """Refit the layer so that it gives what the dense one gives; where that is not possible, its batch-norm."""

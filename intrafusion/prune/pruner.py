@@ -20,6 +20,7 @@ from intrafusion.groups.batchnorm import folded
 from intrafusion.groups.heads import find_heads, known_heads, opaque
 from intrafusion.groups.kinds.base import torch_pruners
 from intrafusion.groups.kinds.frozen import recognise
+from intrafusion.groups.kinds.normalisation import recognise_norms
 from intrafusion.groups.permutation_check import inconsistent_groups
 from intrafusion.groups.shared_keys import share_keys
 from intrafusion.groups.snapshot import Snapshot
@@ -106,6 +107,7 @@ class FusionMixin:
         checks.check_arguments(bound.arguments)
         checks.complete(bound.arguments)
         recognise(bound.arguments["model"])
+        recognise_norms(bound.arguments["model"])
         bound.arguments["ignored_layers"] = [
             *(bound.arguments.get("ignored_layers") or ()),
             *output_layers(bound.arguments["model"]),

@@ -26,6 +26,7 @@ from intrafusion.correct.correction import Correction, LayerView
 from intrafusion.groups.apply import apply_pair
 from intrafusion.groups.heads import Heads
 from intrafusion.groups.snapshot import Snapshot, frozen_parameters
+from intrafusion.groups.streams import untie_
 from intrafusion.groups.table import GroupTable
 from intrafusion.history.lineage import Change, Lineage
 from intrafusion.history.replay import GroupCut
@@ -101,6 +102,8 @@ class Step:
         if self.settings.is_discard:
             return None
         tables = [self._pruner.table(group) for group in groups]
+        if method.circuits and untie_(pruner.model, tables):
+            tables = [self._pruner.table(group) for group in groups]
         self._inconsistent = pruner.inconsistent_groups()
         inputs = inputs_for(pruner, method)
         self.inputs = inputs.batches if pruner.keep_inputs else ()

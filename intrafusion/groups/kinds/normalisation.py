@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning import ops
 
 from intrafusion.groups.gaussian import Gaussian
-from intrafusion.groups.kinds.base import LayerKind, Reached, Side, Slot, register
+from intrafusion.groups.kinds.base import LayerKind, Reached, Side, Slot, kind_of, register
 from intrafusion.groups.layout import gather, to_channels
 
 SIZES = ("normalized_shape", "dim", "d_model", "hidden_size", "num_features", "features", "size")
@@ -139,6 +140,29 @@ def register_norm(cls: type, *, sizes: Sequence[str] = SIZES, centred: bool = Fa
     kind = RMSNorm((cls,), sizes)
     kind.centred = centred
     register(kind)
+
+
+def recognise_norms(model: nn.Module) -> None:
+    """Make a network's own classes known that compute what nn.RMSNorm computes: that is tried, whatever they are called."""
+    for module in model.modules():
+        if kind_of(module) is None and _is_rms_norm(module):
+            register_norm(type(module))
+
+
+def _is_rms_norm(module: Any) -> bool:
+    """Has it one parameter, a weight of one axis, and gives weight · x / rms(x)?"""
+    weight = module._parameters.get("weight")
+    held = [*module.parameters(), *module.buffers()]
+    if len(held) != 1 or weight is None or weight.dim() != 1 or not weight.is_floating_point() or not len(weight):
+        return False
+    x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    wanted = weight * x * x.square().mean(dim=-1, keepdim=True).rsqrt()
+    try:
+        with torch.no_grad():
+            given = module(x)
+    except Exception:  # whatever a foreign module raises: it is none
+        return False
+    return isinstance(given, Tensor) and given.shape == x.shape and torch.allclose(given, wanted, rtol=1e-2, atol=1e-4)
 
 
 def _vector(slot: Slot, name: str) -> Tensor | None:
