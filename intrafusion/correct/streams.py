@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
 from intrafusion.correct.refit import set_tensor_
+from intrafusion.groups.apply import apply_pair
 from intrafusion.groups.layout import from_channels, to_channels
+from intrafusion.groups.snapshot import Snapshot
 from intrafusion.groups.streams import Stream
 from intrafusion.ot import Pair
-from intrafusion.running import evaluating
+from intrafusion.running import Levelled, evaluating
+
+_TOLERANCE = 2e-3
 
 Run = Callable[[nn.Module, Any], Any]
 
@@ -22,15 +27,17 @@ Run = Callable[[nn.Module, Any], Any]
 class Rotation:
     """The pair that turns a stream and cuts it, and what else has to be written with it.
 
-    dense: the network before the step, which the batches are run on, once. kept: [k] the places that stay. Directions
-    are those of what the norms give, each norm counting alike.
+    kept: [k] the places that stay. moments: [n, n] second moments of what each norm gives, by its name. vectors:
+    [n, n] the directions, as columns, of which the first stay; the principal ones of the moments, each norm counting
+    alike, if none are given.
     """
 
-    def __init__(self, stream: Stream, dense: nn.Module, run: Run, batches: Sequence, kept: Tensor) -> None:
+    def __init__(
+        self, stream: Stream, moments: Mapping[str, Tensor], kept: Tensor, vectors: Tensor | None = None
+    ) -> None:
         n, k = stream.table.n, len(kept)
-        moments = _moments(stream, dense, run, batches)
-        total = torch.stack(list(moments.values())).mean(dim=0)
-        vectors = torch.linalg.eigh(total)[1].flip(1)
+        if vectors is None:
+            vectors = torch.linalg.eigh(torch.stack(list(moments.values())).mean(dim=0))[1].flip(1)
         if stream.centred:  # one direction of the k is that of equal channels, which the norms take out
             turned, inside = vectors[:, : k - 1], _level(k)
         else:
@@ -65,8 +72,46 @@ class Rotation:
             set_tensor_(owner, name, value.to(getattr(owner, name).device))
 
 
-def _moments(stream: Stream, dense: nn.Module, run: Run, batches: Sequence) -> dict[str, Tensor]:
-    """[n, n] float64 second moments of what every norm makes of the stream, without gain and shift, by its name."""
+@torch.no_grad()
+def may_be_turned(stream: Stream, graph: tp.DependencyGraph, forward: Callable[[nn.Module], list[Tensor]]) -> bool:
+    """Does the output of the network on its example stay when the stream is turned and not cut? That is tried.
+
+    The network is as it was afterwards, bit for bit.
+    """
+    n = stream.table.n
+    draw = torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if stream.centred:
+        draw[:, -1] = 0.0
+        draw -= draw.mean(dim=0)
+        draw[:, -1] = 1.0
+    vectors = torch.linalg.qr(draw)[0] if not stream.centred else torch.linalg.qr(draw.flip(1))[0].flip(1)
+    power = n / (n - 1 if stream.centred else n)
+    moments = {norm.name: power * torch.eye(n, dtype=torch.float64) for norm, _ in stream.norms}
+    rotation = Rotation(stream, moments, torch.arange(n), vectors)
+    snapshot = Snapshot(graph, list(graph.model.modules()))
+    with evaluating(graph.model), Levelled():
+        before = forward(graph.model)
+        try:
+            apply_pair(stream.table, rotation.pair)
+            rotation.write_()
+            after = forward(graph.model)
+        finally:
+            snapshot.restore()
+    return all(_close(a, b) for a, b in zip(after, before, strict=True))
+
+
+def _close(after: Tensor, before: Tensor) -> bool:
+    if not before.is_floating_point() or not torch.isfinite(before).all():
+        return True
+    loose = 100 if before.dtype in (torch.float16, torch.bfloat16) else 1
+    return bool((after - before).abs().max() <= loose * _TOLERANCE * before.abs().max())
+
+
+def stream_moments(stream: Stream, dense: nn.Module, run: Run, batches: Sequence) -> dict[str, Tensor]:
+    """[n, n] float64 second moments of what every norm makes of the stream, without gain and shift, by its name.
+
+    One pass of the dense network over the batches.
+    """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 

@@ -22,6 +22,8 @@ from intrafusion.groups.kinds.base import Slot
 from intrafusion.groups.kinds.normalisation import LayerNorm, RMSNorm
 from intrafusion.groups.table import GroupTable
 
+_MEETS = tuple(f"{name}backward" for name in ("add", "mul", "sub", "rsub", "div", "cat", "stack", "lerp", "where"))
+
 
 @dataclass(frozen=True, eq=False)
 class Stream:
@@ -106,7 +108,7 @@ def _behind(graph: tp.DependencyGraph, norm: nn.Module) -> list[nn.Module] | Non
                 return None
             else:
                 name = str(getattr(layer, "_grad_fn", "")).lower()
-                if any(part in name for part in ("add", "mul", "sub", "div", "cat")):
+                if name.startswith(_MEETS):
                     return None  # it meets something else
                 stack.append(after)
     return list(found)

@@ -6,11 +6,13 @@ The rule (published Intra-Fusion's, the barycentre, one of your own) says which 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from intrafusion.correct.correction import LayerView
-from intrafusion.correct.streams import Rotation
+from intrafusion.correct.streams import Rotation, may_be_turned, stream_moments
 from intrafusion.correct.refit import can_refit, match_statistics_, refit_
 from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.streams import stream_of
@@ -41,10 +43,11 @@ class Refit(Method):
         is lost is then left to the layers that read the group. A residual stream that is read through norms is turned
         to its principal directions instead.
         """
-        stream = stream_of(view.graph, table)
+        stream = stream_of(view.graph, table) if len(plan.kept) > 1 else None
         self._rotation = None
-        if stream is not None and len(plan.kept) > 1:
-            self._rotation = Rotation(stream, view.dense, view.run, view.batches, plan.kept.cpu())
+        if stream is not None and may_be_turned(stream, view.graph, partial(view.run, inputs=view.example)):
+            moments = stream_moments(stream, view.dense, view.run, view.batches)
+            self._rotation = Rotation(stream, moments, plan.kept.cpu())
             return self._rotation.pair
         chosen = selection_pair(plan.kept, table.n)
         start = self.start.pair(table, plan, view)
