@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from intrafusion import FLAPImportance, Fusion, Method, Pair, Plan, ReconstructionImportance, WandaImportance, method
 from intrafusion.correct.correction import LayerView
+from intrafusion.correct.streams import Rotation, stream_moments
+from intrafusion.groups.streams import stream_of
 from intrafusion.groups.table import GroupTable
 from intrafusion.methods.view import View
 from intrafusion.ot import selection_pair
@@ -130,7 +132,8 @@ class Osscar(Method):
 
     def repair_(self, layer: LayerView, view: View) -> None:
         linear: Any = layer.layer
-        if layer.name not in self.readers or linear.weight.shape == layer.dense.weight.shape:
+        dense = layer.dense.weight.shape
+        if layer.name not in self.readers or linear.weight.shape == dense or len(linear.weight) != dense[0]:
             return
         gram: Any = 0.0
         cross: Any = 0.0
@@ -141,6 +144,36 @@ class Osscar(Method):
             gram, cross = gram + (x.T @ x).double(), cross + (x.T @ y).double()
         gram.diagonal().add_(RIDGE * gram.diagonal().mean())
         linear.weight = nn.Parameter(torch.linalg.solve(gram, cross).T.to(linear.weight))
+
+
+@method("SliceGPT")
+class Turned(Method):
+    """Ashkboos et al., ICLR 2024, with one rotation for the whole stream, as an architecture without maps on its skips
+    can have it: principal directions of what the norms give, nothing refitted. Other groups are plainly cut.
+    """
+
+    inputs = "calibration"
+    plan = False
+    circuits = True
+
+    def begin(self, view: View, tables: Sequence[GroupTable]) -> None:
+        self.moments: dict[str, dict[str, Tensor]] = {}
+        for table in tables:
+            stream = stream_of(view.graph, table)
+            if stream is not None:
+                self.moments[table.name] = stream_moments(stream, view.model, view.run, view.batches)
+
+    def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
+        stream = stream_of(view.graph, table)
+        self.rotation = None
+        if stream is None or table.name not in self.moments:
+            return selection_pair(plan.kept, table.n)
+        self.rotation = Rotation(stream, self.moments[table.name], plan.kept.cpu())
+        return self.rotation.pair
+
+    def mixed_(self, table: GroupTable, pair: Pair, view: View) -> None:
+        if self.rotation is not None:
+            self.rotation.write_()
 
 
 @dataclass(frozen=True)
@@ -164,6 +197,7 @@ METHODS: dict[str, Entry] = {
     "FLAP": Entry(FLAPImportance, Fusion(merge="FLAP")),
     "Wanda": Entry(WandaImportance, Fusion.preset("discard")),
     "CORP": Entry(WandaImportance, Fusion(merge="CORP")),
+    "SliceGPT": Entry(_l1, Fusion(merge="SliceGPT")),
     "OSSCAR": Entry(_backward, Fusion(merge="OSSCAR")),
     "calibrated, L1": Entry(_l1, Fusion.preset("calibrated")),
     "calibrated, FLAP": Entry(FLAPImportance, Fusion.preset("calibrated")),

@@ -223,7 +223,14 @@ class Step:
 
     def _refits_heads(self, group: FusedGroup) -> bool:
         """Are these the channels of attention heads, whose circuits the method takes care of?"""
-        return self.view is not None and self.method.circuits and self._pruner.is_attention(group)
+        return self.view is not None and self.method.circuits and self._block(group) is not None
+
+    def _block(self, group: FusedGroup) -> Heads | None:
+        """The attention block whose heads a group is."""
+        if not self._pruner.is_attention(group):
+            return None
+        layers = {item[0].target.module for item in group}
+        return next((block for block in self._pruner.heads if layers >= {block.output, *block.projections}), None)
 
     def _inside_heads_(self, group: FusedGroup, table: GroupTable, kept: Tensor, change: Change) -> dict[str, Tensor]:
         """Rewrite the channels of heads that are going to lose some; what the outputs of the layers will stand for.
@@ -231,8 +238,7 @@ class Step:
         Nothing is done, and {} returned, where whole heads go or the block is not one that was found.
         """
         view, pruner = self.view, self._pruner
-        layers = {item[0].target.module for item in group}
-        block = next((block for block in pruner.heads if block.output in layers and block.queries in layers), None)
+        block = self._block(group)
         if view is None or view.correction is None or block is None or not self._refits_heads(group):
             return {}
         dim = pruner.head_dims.get(block.name, block.dim)

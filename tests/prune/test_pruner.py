@@ -60,9 +60,9 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_the_signature_is_theirs_and_then_ours_by_keyword_only(ours, theirs):
     want = list(inspect.signature(theirs).parameters.values())
     have = list(inspect.signature(ours).parameters.values())
-    assert [p.name for p in have[:-4]] == [p.name for p in want]
-    assert [p.name for p in have[-4:]] == ["fusion", "calibration", "memory_limit", "after_cut"]
-    assert {p.kind for p in have[-4:]} == {inspect.Parameter.KEYWORD_ONLY}
+    assert [p.name for p in have[:-5]] == [p.name for p in want]
+    assert [p.name for p in have[-5:]] == ["fusion", "calibration", "memory_limit", "after_cut", "widths"]
+    assert {p.kind for p in have[-5:]} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_positional_arguments_mean_what_they_mean_there():
@@ -343,5 +343,5 @@ def test_the_example_keeps_its_batch_axis():
 
 def test_public_names():
     assert set(intrafusion.__all__) <= set(dir(intrafusion))
-    assert len(intrafusion.__all__) <= 38  # few enough to be read at once
+    assert len(intrafusion.__all__) <= 40  # few enough to be read at once
     assert {case.name for case in PICO} >= {"residual", "depthwise", "grouped", "reused"}

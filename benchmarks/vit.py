@@ -1,0 +1,92 @@
+"""A ViT on CIFAR-10 pruned without fine-tuning: every kind of width, every method in one command.
+
+    INTRAFUSION_DATA=../shared/data python -m benchmarks.vit              # about half an hour on one core
+    INTRAFUSION_DATA=../shared/data python -m benchmarks.vit --kind head_dim --ratio 0.5
+
+The checkpoint vit_cifar10 (trained by others); accuracy on the 10,000 test images and the divergence from the dense
+network's predictions. Methods that see images get 1,000 of the training half, unlabelled; nothing is chosen on the test
+half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.importances import outputs, vit
+from benchmarks.language.methods import METHODS
+from intrafusion import IntraFusionPruner
+
+KINDS = {
+    "feed_forward": ("feed_forward",),
+    "heads": ("heads",),
+    "head_dim": ("head_dim",),
+    "stream": ("stream",),
+    "feed_forward+head_dim": ("feed_forward", "head_dim"),
+    "all": ("feed_forward", "head_dim", "stream"),
+}
+SHOWN = ("discard", "barycentre", "data-free", "FLAP", "CORP", "OSSCAR", "SliceGPT", "calibrated, L1", "calibrated")
+
+
+def pruned(dense: nn.Module, name: str, kind: str, ratio: float, shown: list[Tensor]) -> nn.Module:
+    """A pruned copy."""
+    entry, model = METHODS[name], copy.deepcopy(dense)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = IntraFusionPruner(
+            model,
+            shown[0][:1],
+            entry.choose(shown),
+            widths={one: ratio for one in KINDS[kind]},
+            fusion=entry.fusion,
+            calibration=shown if entry.fusion.method().inputs == "calibration" else None,
+        )
+        pruner.progress = False
+        pruner.step()
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=KINDS, action="append", help="of width (may be repeated)")
+    parser.add_argument("--ratio", type=float, action="append", help="default 0.3 0.5 0.7 (may be repeated)")
+    parser.add_argument("--method", choices=METHODS, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--images", type=int, default=1000, help="unlabelled ones that methods may see")
+    arguments = parser.parse_args()
+    root = os.environ.get("INTRAFUSION_DATA")
+    if not root:
+        parser.error("set INTRAFUSION_DATA to the folder that has checkpoints/ and cifar10-jpeg.tar.gz in it")
+    dense, data, _ = vit(Path(root))
+    shown = [batch for batch, _ in data.draw("train", arguments.images, seed=0)]
+    test = data.split("test")
+    judged = [data.normalise(test.read(part)) for part in torch.arange(len(test)).split(500)]
+    truth = outputs(dense, judged)
+    print(f"dense: {(truth.argmax(1) == test.labels).double().mean() * 100:.2f} % of {len(test)} images")
+    print("| width | removed | method | accuracy | KL to dense | parameters | processor s |")
+    print("| --- | ---: | --- | ---: | ---: | ---: | ---: |")
+    for kind in arguments.kind or KINDS:
+        for ratio in arguments.ratio or (0.3, 0.5, 0.7):
+            for name in arguments.method or SHOWN:
+                began = time.process_time()
+                model = pruned(dense, name, kind, ratio, shown)
+                seconds = time.process_time() - began
+                found = outputs(model, judged)
+                accuracy = (found.argmax(1) == test.labels).double().mean() * 100
+                divergence = F.kl_div(found, truth, log_target=True, reduction="batchmean")
+                size = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in dense.parameters())
+                print(
+                    f"| {kind} | {ratio:.0%} | {name} | {accuracy:.2f} | {divergence:.4f} | {size:.0%} | {seconds:.0f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
