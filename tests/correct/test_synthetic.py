@@ -63,3 +63,18 @@ def test_the_gap_to_a_batchnorm_and_its_gradient_are_those_of_the_plain_formula(
     plain = ((x.mean(dim=(0, 2, 3)) - norm.running_mean) / spread).square().mean() + (std / spread - 1).square().mean()
     torch.testing.assert_close(gap, plain)
     torch.testing.assert_close(found, torch.autograd.grad(plain, x)[0])
+
+
+@pytest.mark.parametrize("rates", [(20.0, 0.15), (0.15, 20.0)])
+def test_a_rate_that_is_too_fast_for_a_network_gives_way_to_the_other_one(rates, monkeypatch):
+    model = randomise_(Plain())
+    monkeypatch.setattr("intrafusion.correct.synthetic._MATCHED", 0.0)
+
+    def made():
+        return synthetic_inputs(model, (torch.zeros(1, 3, 8, 8),), lambda m, b: m(*b), count=150, progress=False)
+
+    monkeypatch.setattr("intrafusion.correct.synthetic._RATES", (0.15, 0.15))
+    wanted = made()
+    monkeypatch.setattr("intrafusion.correct.synthetic._RATES", rates)
+    assert [len(batch) for (batch,) in wanted] == [125, 25]
+    assert all(torch.equal(first, second) for (first,), (second,) in zip(wanted, made(), strict=True))
