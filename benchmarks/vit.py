@@ -45,7 +45,7 @@ def pruned(dense: nn.Module, name: str, kind: str, ratio: float, shown: list[Ten
             model,
             shown[0][:1],
             entry.choose(shown),
-            widths={one: ratio for one in KINDS[kind]},
+            widths=dict.fromkeys(KINDS[kind], ratio),
             fusion=entry.fusion,
             calibration=shown if entry.fusion.method().inputs == "calibration" else None,
         )
@@ -82,10 +82,8 @@ def main() -> None:
                 accuracy = (found.argmax(1) == test.labels).double().mean() * 100
                 divergence = F.kl_div(found, truth, log_target=True, reduction="batchmean")
                 size = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in dense.parameters())
-                print(
-                    f"| {kind} | {ratio:.0%} | {name} | {accuracy:.2f} | {divergence:.4f} | {size:.0%} | {seconds:.0f} |",
-                    flush=True,
-                )
+                numbers = f"{accuracy:.2f} | {divergence:.4f} | {size:.0%} | {seconds:.0f}"
+                print(f"| {kind} | {ratio:.0%} | {name} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":

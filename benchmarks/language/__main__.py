@@ -3,8 +3,8 @@
     python -m benchmarks.language                                   # two small models, trained first, about an hour
     python -m benchmarks.language --model smollm2 --ratio 0.3 --kind feed_forward --calibrate 16 --length 512
 
-Loss in nats a token (perplexity is its exponential), on text that no method sees; rows are JSON lines that a second call
-goes on from.
+Loss in nats a token (perplexity is its exponential), on text that no method sees; rows are JSON lines that a second
+call goes on from.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def main() -> None:
                 for m in arguments.method or METHODS
             ]
             for method, kind, ratio in cells:
-                key = f"{name}-{seed}/{kind}/{ratio:g}/{method}/{arguments.calibrate}x{arguments.length or language.length}"
+                shown_to = f"{arguments.calibrate}x{arguments.length or language.length}"
+                key = f"{name}-{seed}/{kind}/{ratio:g}/{method}/{shown_to}"
                 if key not in done:
                     try:
                         found = row(language, seed, method, kind, ratio, arguments)

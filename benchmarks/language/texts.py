@@ -12,6 +12,7 @@ from pathlib import Path
 TEXTS = ("documentation", "wikitext2")
 _SHARES = {"test": range(5), "valid": range(5, 10), "train": range(10, 100)}
 """Of a hundred modules."""
+_LEFT_OUT = {"site-packages", "test", "tests", "idlelib"}
 
 
 def text(name: str, part: str) -> str:
@@ -23,9 +24,7 @@ def text(name: str, part: str) -> str:
 def _documentation(part: str) -> str:
     """The docstrings of the standard library's modules; which part a module is in depends on its name alone."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(
-        path for path in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & {*path.parts}
-    )
+    files = sorted(path for path in root.rglob("*.py") if _LEFT_OUT.isdisjoint(path.parts))
     found = []
     for path in files:
         if zlib.crc32(str(path.relative_to(root)).encode()) % 100 not in _SHARES[part]:

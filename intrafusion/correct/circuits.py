@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from intrafusion.correct.refit import set_tensor_
 from intrafusion.groups.heads import Heads
+from intrafusion.groups.layout import at_least_float32
 from intrafusion.ot.circuits import low_rank
 from intrafusion.running import evaluating
 
@@ -50,12 +51,7 @@ class _Sums:
         self.n, self.sum, self.products = 0.0, torch.zeros(()), torch.zeros(())
 
     def add(self, value: Tensor, heads: int) -> None:
-        x = (
-            value.flatten(0, -2)
-            .unflatten(-1, (heads, -1))
-            .movedim(1, 0)
-            .to(torch.promote_types(value.dtype, torch.float32))
-        )
+        x = value.flatten(0, -2).unflatten(-1, (heads, -1)).movedim(1, 0).to(at_least_float32(value.dtype))
         self.n += x.shape[1]
         self.sum = self.sum.to(x.device) + x.double().sum(dim=1)
         self.products = self.products.to(x.device) + (x.mT @ x).double()

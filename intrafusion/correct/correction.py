@@ -36,8 +36,8 @@ class LayerView:
     """One layer that may be put right.
 
     layer, norm: of the pruned network; dense, dense_norm: of the dense one; norm is the batch-norm that reads the layer
-    alone, or None. rows: what its outputs stand for. may_have_bias: whether it may get a bias if it has none. sights: (dense, pruned), one pair per batch, or
-    per call where there are several in a pass.
+    alone, or None. rows: what its outputs stand for. may_have_bias: whether it may get a bias if it has none. sights:
+    (dense, pruned), one pair per batch, or per call where there are several in a pass.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Correction:
     """graph: of the network that is pruned. run: calls a network on one batch. batches: the inputs. tables: of the
     groups that are going to be cut. repair_: puts one layer right. tracked: inputs whose statistics the batch-norms get
     that no layer is refitted with (all, if none are given). after_cut: whether that is done when the layer's
-    own group has been cut, or before. unbiased: layers that must not get a bias. survey: whether samples are going to be asked for. memory: how many bytes of
-    activations may be held at a time; what is beyond lies in files.
+    own group has been cut, or before. unbiased: layers that must not get a bias. survey: whether samples are going to
+    be asked for. memory: how many bytes of activations may be held at a time; what is beyond lies in files.
 
     The dense network is a copy, taken now. Memory holds two networks and what their passes will still read.
     """
@@ -122,7 +122,7 @@ class Correction:
         return self._survey.samples(table)
 
     def cut(self, table: GroupTable, pair: Pair, inside: Mapping[str, Tensor] | None = None) -> None:
-        """A group has been mixed by `pair` and cut. inside: what outputs of its layers stand for instead, [left, full]."""
+        """A group has been mixed by `pair` and cut. inside: what outputs of its layers stand for, [left, full]."""
         self._touched = True
         self._note(table, pair, inside or {})
         self._survey.forget(table)

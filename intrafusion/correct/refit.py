@@ -78,8 +78,10 @@ def refit_(
     """Give a layer (and its batch-norm) new weights; False, and nothing changed, if its inputs are the dense ones.
 
     dense, dense_bn: the same layer of the dense network. sights: (dense, pruned), one pair per batch. rows: what the
-    present outputs stand for. may_have_bias: if the layer has none, it gets one, or is fitted without. The ridge pulls towards the present weight, which the pair has mixed, or towards the
-    dense one, read from the present channels as well as a regression can: to what predicts held-out images better.
+    present outputs stand for. may_have_bias: if the layer has none, it gets one, or is fitted without.
+
+    The ridge pulls towards the present weight, which the pair has mixed, or towards the dense one, read from the
+    present channels as well as a regression can: to what predicts held-out images better.
 
     Raises ValueError if an activation is not finite.
     """
@@ -192,9 +194,8 @@ class _Folds:
         """x: [samples, groups * d], y: [samples, groups * m]"""
         x, y = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (x, y))
         if self._about is None:
-            self._about = (
-                (x.mean(dim=0), y.mean(dim=0)) if self._affine else (x.new_zeros(x.shape[1]), y.new_zeros(y.shape[1]))
-            )
+            means = x.mean(dim=0), y.mean(dim=0)
+            self._about = means if self._affine else (torch.zeros_like(means[0]), torch.zeros_like(means[1]))
         x, y = (
             (value - mean).unflatten(1, (self._groups, -1)).movedim(1, 0)
             for value, mean in zip((x, y), self._about, strict=True)

@@ -36,12 +36,12 @@ class Rotation:
         self, stream: Stream, moments: Mapping[str, Tensor], kept: Tensor, vectors: Tensor | None = None
     ) -> None:
         n, k = stream.table.n, len(kept)
-        if vectors is None:
-            vectors = torch.linalg.eigh(torch.stack(list(moments.values())).mean(dim=0))[1].flip(1)
+        mean = torch.stack(list(moments.values())).mean(dim=0)
+        directions: Tensor = torch.linalg.eigh(mean)[1].flip(1) if vectors is None else vectors
         if stream.centred:  # one direction of the k is that of equal channels, which the norms take out
-            turned, inside = vectors[:, : k - 1], _level(k)
+            turned, inside = directions[:, : k - 1], _level(k)
         else:
-            turned, inside = vectors[:, :k], torch.eye(k, dtype=torch.float64)
+            turned, inside = directions[:, :k], torch.eye(k, dtype=torch.float64)
         rows = inside @ turned.T
         self.pair = Pair(rows, rows.T.contiguous(), kept)
         self._weights: list[tuple[nn.Module, str, Tensor]] = []

@@ -45,9 +45,10 @@ class Heads:
 
     queries, keys and values are one and the same layer where that makes all three, one after the other.
 
-    name: of the module that holds the projections. names: of the layers, by their attribute here. heads_move: can whole heads change places? dims_move: can the
-    channels inside the heads? What cannot change places is told apart by something that is not in these layers.
-    scaled: whether the logits are divided by the root of the heads' width whenever the network runs.
+    name: of the module that holds the projections. names: of the layers, by their attribute here. heads_move: can whole
+    heads change places? dims_move: can the channels inside the heads? What cannot change places is told apart by
+    something that is not in these layers. scaled: whether the logits are divided by the root of the heads' width each time
+    the network runs.
     """
 
     name: str
@@ -167,10 +168,7 @@ def _together(block: Heads, queries: Tensor, keys: Tensor, values: Tensor) -> Te
     """Elementwise in all three, in the operations by which torch-pruning knows shared keys: [..., tokens, channels]."""
     if block.shared > 1:
         keys, values = (_repeated(block, one) for one in (keys, values))
-    tokens = min(queries.shape[-2], keys.shape[-2]) if queries.dim() > 1 else None
-    if (
-        tokens is not None and keys.shape[-2] != queries.shape[-2]
-    ):  # cross-attention: what is read has a length of its own
+    if queries.dim() > 1 and keys.shape[-2] != queries.shape[-2]:  # what cross-attention reads has a length of its own
         keys, values = (one.mean(dim=-2, keepdim=True) for one in (keys, values))
     return queries + (keys + values)  # torch-pruning takes the layer that it meets first for the root: the queries
 
@@ -184,7 +182,7 @@ def _repeated(block: Heads, one: Tensor) -> Tensor:
 
 def _block(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
     for names in (*_PROJECTIONS, *((packed,) * 3 for packed in _PACKED)):
-        layers = [getattr(module, one, None) for one in names]
+        layers: list[Any] = [getattr(module, one, None) for one in names]
         if all(isinstance(layer, nn.Linear) for layer in layers):
             break
     else:
@@ -196,7 +194,7 @@ def _block(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
     if output is None or keys.out_features != values.out_features or (packed and keys.out_features != 3 * width):
         return None
     prefix = f"{name}." if name else ""
-    layers_at = dict(zip(("queries", "keys", "values"), (prefix + one for one in names), strict=True))
+    layers_at: dict[str, str] = dict(zip(("queries", "keys", "values"), (prefix + one for one in names), strict=True))
     layers_at["output"] = output_name
     if packed:
         heads = _first([module, getattr(module, "config", None), getattr(model, "config", None)], HEADS)
@@ -211,14 +209,15 @@ def _block(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
 
 
 def _output(model: nn.Module, name: str, module: nn.Module, width: int) -> tuple[str, Any]:
-    """The layer that reads what the heads give: beside the projections, or in the module around them; its name first."""
+    """What reads the heads: beside the projections, or in the module around them; its name first."""
     outside = name.rpartition(".")[0]
-    around = model.get_submodule(outside) if "." in name else None
-    places = [(name, module, _OUTPUTS), (outside, around, tuple(f"output.{one}" for one in _OUTPUTS) + _OUTPUTS)]
+    around = model.get_submodule(outside) if "." in name else module
+    beside = tuple(f"output.{one}" for one in _OUTPUTS) + _OUTPUTS
+    places: list[tuple[str, Any, tuple[str, ...]]] = [(name, module, _OUTPUTS), (outside, around, beside)]
     for where, holder, names in places:
-        for one in names if holder is not None else ():
+        for one in names:
             try:
-                found = holder.get_submodule(one)
+                found: Any = holder.get_submodule(one)
             except AttributeError:
                 continue
             path = f"{where}.{one}" if where else one

@@ -1,7 +1,7 @@
 """Several heads that share one key and value (grouped queries): a shared channel goes when all of its heads go.
 
-Torch-Pruning drops the keys and values with any of their heads, and takes that back in one place only, where it compares
-numbers of heads that may have become equal by then. Here its graph says what is true, whoever asks.
+Torch-Pruning drops the keys and values with any of their heads, and takes that back in one place only, where it
+compares numbers of heads that may have become equal by then. Here its graph says what is true, whoever asks.
 """
 
 from __future__ import annotations

@@ -100,11 +100,10 @@ def _behind(graph: tp.DependencyGraph, norm: nn.Module) -> list[nn.Module] | Non
                 continue
             seen.add(after)
             layer = after.module
+            held = [layer] if isinstance(layer, nn.Parameter) else list(getattr(layer, "parameters", list)())
             if isinstance(layer, nn.Linear):
                 found[layer] = None
-            elif after.type == ops.OPTYPE.OUTPUT or isinstance(layer, nn.Parameter):
-                return None
-            elif isinstance(layer, nn.Module) and next(layer.parameters(), None) is not None:
+            elif after.type == ops.OPTYPE.OUTPUT or held:
                 return None
             else:
                 name = str(getattr(layer, "_grad_fn", "")).lower()

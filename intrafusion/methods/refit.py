@@ -6,14 +6,12 @@ The rule (published Intra-Fusion's, the barycentre, one of your own) says which 
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from intrafusion.correct.correction import LayerView
-from intrafusion.correct.streams import Rotation, may_be_turned, stream_moments
 from intrafusion.correct.refit import can_refit, match_statistics_, refit_
+from intrafusion.correct.streams import Rotation, may_be_turned, stream_moments
 from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.streams import stream_of
 from intrafusion.groups.table import GroupTable
@@ -45,7 +43,7 @@ class Refit(Method):
         """
         stream = stream_of(view.graph, table) if len(plan.kept) > 1 else None
         self._rotation = None
-        if stream is not None and may_be_turned(stream, view.graph, partial(view.run, inputs=view.example)):
+        if stream is not None and may_be_turned(stream, view.graph, lambda network: view.run(network, view.example)):
             moments = stream_moments(stream, view.dense, view.run, view.batches)
             self._rotation = Rotation(stream, moments, plan.kept.cpu())
             return self._rotation.pair
@@ -73,15 +71,9 @@ class Refit(Method):
     def repair_(self, layer: LayerView, view: View) -> None:
         """Refit the layer so that it gives what the dense one gives; where that is not possible, its batch-norm."""
         if can_refit(layer.layer):
-            refit_(
-                layer.layer,
-                layer.norm,
-                layer.dense,
-                layer.dense_norm,
-                layer.sights,
-                layer.rows,
-                may_have_bias=layer.may_have_bias,
-            )
+            sights, rows = layer.sights, layer.rows
+            bias = layer.may_have_bias
+            refit_(layer.layer, layer.norm, layer.dense, layer.dense_norm, sights, rows, may_have_bias=bias)
         elif layer.norm is not None:
             match_statistics_(layer.layer, layer.norm, layer.sights, layer.rows)
 

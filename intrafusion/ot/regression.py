@@ -50,10 +50,10 @@ class Moments:
         )
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(*(getattr(self, name) + getattr(other, name) for name in _FIELDS), self.affine)
+        return Moments(*(getattr(self, name) + getattr(other, name) for name in _FIELDS), affine=self.affine)
 
     def __sub__(self, other: Moments) -> Moments:
-        return Moments(*(getattr(self, name) - getattr(other, name) for name in _FIELDS), self.affine)
+        return Moments(*(getattr(self, name) - getattr(other, name) for name in _FIELDS), affine=self.affine)
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean-free sums: x x^T [..., d, d], x y^T [..., d, m], y^2 [..., m]; as they are for a map without a shift."""

@@ -1,4 +1,4 @@
-"""The config of a `transformers` network follows the cut, so that `save_pretrained` and `from_pretrained` go on working.
+"""The config of a `transformers` network follows the cut: `save_pretrained` and `from_pretrained` go on working.
 
 Nobody says which field of a config holds which width. A network of the config's own class is built without memory, and
 its shapes are compared with those of the pruned one: fields that held a width take what it has become, as long as that
@@ -77,9 +77,8 @@ def follow(model: nn.Module) -> tuple[list[Attribute], str]:
         setattr(holder, name, value)
         wrong = _wrong(have, want)
     if wrong:
-        listed = ", ".join(
-            f"{name} {have.get(name, 'absent')}, pruned {want.get(name, 'absent')}" for name in wrong[:3]
-        )
+        told = [f"{name} {have.get(name, 'absent')}, pruned {want.get(name, 'absent')}" for name in wrong[:3]]
+        listed = ", ".join(told)
         return [], (
             f"no config of {type(model).__name__} describes the pruned network ({listed}): save it with "
             "intrafusion.save, or prune all layers by the same ratio (no global pruning)"
@@ -106,8 +105,8 @@ def _shapes(model: nn.Module, config: Any) -> Shapes | None:
 
 def _with_head_dim(config: Any) -> str | None:
     """Say the width of a head where that is left to be computed: it stays when heads go. The field, if it is new."""
-    heads = next((value for name in HEADS if type(value := getattr(config, name, None)) is int and value), 0)
-    stream = next((value for name in _STREAM if type(value := getattr(config, name, None)) is int), 0)
+    heads: Any = next((value for name in HEADS if type(value := getattr(config, name, None)) is int and value), 0)
+    stream: Any = next((value for name in _STREAM if type(value := getattr(config, name, None)) is int), 0)
     if getattr(config, "head_dim", 0) != 0 or not heads or stream % heads:
         return None
     config.head_dim = stream // heads
@@ -138,7 +137,8 @@ def _wrong(have: Shapes, want: Shapes) -> list[str]:
 
 def _untie(model: Any, config: Any) -> None:
     """Embeddings that were cut into two tensors are no longer tied."""
-    ends = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    names = ("get_input_embeddings", "get_output_embeddings")
+    ends: list[Any] = [getattr(model, name, lambda: None)() for name in names]
     if None not in ends and ends[0].weight is not ends[1].weight and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
 

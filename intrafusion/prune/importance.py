@@ -112,7 +112,8 @@ class _ActivationWeighted:
         readers = [slot for slot in table.slots if slot.reads]
         if not readers:
             return None
-        device, total = _device(graph), 0.0
+        device = _device(graph)
+        total: Tensor = torch.zeros((), dtype=torch.float64, device=device)
         for slot, reading in zip(readers, self._inputs.readings(graph, readers), strict=True):
             columns = columns_of(graph, slot)
             assert columns is not None  # a reader has columns

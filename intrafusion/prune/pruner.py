@@ -46,8 +46,8 @@ class FusionMixin:
         last_step: the last `Step`, or None.
         lineage: what became of every parameter.
         progress: set it to False for no progress bars; they are on a terminal only.
-        heads: the attention blocks that were found, see `groups.heads.Heads`; their numbers of heads are in torch-pruning's
-            `num_heads`, where the user gave none.
+        heads: the attention blocks that were found, see `groups.heads.Heads`; their numbers of heads are in
+            torch-pruning's `num_heads`, where the user gave none.
         keep_inputs: set it to True and `last_step.inputs` holds what the step ran on.
     """
 

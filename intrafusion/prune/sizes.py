@@ -213,9 +213,8 @@ class Sizes:
         return {(module, name): tuple(value) if isinstance(value, list) else value for module, name, value in found}
 
     def _changes(self, before: dict, after: dict) -> Iterator[Width]:
-        heads = {
-            layer: (self._before[layer], self._heads.get(layer, 0)) for layer, _ in before if layer in self._before
-        }
+        told = {layer for layer, _ in before if layer in self._before}
+        heads = {layer: (self._before[layer], self._heads.get(layer, 0)) for layer in told}
         keys = min(heads.values(), default=(0, 0))
         for (layer, name), old in before.items():
             for axis, (a, b) in enumerate(zip(old, after.get((layer, name), old), strict=False)):

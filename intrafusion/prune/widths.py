@@ -44,7 +44,7 @@ def output_layers(model: Any) -> list[nn.Module]:
                 found.append(method())
             except Exception:  # a network that has no such layer may say so by any error
                 continue
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "num_labels"):
         heads = (getattr(model, name, None) for name in _LABELS)
         found += [layer for layer in heads if getattr(layer, "out_features", 0) == config.num_labels]
@@ -114,14 +114,14 @@ def _set_heads(pruner: Any, widths: Mapping[str, float]) -> None:
     stuck = [block.name for block in pruner.heads if not block.dims_move]
     if widths.get("head_dim") and stuck:
         raise ValueError(
-            f"widths['head_dim']: the channels inside the heads of {stuck[0]!r} are told apart by something else (rotary "
-            "positions, a norm inside the heads), so that their number cannot change: cut heads instead"
+            f"widths['head_dim']: the channels inside the heads of {stuck[0]!r} are told apart by something else "
+            "(rotary positions, a norm inside the heads), so that their number cannot change: cut heads instead"
         )
     fixed = [block.name for block in pruner.heads if not block.heads_move]
     if widths.get("heads") and fixed:
         raise ValueError(
-            f"widths['heads']: the heads of {fixed[0]!r} are told apart by something else (a table of positions for each "
-            "head, slopes): cut what is inside of them with head_dim instead"
+            f"widths['heads']: the heads of {fixed[0]!r} are told apart by something else (a table of positions for "
+            "each head, slopes): cut what is inside of them with head_dim instead"
         )
     pruner.prune_num_heads = bool(widths.get("heads"))
     pruner.prune_head_dims = bool(widths.get("head_dim"))

@@ -114,7 +114,8 @@ def test_what_the_user_says_of_heads_is_kept():
     given = {blocks[0].queries: 2, blocks[0].keys: 2, blocks[0].values: 2}
     pruner = IntraFusionPruner(model, torch.randn(1, 6, 5), l1(), num_heads=given, fusion="discard")
     assert pruner.num_heads is given
-    assert given[blocks[0].queries] == 2 and given[blocks[1].queries] == 4
+    assert given[blocks[0].queries] == 2
+    assert given[blocks[1].queries] == 4
 
 
 @pytest.mark.parametrize("shared", [1, 2])
@@ -127,7 +128,8 @@ def test_torch_pruning_sees_channels_that_go_together_behind_rotary_positions(sh
     cut = {item.dep.target.module: sorted(item.idxs) for item in group if isinstance(item.dep.target.module, nn.Linear)}
     assert set(cut) == {block.o_proj, *block.layers()}
     assert cut[block.q_proj] == [0, 1, 2, 3]
-    assert not block.o_proj._forward_pre_hooks and not block.q_proj._forward_hooks
+    assert not block.o_proj._forward_pre_hooks
+    assert not block.q_proj._forward_hooks
 
 
 @pytest.mark.parametrize("fusion", ["discard", "calibrated", "data-free"])

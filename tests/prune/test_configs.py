@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers", reason="pip install 'intrafus
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-SIZES = dict(vocab_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_size=16)
+SIZES = {"vocab_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16}
 
 
 def llama(**options):
@@ -84,10 +84,12 @@ print(model.generate(torch.tensor({tokens[:1, :4].tolist()}), max_new_tokens=8, 
 def test_a_layer_gets_a_bias_only_where_the_config_has_one():
     model, _, _ = pruned(qwen2, "calibrated", {"feed_forward": 0.5})
     layers = model.model.layers[0]
-    assert layers.mlp.down_proj.bias is None and layers.self_attn.o_proj.bias is None
+    assert layers.mlp.down_proj.bias is None
+    assert layers.self_attn.o_proj.bias is None
     assert layers.self_attn.q_proj.bias is not None  # it always has one there
     model, _, _ = pruned(llama, "calibrated", {"feed_forward": 0.5})
-    assert model.config.mlp_bias and all(
+    assert model.config.mlp_bias
+    assert all(
         layer.bias is not None for layer in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.down_proj)
     )
     assert not model.config.attention_bias or model.model.layers[0].self_attn.o_proj.bias is not None

@@ -143,7 +143,7 @@ def register_norm(cls: type, *, sizes: Sequence[str] = SIZES, centred: bool = Fa
 
 
 def recognise_norms(model: nn.Module) -> None:
-    """Make a network's own classes known that compute what nn.RMSNorm computes: that is tried, whatever they are called."""
+    """Make a network's own classes known that compute what nn.RMSNorm does: that is tried, whatever they are called."""
     for module in model.modules():
         if kind_of(module) is None and _is_rms_norm(module):
             register_norm(type(module))
