@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "average": {"ot", "running", "groups", "correct", "average"},
     "prune": {"ot", "running", "groups", "correct", "history", "methods", "prune"},
     "checkpoint": {"files", "models", "groups", "checkpoint"},
-    "onnx": {"files", "groups", "checkpoint", "onnx"},
+    "onnx": {"files", "running", "groups", "checkpoint", "onnx"},
     "training": {"files", "groups", "correct", "history", "methods", "prune", "training"},
     "schedule": {"average", "training"},
     "__init__": {"ot", "groups", "methods", "average", "prune", "checkpoint", "onnx", "training"},

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks.zoo.entries import Entry
 from intrafusion.groups.permutation_check import is_output
 from intrafusion.groups.table import tabulate
+from intrafusion.prune import refusals
 
 Run = Callable[[nn.Module, Any], list[Tensor]]
 SETTLING, CALIBRATION, JUDGES = 1, 2, 3
@@ -103,8 +104,11 @@ def heads_of(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def left_alone(model: nn.Module, example: Any) -> list[nn.Module]:
-    """The layers that make the network's own output: its width is the user's."""
+    """The layers that make the network's own output: its width is the user's. None where torch-pruning finds no end."""
     graph = tp.DependencyGraph().build_dependency(model, example)
+    model.eval()
+    if refusals.endless(graph, (), (nn.Linear, nn.modules.conv._ConvNd)):
+        return []
     found = []
     for group in graph.get_all_groups():
         root = group[0].dep
@@ -114,5 +118,4 @@ def left_alone(model: nn.Module, example: Any) -> list[nn.Module]:
             continue
         if is_output(graph, table):
             found.append(root.target.module)
-    model.eval()
     return found

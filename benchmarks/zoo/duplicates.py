@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch_pruning.dependency.group import Group
 from intrafusion import IntraFusionPruner
 from intrafusion.groups.permutation_check import is_output, reordered
 from intrafusion.groups.table import GroupTable
+from intrafusion.running import copy_of
 
 
 def duplicated(pruner: IntraFusionPruner, but: set[str]) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -24,7 +24,7 @@ def duplicated(pruner: IntraFusionPruner, but: set[str]) -> tuple[nn.Module, dic
     tables = [t for t in tables if t.name not in but and not t.unsupported and not is_output(pruner.DG, t)]
     orders = {table.name: (table, *halves(table.classes)) for table in tables if has_twins(table)}
     with reordered(*((table, order) for table, order, _ in orders.values())):
-        model = copy.deepcopy(pruner.model)
+        model = copy_of(pruner.model)
     return model, {name: kept for name, (_, _, kept) in orders.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import tempfile
 import time
@@ -33,6 +32,7 @@ from benchmarks.zoo.dense import (
 from benchmarks.zoo.rows import EXACT, Row
 from intrafusion import Fusion, FusionError, IntraFusionPruner
 from intrafusion.groups.permutation_check import class_permutation, is_output, reordered
+from intrafusion.running import copy_of
 
 RATIO = 0.5
 INPUTS = 64
@@ -135,7 +135,7 @@ class Measurement:
         return pruner
 
     def _pruned(self, fusion: Fusion, importance: Any) -> tuple[nn.Module, IntraFusionPruner]:
-        model = copy.deepcopy(self.dense)
+        model = copy_of(self.dense)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pruner = self._pruner(model, fusion, importance)
@@ -144,7 +144,7 @@ class Measurement:
 
     def _plain(self) -> nn.Module:
         """The same by torch-pruning itself; then its user sets the attributes that hold numbers of heads."""
-        model = copy.deepcopy(self.dense)
+        model = copy_of(self.dense)
         start = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -157,7 +157,7 @@ class Measurement:
 
     def _reported(self, fusion: Fusion) -> nn.Module:
         """Prune, and keep what was said about it."""
-        model = copy.deepcopy(self.dense)
+        model = copy_of(self.dense)
         start = time.process_time()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -185,7 +185,7 @@ class Measurement:
 
     def _permute(self) -> None:
         """How far the output moves when the channels of all groups change places within their classes."""
-        model = copy.deepcopy(self.dense)
+        model = copy_of(self.dense)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pruner = self._pruner(model, Fusion.preset("discard"))
@@ -203,7 +203,7 @@ class Measurement:
 
         In double precision: a deep network of random weights makes a hundred times as much of a rounding error.
         """
-        model = copy.deepcopy(self.dense)
+        model = copy_of(self.dense)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pruner = self._pruner(model, Fusion.preset("discard"))
@@ -227,7 +227,7 @@ class Measurement:
         self.stage("save and load", lambda: self._saved(model))
         if self.row.preset == ONNX_IN and importlib.util.find_spec("onnxruntime"):
             self.stage("ONNX", lambda: self._exported(model))
-        self.stage("training", lambda: self._trained(copy.deepcopy(model)))
+        self.stage("training", lambda: self._trained(copy_of(model)))
 
     def _saved(self, model: nn.Module) -> None:
         with tempfile.TemporaryDirectory() as folder:

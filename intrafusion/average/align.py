@@ -6,7 +6,6 @@ them; only in a common order do their weights mean the same, so that they can be
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,7 @@ from intrafusion.average.responses import responses
 from intrafusion.groups.apply import apply_pair
 from intrafusion.groups.places import CouplingGroup, State, fill_, load_state_, permuted, state_of, take
 from intrafusion.ot import Pair
-from intrafusion.running import run_model
+from intrafusion.running import copy_of, run_model
 
 BY = ("weights", "activations", "matching")
 """How channels are compared: see :func:`align`."""
@@ -105,13 +104,13 @@ class Alignment:
         if not same_shapes(state, state_of(self._source.model)):
             raise ValueError("the network has not the tensors of the one that was aligned: align it first")
         if all(group.order is not None for group in self.groups):
-            aligned = copy.deepcopy(model)
+            aligned = copy_of(model)
             orders = {group.name: group.order for group in self.groups if group.order is not None}
             load_state_(aligned, permuted(state, self._source.groups, orders))
             return aligned
         links = {group.name: Link(group.order, group.plan) for group in self.groups}
         narrower = any(group.n != group.k for group in self.groups)
-        aligned = copy.deepcopy(self._target.model if narrower else model)
+        aligned = copy_of(self._target.model if narrower else model)
         load_state_(aligned, _merge_(self._retrace(model), self._target, links))
         for module, like in zip(aligned.modules(), model.modules(), strict=True):
             module.training = like.training

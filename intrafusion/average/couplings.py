@@ -9,7 +9,6 @@ network permuted by it must compute the same function. What is not understood st
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +23,7 @@ from intrafusion.groups.padding import PaddingGraph
 from intrafusion.groups.permutation_check import is_output
 from intrafusion.groups.places import CouplingGroup, State, permuted, random_orders, state_of
 from intrafusion.groups.table import GroupTable, tabulate
-from intrafusion.running import call_order, evaluating, run_model
+from intrafusion.running import call_order, copy_of, evaluating, run_model
 
 OUTPUT = "these are the network's outputs: their order is the caller's"
 _ALONE = "no two of its channels may change places"
@@ -68,7 +67,7 @@ def couplings_of(model: nn.Module, example_inputs: Any, *, forward_fn: Callable 
     to call the network, if not with the inputs. Raises ValueError if it cannot be traced.
     """
     example = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    model = copy.deepcopy(model).eval()
+    model = copy_of(model).eval()
     model.requires_grad_(True)  # torch-pruning follows the autograd graph
     with torch.enable_grad():
         try:
@@ -270,10 +269,10 @@ class _Check:
     def __init__(self, model: nn.Module, example: Any, forward_fn: Callable | None) -> None:
         self._forward_fn = forward_fn
         try:
-            self._network, self._example, self._tolerance = copy.deepcopy(model).double(), _double(example), 1e-7
+            self._network, self._example, self._tolerance = copy_of(model).double(), _double(example), 1e-7
             before = self._run({})
         except (RuntimeError, TypeError, ValueError):
-            self._network, self._example, self._tolerance = copy.deepcopy(model), example, 1e-3
+            self._network, self._example, self._tolerance = copy_of(model), example, 1e-3
             before = self._run({})
         self._state, self._before = state_of(self._network), before
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import math
@@ -21,7 +20,7 @@ from intrafusion.average.orders import common_orders
 from intrafusion.average.statistics import average_states, reestimate_
 from intrafusion.correct.synthetic import NoSyntheticInputs, synthetic_count, synthetic_inputs
 from intrafusion.groups.places import State, load_state_, permuted, state_of
-from intrafusion.running import input_batches, run_model, to_device
+from intrafusion.running import copy_of, input_batches, run_model, to_device
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ def fuse(
         _log_fixed(couplings)
         orders = common_orders(networks, states, shares, couplings, run, given or [inputs], by=by, seed=seed)
         states = [permuted(state, couplings.groups, order) for state, order in zip(states, orders, strict=True)]
-    fused = copy.deepcopy(reference).eval()
+    fused = copy_of(reference).eval()
     load_state_(fused, average_states(states, shares, couplings, repair=repair != "none"))
     given = [to_device(batch, device) for batch in given]
     if given and repair != "none":
@@ -95,7 +94,7 @@ def fuse(
 
 
 def _like(network: nn.Module, state: State) -> nn.Module:
-    made = copy.deepcopy(network)
+    made = copy_of(network)
     load_state_(made, state)
     return made.requires_grad_(False)
 

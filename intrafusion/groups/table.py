@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch_pruning import ops
 
 from intrafusion.groups.kinds.base import Owner, Reached, Slot, kind_of
-from intrafusion.groups.reach import reach
+from intrafusion.groups.reach import channels_of, reach
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +85,6 @@ def module_name(graph: tp.DependencyGraph, owner: Owner) -> str:
     if isinstance(owner, nn.Parameter):
         return graph._param_to_name.get(owner, "parameter")
     return graph._module2name.get(owner, type(owner).__name__)
-
-
-def channels_of(graph: tp.DependencyGraph, owner: Owner, handler: Callable) -> int:
-    """Number of channels that `handler` would prune from `owner`."""
-    outputs = graph.is_out_channel_pruning_fn(handler)
-    n = graph.get_out_channels(owner) if outputs else graph.get_in_channels(owner)
-    return n or 0
 
 
 def batchnorm_of(graph: tp.DependencyGraph, layer: Owner) -> Any:

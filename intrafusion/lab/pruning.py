@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.models import closest, find_layers
 from intrafusion.lab.recipe.sections import PruneSection
+from intrafusion.running import copy_of
 
 ALL = "all"
 
@@ -95,7 +95,7 @@ def prune(
         OutputChanged: the last layer was pruned, or torch-pruning missed layers that belong together.
         intrafusion.FusionError: a group cannot be pruned.
     """
-    model = copy.deepcopy(dense).eval()
+    model = copy_of(dense).eval()
     # With scores from before the only step, a discarding run keeps the same channels, without the work of fusing them.
     scored_once = not fusion.rescore and settings.iterative_steps == 1
     used = fusion.discarded() if discard and scored_once else fusion
@@ -109,7 +109,7 @@ def prune(
             pruner.step()
     groups, history = tuple(pruner.report.groups), pruner.pruning_history()
     if discard:
-        model = copy.deepcopy(dense).eval()
+        model = copy_of(dense).eval()
         replay = _pruner(model, example, settings, Fusion.preset("discard"))
         replay.load_pruning_history(history)
         groups = tuple(replace(group, merged="selection", cost=None, reason="") for group in groups)
@@ -163,7 +163,7 @@ def without_images(settings: PruneSection) -> PruneSection:
 
 def coupled_layers(model: nn.Module, example: Tensor, settings: PruneSection) -> list[Coupled]:
     """Every group that is pruned, in the order of the network's modules."""
-    copied = copy.deepcopy(model).eval()
+    copied = copy_of(model).eval()
     pruner = _pruner(
         copied, example, settings, Fusion.preset("discard"), ignored=ignored_layers(copied, settings.ignored)
     )

@@ -6,7 +6,6 @@ adds what a deployed file should have.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import inspect
 import os
@@ -22,6 +21,7 @@ from torch.utils import _pytree as pytree
 from intrafusion.checkpoint.inventory import unwrap
 from intrafusion.files import replacing
 from intrafusion.onnx.fold import fold_batchnorms_
+from intrafusion.running import copy_of
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -70,7 +70,7 @@ def export(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
     name = type(unwrap(model)).__name__
-    network = copy.deepcopy(unwrap(model)).cpu().eval().requires_grad_(False)
+    network = copy_of(unwrap(model)).cpu().eval().requires_grad_(False)
     trials = _trials(network, _arguments(example_inputs), dynamic_batch)
     args, kwargs = trials.inputs[0]
     tolerance = _tolerance(network, trials.outputs) if tolerance is None else tolerance

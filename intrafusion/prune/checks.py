@@ -11,7 +11,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from intrafusion.groups.layout import is_finite
-from intrafusion.groups.table import GroupTable, channels_of
+from intrafusion.groups.reach import channels_of
+from intrafusion.groups.table import GroupTable
 from intrafusion.methods.method import Method
 from intrafusion.prune import refusals
 from intrafusion.running import input_batches
@@ -126,12 +127,19 @@ def warn_if_nothing_prunable(pruner: Any) -> None:
 
 def refusal(pruner: Any, groups: Iterable[Any]) -> str:
     """Why a network's groups cannot be cut, by the names of the layers that stand in the way; '' if they can."""
-    to_cut = (group for group in groups if not pruner.is_attention(group) and not _stays(pruner, group))
-    return refusals.refusal(pruner.DG, to_cut)
+    to_cut = [group for group in groups if not _stays(pruner, group)]
+    return refusals.refusal(pruner.DG, to_cut, pruner.is_attention)
 
 
 def _stays(pruner: Any, group: Any) -> bool:
-    """Is a group's own ratio 0?"""
+    """Is a group's own ratio 0, or is it one of attention heads that torch-pruning passes over?"""
+    if pruner.is_attention(group):
+        if not (pruner.prune_head_dims or pruner.prune_num_heads):
+            return True
+        if pruner._downstream_node_as_root_if_attention(group) is None:
+            return True
+        if pruner.prune_num_heads:
+            return False
     ratios = pruner.pruning_ratio_dict.get(group[0].dep.target.module, pruner.per_step_pruning_ratio)
     return not pruner.global_pruning and not any(ratios)
 

@@ -20,7 +20,6 @@ from intrafusion.prune.twin import Comparison
 class Host(Protocol):
     """A fusing pruner, seen from a step. See `FusionMixin` for what its attributes are."""
 
-    DG: tp.DependencyGraph
     model: nn.Module
     current_step: int
     fusion: Fusion
@@ -37,6 +36,9 @@ class Host(Protocol):
     head_dims: dict[str, int]
     after_cut: Callable[[nn.Module, Group], Any] | None
     report: Report
+
+    @property
+    def DG(self) -> tp.DependencyGraph: ...
 
     def table(self, group: Group) -> GroupTable: ...
 

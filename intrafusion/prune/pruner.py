@@ -55,7 +55,6 @@ class FusionMixin:
     keep_inputs: bool = False
 
     # What the host class provides.
-    DG: tp.DependencyGraph
     model: nn.Module
     importance: Callable
     ignored_layers: list
@@ -143,6 +142,18 @@ class FusionMixin:
             restrict_(self, self.widths)
         checks.warn_if_nothing_prunable(self)
 
+    @property
+    def DG(self) -> tp.DependencyGraph:
+        """Torch-Pruning's graph of the network."""
+        return self.__dict__["DG"]
+
+    @DG.setter
+    def DG(self, graph: tp.DependencyGraph) -> None:
+        """Torch-Pruning has traced the network, and is going to ask its graph for all groups, however long it takes."""
+        self.__dict__["DG"] = graph
+        if reason := refusals.endless(graph, self.ignored_layers, self.root_module_types):
+            raise ValueError(reason)
+
     def _feed(self, arguments: dict[str, Any]) -> None:
         """Run the network on its example, and on a calibration batch if there is one; note how it is called."""
         model, forward_fn = arguments["model"], arguments.get("forward_fn")
@@ -183,24 +194,37 @@ class FusionMixin:
 
         With `score_on="folded"` the metric sees the batch-norm-folded network, unless it has nothing to say there
         (batch-norm scale) or has an attribute `sees_activations`, which folding does not change. Raises FusionError for
-        scores that are not finite or of the wrong shape.
+        scores that are not finite or of the wrong shape, or where a metric of torch-pruning's fails.
         """
+        root, n, chunks = group[0].dep, len(group[0].idxs), self.channel_groups_of(group)
+        name = module_name(self.DG, root.target.module)
+        where = f"while scoring group {name!r} ({n} channels)"
+        if n % chunks:
+            raise FusionError(f"{where}: {refusals.undivided(chunks, refusals.root_of(self.DG, group))}")
+        try:
+            score = self._score_of(group)
+        except Exception as error:
+            if not (reason := refusals.unscored(error, refusals.root_of(self.DG, group))):
+                raise
+            if chunks < n:
+                raise FusionError(f"{where}: {reason}") from error
+            self._note(name, n, reason="each channel is a chunk of its own, of which torch-pruning removes none")
+            return None
+        if score is None:
+            self._note(name, n, reason="the metric has nothing to score here")
+            return None
+        problem = checks.importance_problem(score, n)
+        if problem:
+            raise FusionError(f"{where}: {problem}")
+        self._scores[root.target.module, root.handler] = score.detach()
+        return score
+
+    def _score_of(self, group: Group) -> Tensor | None:
         score = None
         if self.fusion.score_on == "folded" and not getattr(self.importance, "sees_activations", False):
             with folded(foldable_pairs(self.DG, group)):
                 score = self.importance(group)
-        if score is None:
-            score = self.importance(group)
-        root = group[0].dep
-        name = module_name(self.DG, root.target.module)
-        if score is None:
-            self._note(name, len(group[0].idxs), reason="the metric has nothing to score here")
-            return None
-        problem = checks.importance_problem(score, len(group[0].idxs))
-        if problem:
-            raise FusionError(f"while scoring group {name!r} ({len(group[0].idxs)} channels): {problem}")
-        self._scores[root.target.module, root.handler] = score.detach()
-        return score
+        return self.importance(group) if score is None else score
 
     def manual_prune_width(
         self, layer: nn.Module, pruning_fn: Callable, pruning_ratios_or_idxs: float | list[int]

@@ -6,7 +6,7 @@ wrong, its indices point beyond a layer's channels, or at others than those that
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 from torch_pruning.dependency.group import Group
 
-from intrafusion.groups.table import GroupTable, channels_of, module_name
+from intrafusion.groups.reach import Endless, channels_of, may_be_endless, reach
+from intrafusion.groups.table import GroupTable, module_name
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _UNSEEN = "it does not see shuffles of channels, pixel_shuffle, glu, or chunks that are read in another order"
@@ -38,13 +39,51 @@ def check_layers(model: nn.Module) -> None:
         raise ValueError(f"{', '.join(lazy)} has no weights yet: run the network once on an input, then prune it")
 
 
-def refusal(graph: tp.DependencyGraph, groups: Iterable[Group]) -> str:
-    """Which layers stand in the way of cutting the groups, full ones, and what to do about it; '' if none do."""
-    problems = [problem for group in groups for problem in _problems(graph, group)]
+def refusal(graph: tp.DependencyGraph, groups: Iterable[Group], heads: Callable[[Group], bool]) -> str:
+    """Which layers stand in the way of cutting the groups, full ones, and what to do about it; '' if none do.
+
+    heads: is a group one of attention heads? What is wrong with one is not mended by a parameter's being ignored.
+    """
+    problems = [problem for group in groups for problem in _problems(graph, group, heads(group))]
     if not problems:
         return ""
     said = "; ".join(dict.fromkeys(f"{problem.layer} {problem.why}" for problem in problems))
     return f"this network cannot be pruned as it is: {said}. {_leave_out(problem.way_out for problem in problems)}"
+
+
+def endless(graph: tp.DependencyGraph, ignored: Collection[Any], roots: Collection[type]) -> str:
+    """Which layers torch-pruning would follow for ever, and what to do about it; '' if there are none.
+
+    ignored, roots: what `DependencyGraph.get_all_groups` is called with. It follows a layer before it asks whether
+    others of its group are ignored, so each of them has to be.
+    """
+    if not may_be_endless(graph):
+        return ""
+    found: dict[Any, Any] = {}
+    seen: set[Any] = set()
+    for root in list(graph.module2node):
+        if root in seen or root in ignored or not isinstance(root, tuple(roots)):
+            continue
+        pruner = graph.get_pruner_of_module(root)
+        if pruner is None or (n := pruner.get_out_channels(root)) is None:
+            continue
+        try:
+            items = reach(graph, root, pruner.prune_out_channels, n, mapped=True)
+        except Endless as error:
+            found[root] = error.layer
+        except Exception:  # whatever else is wrong here is said when torch-pruning comes to it
+            continue
+        else:
+            seen.update(item.owner for item in items if graph.is_out_channel_pruning_fn(item.handler))
+    if not found:
+        return ""
+    names = [module_name(graph, root) for root in found]
+    layers = dict.fromkeys(module_name(graph, layer) for layer in found.values() if layer in graph._module2name)
+    where = f", counting on at {', '.join(map(repr, layers))}" if layers else ""
+    return (
+        f"torch-pruning would follow the channels of {', '.join(map(repr, names))} without end{where}: it takes an "
+        f"operation between them for another one. {_leave_out(map(expression, names))}"
+    )
 
 
 def explained(error: Exception, model: nn.Module) -> str:
@@ -76,6 +115,30 @@ def uncut(error: Exception, name: str) -> str:
     if not _is_foreign(error):
         return str(error)
     return f"torch-pruning fails to cut it ({type(error).__name__}: {error}). {_leave_out([expression(name)])}"
+
+
+def unscored(error: Exception, name: str) -> str:
+    """What to say when a group was not scored: the error, if it is torch-pruning's own, and the way out."""
+    if not _is_foreign(error):
+        return ""
+    return f"torch-pruning fails to score it ({type(error).__name__}: {error}). {_leave_out([expression(name)])}"
+
+
+def root_of(graph: tp.DependencyGraph, group: Group) -> str:
+    """The name of a layer that makes channels of a group, and to ignore which leaves the group out: often its root."""
+    item: Any
+    for item in group:
+        if graph.is_out_channel_pruning_fn(item.dep.handler) and item.dep.target.module in graph._module2name:
+            return module_name(graph, item.dep.target.module)
+    return module_name(graph, group[0].dep.target.module)
+
+
+def undivided(chunks: int, name: str) -> str:
+    """What to say when torch-pruning wants to cut each of several chunks of a group alike, and they are not."""
+    return (
+        f"torch-pruning takes them for {chunks} chunks of equal size (heads, or a convolution in groups), which they "
+        f"cannot be: it did not see how they are laid out. {_leave_out([expression(name)])}"
+    )
 
 
 def _is_foreign(error: Exception) -> bool:
@@ -116,7 +179,7 @@ def expression(name: str) -> str:
     return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
 
 
-def _problems(graph: tp.DependencyGraph, group: Group) -> list[_Problem]:
+def _problems(graph: tp.DependencyGraph, group: Group, whole: bool) -> list[_Problem]:
     root = module_name(graph, group[0].dep.target.module)
     found = []
     for item in group:
@@ -126,7 +189,7 @@ def _problems(graph: tp.DependencyGraph, group: Group) -> list[_Problem]:
             if item.idxs and max(item.idxs) >= size:
                 name = module_name(graph, owner)
                 why = f"has {size} values where {root!r} has {len(group[0].idxs)} channels (is it indexed in forward?)"
-                found.append(_Problem(f"the parameter {name!r}", why, expression(name)))
+                found.append(_Problem(f"the parameter {name!r}", why, expression(root if whole else name)))
             continue
         name = graph._module2name.get(owner)
         if isinstance(owner, nn.Module) and name is not None and (why := _why_not(graph, owner, name, item)):
@@ -139,6 +202,8 @@ def _why_not(graph: tp.DependencyGraph, layer: nn.Module, name: str, item: Any) 
         return "is a recurrent layer, which torch-pruning cannot cut"
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.track_running_stats:
         return "has running statistics, which torch-pruning does not cut: give it track_running_stats=False"
+    if isinstance(layer, nn.modules.conv._ConvNd) and (why := _ungrouped(layer)):
+        return why
     if way_back := computed(layer, expression(name)):
         return f"has a parametrised weight: call {way_back} first"
     try:
@@ -147,6 +212,17 @@ def _why_not(graph: tp.DependencyGraph, layer: nn.Module, name: str, item: Any) 
         return ""
     if size and item.idxs and max(item.idxs) >= size:
         return f"has {size} channels where torch-pruning would cut number {max(item.idxs)} ({_UNSEEN})"
+    return ""
+
+
+def _ungrouped(layer: Any) -> str:
+    """Why torch-pruning would cut other channels of a grouped convolution than those it counts ('' if it would not)."""
+    if layer.groups == 1 or layer.groups == layer.out_channels == layer.in_channels:
+        return ""
+    if layer.transposed:
+        return "is a transposed convolution in groups, which torch-pruning cannot cut"
+    if layer.groups == layer.out_channels:
+        return "makes each channel of several others, which torch-pruning takes for a depthwise convolution"
     return ""
 
 

@@ -95,6 +95,30 @@ def block(n, x):
     return n.c(n.b(torch.cat([y[0], y[1], y[2]], 1)).relu())
 
 
+def turned(n, x):
+    y = n.a(x).relu()
+    return n.c(n.b(torch.cat([y[:, 2:], y[:, :2]], 1) + y).relu())
+
+
+def slid(n, x):
+    y = n.a(x).relu()
+    return n.c(n.b(F.pad(y, (0, 0, 0, 0, 0, 2))[:, 2:] + y).relu())
+
+
+def attended(n, x):
+    """Each head at a temperature of its own."""
+    q, k, v = n.qkv(n.a(x)).reshape(len(x), x.shape[1], 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    y = ((q @ k.transpose(-2, -1)) * n.t).softmax(-1) @ v
+    return n.c(n.b(n.p(y.permute(0, 2, 1, 3).reshape(len(x), x.shape[1], 16))).relu())
+
+
+def covariant(n, x):
+    """The same, but channels attend to channels, as in XCiT."""
+    q, k, v = n.qkv(n.a(x)).reshape(len(x), x.shape[1], 3, 4, 4).permute(2, 0, 3, 4, 1).unbind(0)
+    y = ((q @ k.transpose(-2, -1)) * n.t).softmax(-1) @ v
+    return n.c(n.b(n.p(y.permute(0, 3, 1, 2).reshape(len(x), x.shape[1], 16))).relu())
+
+
 CASES = {  # network, inputs, what is named, what to ignore for it to run
     "pixel shuffle": (
         lambda: Net(
@@ -175,6 +199,28 @@ CASES = {  # network, inputs, what is named, what to ignore for it to run
         lambda: Net(block, a=conv(3, 32), m=conv(16, 16), b=conv(48, 12), c=conv(12, 3)),
         image, "it does not see shuffles", ["m", "a"],
     ),
+    "channels turned round and added": (
+        lambda: Net(turned, a=conv(3, 16), b=conv(16, 12), c=conv(12, 3)),
+        image, "the channels of 'a' without end", ["a"],
+    ),
+    "channels padded, sliced and added": (
+        lambda: Net(slid, a=conv(3, 16), b=conv(16, 12), c=conv(12, 3)),
+        image, "the channels of 'a' without end", ["a"],
+    ),
+    "transposed in groups": (
+        lambda: Net(
+            lambda n, x: n.c(n.b(n.t(n.a(x).relu()).relu()).relu()),
+            a=conv(3, 16), t=nn.ConvTranspose2d(16, 12, 2, 2, groups=2), b=conv(12, 16), c=conv(16, 3),
+        ),
+        image, "'t' (ConvTranspose2d) is a transposed convolution in groups", ["a", "t"],
+    ),
+    "several channels to each": (
+        lambda: Net(
+            lambda n, x: n.c(n.b(n.t(n.a(x).relu()).relu()).relu()),
+            a=conv(3, 16), t=conv(16, 8, groups=8), b=conv(8, 16), c=conv(16, 3),
+        ),
+        image, "'t' (Conv2d) makes each channel of several others", ["a", "t"],
+    ),
     "instance-norm with statistics": (
         lambda: Net(
             lambda n, x: n.c(n.b(n.s(n.a(x)).relu()).relu()),
@@ -185,8 +231,8 @@ CASES = {  # network, inputs, what is named, what to ignore for it to run
 }  # fmt: skip
 
 
-def step(model, inputs, fusion, ignored):
-    more = {"calibration": [inputs(24)]} if fusion == "calibrated" else {}
+def step(model, inputs, fusion, ignored, **more):
+    more |= {"calibration": [inputs(24)]} if fusion == "calibrated" else {}
     pruner = IntraFusionPruner(model, inputs(), l1(), ignored_layers=ignored, fusion=fusion, **more)
     pruner.progress = False
     pruner.step()
@@ -213,6 +259,41 @@ def test_it_is_refused_by_name_and_the_way_out_works(name, fusion):
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in build().parameters())
     assert model(inputs()).isfinite().all()
     assert any(group.channels_after < group.channels_before for group in pruner.report.groups)
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters detected", "ignore::intrafusion.prune.twin.WorseThanCut")
+@pytest.mark.parametrize("fusion", PRESETS)
+@pytest.mark.parametrize("attention", [attended, covariant])
+def test_heads_with_a_parameter_of_their_number_are_refused_and_the_way_out_works(attention, fusion):
+    torch.manual_seed(0)
+    model = Net(
+        attention, a=nn.Linear(6, 16), qkv=nn.Linear(16, 48), p=nn.Linear(16, 16), b=nn.Linear(16, 20),
+        c=nn.Linear(20, 3), t=nn.Parameter(torch.ones(4, 1, 1)),
+    ).eval()  # fmt: skip
+    before = state(model)
+    with pytest.raises(FusionError) as caught:
+        step(model, sequence, fusion, [model.c], num_heads={model.qkv: 4})
+    assert "ignored_layers=[model.qkv]" in str(caught.value)
+    assert_unchanged(model, before)
+    step(model, sequence, fusion, [model.c, model.qkv], num_heads={model.qkv: 4})
+    assert model.b.out_features == 10
+    assert model(sequence()).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::intrafusion.prune.twin.WorseThanCut")
+@pytest.mark.parametrize("fusion", PRESETS)
+@pytest.mark.parametrize("times", [2, 3])
+def test_what_cannot_be_cut_because_each_channel_is_a_chunk_is_left_alone(times, fusion):
+    torch.manual_seed(0)
+    model = Net(
+        lambda n, x: n.c(n.b(n.d(n.a(x).relu()).relu()).relu()),
+        a=conv(3, 12), d=conv(12, 12 * times, groups=12), b=conv(12 * times, 16), c=conv(16, 3),
+    ).eval()  # fmt: skip
+    pruner = step(model, image, fusion, [model.c])
+    assert (model.a.out_channels, model.b.out_channels) == (12, 8)
+    assert model(image()).isfinite().all()
+    said = {group.name: group.reason for group in pruner.report.groups if group.merged == "untouched"}
+    assert "each channel is a chunk of its own" in said["a"]
 
 
 def sn(layer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 from dataclasses import dataclass
@@ -92,6 +93,29 @@ def test_levelled_noise_treats_all_channels_alike():
         attended = F.scaled_dot_product_attention(q, q, q, dropout_p=0.9)
         assert torch.equal(attended, F.scaled_dot_product_attention(q, q, q, None, 0.9))
     torch.testing.assert_close(attended, F.scaled_dot_product_attention(q, q, q))
+
+
+class Biased(nn.Module):
+    """Keeps a table that it computed from a parameter, as timm's attention does in eval mode, for each device."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.biases, self.tables = nn.Linear(3, 3), nn.Parameter(torch.randn(5)), {}
+
+    def forward(self, x):
+        table = self.tables.setdefault(str(x.device), self.biases[torch.tensor([0, 2, 4])])
+        return self.layer(x) + table
+
+
+def test_a_network_is_copied_when_it_keeps_what_it_computed():
+    model, x = Biased().eval(), torch.randn(4, 3)
+    before = model(x)
+    with pytest.raises(RuntimeError):
+        copy.deepcopy(model)
+    twin = copy_of(model)
+    assert torch.equal(twin(x), before)
+    assert twin.tables["cpu"] is not model.tables["cpu"]
+    assert twin.biases is not model.biases
 
 
 class Holder(nn.Module):
