@@ -9,7 +9,7 @@ from intrafusion.correct.synthetic import NoSyntheticInputs, synthetic_count, sy
 from intrafusion.methods.method import Method
 from intrafusion.prune.fused_group import FusionError
 from intrafusion.prune.host import Host
-from intrafusion.prune.twin import count_of, held_out, varied
+from intrafusion.prune.twin import ROUGHLY, Judges, count_of, held_out, says, varied
 from intrafusion.running import merged, to_device
 
 _WAY_OUT = (
@@ -19,14 +19,13 @@ _WAY_OUT = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """own: batches that the user gave; drawn: synthetic ones; judges: of the one or the other, and nothing looks at
-    them before a step is over; told: what these are, in words.
+    """own: batches that the user gave; drawn: synthetic ones; judges: what the result is judged on, held out of the one
+    or the other, and, where the user gave none, the example. Nothing looks at them before a step is over.
     """
 
     own: list[Any]
     drawn: list[Any]
-    judges: list[Any]
-    told: str
+    judges: list[Judges]
 
     @property
     def batches(self) -> list[Any]:
@@ -70,4 +69,7 @@ def _parted(own: list[Any], drawn: list[Any], example: Any) -> Inputs:
         judges, told = kept, f"the {name} inputs themselves, too few to hold any out"
     elif not judges:
         judges, told = [varied(example)], "the example inputs, or noise of their shape"
-    return Inputs(kept, drawn, judges, told) if own else Inputs([], kept, judges, told)
+    every = [Judges(judges, told)]
+    if not own and says(example):  # what the user has is nearer to this than to noise, or to what is drawn
+        every.append(Judges([example], "the example inputs", ROUGHLY))
+    return Inputs(kept, drawn, every) if own else Inputs([], kept, every)

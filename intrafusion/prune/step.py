@@ -120,7 +120,7 @@ class Step:
                 memory=None if pruner.memory_limit is None else int(pruner.memory_limit * 2**30),
             )  # fmt: skip
         dense = copy_of(pruner.model) if view.correction is None else view.correction.dense
-        view.twin = Twin(dense, inputs.judges, inputs.told)
+        view.twin = Twin(dense, inputs.judges)
         method.begin(view, tables)
         self._held = weakref.ref(view)
         return view

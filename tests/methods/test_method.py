@@ -118,7 +118,7 @@ def test_a_method_is_told_of_all_groups_first_and_then_of_one_after_the_other():
 
 def test_a_method_sees_inputs_features_and_scores_of_every_group():
     found, _ = witnessed(Witness, batches())
-    assert found.seen == {"conv1": 60, "conv2": 60, "fc1": 60, "fc2": 60}  # four inputs judge
+    assert found.seen == {"conv1": 56, "conv2": 56, "fc1": 56, "fc2": 56}  # eight inputs judge
     assert found.described == {"conv1": 16, "conv2": 6, "fc1": 10}
     assert {name: len(score) for name, score in found.scored.items()} == found.described
 
@@ -130,7 +130,7 @@ class Repairing(Witness):
         self.told.append(f"repair {layer.name}")
         self.widths = [*getattr(self, "widths", []), (layer.layer.weight.shape[0], len(layer.rows.weights))]
         assert len(layer.sights) == len(view.batches) == 2
-        for (before, now), count in zip(layer.sights, (32, 28), strict=True):  # four inputs judge
+        for (before, now), count in zip(layer.sights, (32, 24), strict=True):  # eight inputs judge
             assert before.inputs.shape[0] == now.inputs.shape[0] == count
             assert before.output.shape[1] == layer.dense.weight.shape[0]
             assert now.output.shape[1] == layer.layer.weight.shape[0]

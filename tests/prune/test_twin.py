@@ -12,7 +12,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from intrafusion import Fusion, IntraFusionPruner, WorseThanCut
+from intrafusion import Fusion, IntraFusionPruner, Pair, WorseThanCut
 from intrafusion.prune.twin import Comparison, count_of, held_out, varied
 from tests.nets import randomise_
 
@@ -65,6 +65,8 @@ def test_the_twin_is_torch_prunings_own_cut(net, fusion):
     pruned(plain, tp.pruner.BasePruner).step()
     (compared,) = pruner.report.comparisons
     judges = held_out(batches)[1][0] if fusion == "calibrated" else varied((images(1),))[0]
+    if compared.inputs == "the example inputs":
+        judges = images(1)
     for network, told in ((model, compared.fused), (plain, compared.cut)):
         with torch.no_grad():
             error = (network.eval()(judges) - dense(judges)).norm() / dense(judges).norm()
@@ -85,6 +87,48 @@ def test_what_is_worse_than_the_cut_is_told_with_both_figures():
     )  # fmt: skip
     with pytest.warns(WorseThanCut, match=r"worse than plain cutting.*error of the output [\d.]+, plainly cut [\d.]+"):
         pruner.step()
+
+
+def tilted(plan):
+    """The third channel is made up for, exactly, and the first one spoilt a little."""
+    rows = torch.tensor([[0.9, 0.0, 2.0], [0.0, 1.0, 0.0]], dtype=plan.coupling.dtype)
+    return Pair(rows=rows, columns=torch.eye(3, 2, dtype=plan.coupling.dtype), kept=plan.kept)
+
+
+class Summed(nn.Module):
+    """The sum of three inputs, by way of three channels."""
+
+    def __init__(self, is_image):
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 1, 1, bias=False)) if is_image else (
+            nn.Linear(3, 3, bias=False), nn.Linear(3, 1, bias=False)
+        )  # fmt: skip
+        with torch.no_grad():
+            self.a.weight.copy_(torch.diag(torch.tensor([2.0, 2.0, 1.0])).view_as(self.a.weight))
+            self.b.weight.copy_(torch.tensor([0.5, 0.5, 1.0]).view_as(self.b.weight))
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("is_image", [True, False])
+@pytest.mark.parametrize("silent", [True, False])
+def test_what_is_better_on_noise_and_worse_on_the_example_is_told(is_image, silent):
+    """As with networks of squeeze-and-excite gates, whose output on noise says nothing about images."""
+    shape = (1, 3, 1, 1) if is_image else (1, 3)
+    example = torch.tensor([1.0, 0.9, 0.0 if silent else 1.1]).view(shape)
+    model = Summed(is_image)
+    pruner = IntraFusionPruner(
+        model, example, tp.importance.GroupMagnitudeImportance(p=1), pruning_ratio=0.3, ignored_layers=[model.b],
+        fusion=Fusion(merge="tests.prune.test_twin:tilted"),
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pruner.step()
+    assert model.a.weight.shape[0] == 2
+    told = [str(warning.message) for warning in caught if issubclass(warning.category, WorseThanCut)]
+    assert bool(told) is silent
+    assert all("on the example inputs" in text for text in told)
 
 
 @pytest.mark.parametrize("fusion", ["discard", "calibrated"])
@@ -128,7 +172,7 @@ def test_no_copy_outlives_a_step(monkeypatch):
 def test_one_input_in_32_is_held_out(sizes):
     batches = [(torch.full((size, 2), float(number)),) for number, size in enumerate(sizes)]
     kept, judges = held_out(batches)
-    assert count_of(judges) == min(32, max(4, sum(sizes) // 32))
+    assert count_of(judges) == min(32, max(4 if sum(sizes) < 64 else 8, sum(sizes) // 32))
     together = torch.cat([batch[0] for batch in kept + judges])
     assert torch.equal(together, torch.cat([batch[0] for batch in batches]))
 
