@@ -13,7 +13,15 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from intrafusion import CHIPImportance, Fusion, GroupReport, IntraFusionPruner, ReconstructionImportance
+from intrafusion import (
+    CHIPImportance,
+    FLAPImportance,
+    Fusion,
+    GroupReport,
+    IntraFusionPruner,
+    ReconstructionImportance,
+    WandaImportance,
+)
 from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.errors import LabError
 from intrafusion.lab.models import closest, find_layers
@@ -35,21 +43,24 @@ class OverrideError(LabError):
         self.pattern = pattern
 
 
-IMPORTANCES: dict[str, Callable[[Callable[[], list[Tensor]]], Any]] = {
-    "l1": lambda _: tp.importance.GroupMagnitudeImportance(p=1),
-    "l2": lambda _: tp.importance.GroupMagnitudeImportance(p=2),
-    "taylor": lambda _: tp.importance.GroupTaylorImportance(),
-    "lamp": lambda _: tp.importance.LAMPImportance(p=2),
-    "bn_scale": lambda _: tp.importance.BNScaleImportance(),
-    "random": lambda _: tp.importance.RandomImportance(),
-    "fpgm": lambda _: tp.importance.FPGMImportance(p=2),
-    "chip": lambda images: CHIPImportance(images()),
-    "reconstruction": lambda images: ReconstructionImportance(images()),
-    "reconstruction_data_free": lambda _: ReconstructionImportance(),
+IMPORTANCES: dict[str, Callable[..., Any]] = {
+    "l1": lambda *_: tp.importance.GroupMagnitudeImportance(p=1),
+    "l2": lambda *_: tp.importance.GroupMagnitudeImportance(p=2),
+    "taylor": lambda *_: tp.importance.GroupTaylorImportance(),
+    "lamp": lambda *_: tp.importance.LAMPImportance(p=2),
+    "bn_scale": lambda *_: tp.importance.BNScaleImportance(),
+    "random": lambda *_: tp.importance.RandomImportance(),
+    "fpgm": lambda *_: tp.importance.FPGMImportance(p=2),
+    "chip": lambda images, _: CHIPImportance(images()),
+    "reconstruction": lambda images, _: ReconstructionImportance(images()),
+    "reconstruction_backward": lambda images, _: ReconstructionImportance(images(), search="backward"),
+    "reconstruction_data_free": lambda *_: ReconstructionImportance(),
+    "flap": lambda images, ranked: FLAPImportance(images(), standardised=ranked),
+    "wanda": lambda images, ranked: WandaImportance(images(), standardised=ranked),
 }
-"""How an importance is made from unlabelled training images, which most do not ask for."""
+"""How each is made: of a function that reads unlabelled training images, and of whether groups are ranked together."""
 _NEEDS_GRADIENTS = frozenset({"taylor"})
-_NEEDS_IMAGES = frozenset({"taylor", "chip", "reconstruction"})
+_NEEDS_IMAGES = frozenset({"taylor", "chip", "reconstruction", "reconstruction_backward", "flap", "wanda"})
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,7 @@ def make_pruner(
         fusion,
         ratio=ratio,
         ignored=ignored,
-        importance=IMPORTANCES[settings.importance](lambda: _images(data, settings)),
+        importance=IMPORTANCES[settings.importance](lambda: _images(data, settings), settings.global_pruning),
         own_ratios={model.get_submodule(name): own for name, own in own_ratios(model, example, settings).items()},
         calibration=_images(data, settings) if fusion.correct == "calibrated" else None,
     )
@@ -228,7 +239,7 @@ def _pruner(
     return IntraFusionPruner(
         model,
         (example,),
-        importance or IMPORTANCES["l1"](list),
+        importance or IMPORTANCES["l1"](),
         global_pruning=settings.global_pruning,
         isomorphic=settings.isomorphic,
         pruning_ratio=ratio,

@@ -41,7 +41,10 @@ def test_every_group_with_its_widths_and_layers() -> None:
     assert lines[4].split() == ["features.0", "32", "->", "16", "fused", "features.3"]
 
 
-@pytest.mark.parametrize("importance", ["taylor", "chip", "reconstruction", "reconstruction_data_free"])
+@pytest.mark.parametrize(
+    "importance",
+    ["taylor", "chip", "reconstruction", "reconstruction_backward", "reconstruction_data_free", "flap", "wanda"],
+)
 def test_no_importance_needs_images_for_local_widths(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("intrafusion.lab.data.dataset.Dataset.draw", lambda *_, **__: pytest.fail("read images"))
     assert look(f"prune.importance={importance}").cuts[0].groups[0].after == 16

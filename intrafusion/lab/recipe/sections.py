@@ -15,8 +15,9 @@ from intrafusion.lab.recipe.reader import Reader
 from intrafusion.lab.recipe.schema import Rule, option
 
 ImportanceName = Literal[
-    "l1", "l2", "taylor", "lamp", "bn_scale", "random", "fpgm", "chip", "reconstruction", "reconstruction_data_free"
-]
+    "l1", "l2", "taylor", "lamp", "bn_scale", "random", "fpgm", "chip", "reconstruction", "reconstruction_backward",
+    "reconstruction_data_free", "flap", "wanda",
+]  # fmt: skip
 
 Images = Literal["digits", "cifar10", "cifar100", "imagenet", "image_folder", "image_halves", "fake"]
 _ONLY_FOR = {
