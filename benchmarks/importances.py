@@ -4,8 +4,8 @@
     python -m benchmarks.importances --network "layer-norm MLP"  # one of `benchmarks.kinds`, offline
 
 `ViT`: the feed-forward groups of checkpoints/vit_cifar10.safetensors, a timm VisionTransformer that others trained, and
-10,000 test images. The others: every group but the classifier's, on digits. Scores and `calibrated` see the same 1,000
-(digits: 500) unlabelled training images. Accuracy in %, and how far the outputs are from the dense ones (KL, nats).
+10,000 test images. The others: every group but the classifier's, on digits. Scores and `calibrated` see the same 500
+unlabelled training images. Accuracy in %, and how far the outputs are from the dense ones (KL, nats).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def rows(network: str, root: Path | None) -> Iterable[str]:
     else:
         data, roots = digits(), None
         dense = trained(network, data)
-    shown = [batch for batch, _ in data.draw("train", 1000 if network == VIT else 500, seed=0)]
+    shown = [batch for batch, _ in data.draw("train", 500, seed=0)]
     test = data.split("test")
     judged = [data.normalise(test.read(part)) for part in torch.arange(len(test)).split(500)]
     truth = outputs(dense, judged)

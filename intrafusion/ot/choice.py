@@ -29,7 +29,7 @@ _STRICT = 1e-12
 _PANEL = 64
 """So many channels are dropped between two updates of whole matrices."""
 SEARCHES = ("forward", "backward")
-RIDGE, RIDGE_LEAST = 1e-3, 1e-10
+RIDGE, RIDGE_LEAST = 1e-2, 1e-10
 
 
 def reconstruction_scores(
