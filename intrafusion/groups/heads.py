@@ -47,8 +47,8 @@ class Heads:
 
     name: of the module that holds the projections. names: of the layers, by their attribute here. heads_move: can whole
     heads change places? dims_move: can the channels inside the heads? What cannot change places is told apart by
-    something that is not in these layers. scaled: whether the logits are divided by the root of the heads' width each time
-    the network runs.
+    something that is not in these layers. scaled: are the logits divided by the root of the heads' width whenever the
+    network runs?
     """
 
     name: str
