@@ -100,11 +100,19 @@ def find_heads(model: nn.Module, forward: Callable[[nn.Module], list[Tensor]]) -
             before = forward(model)
         whole = _bearing(model, blocks, lambda some: _unchanged(model, forward, before, some, inside=False))
         inside = _bearing(model, blocks, lambda some: _unchanged(model, forward, before, some, inside=True))
+    whole = {block for block in whole if not _has_tables(model, block)}
     found = [
         replace(block, heads_move=block in whole, dims_move=block in inside, scaled=block in scales.found)
         for block in blocks
     ]
     return [block for block in found if not block.is_packed or block.heads_move or block.dims_move]
+
+
+def _has_tables(model: nn.Module, block: Heads) -> bool:
+    """Does the block hold something of its own for every head, which may be too small to be seen in an output?"""
+    layers = {id(p) for layer in (*block.projections, block.output) for p in layer.parameters()}
+    own = (p for p in model.get_submodule(block.name).parameters() if id(p) not in layers)
+    return any(block.heads in p.shape for p in own)
 
 
 def blocks_of(model: nn.Module) -> list[Heads]:
@@ -143,16 +151,23 @@ class _Scales(TorchFunctionMode):
 def opaque(blocks: Sequence[Heads]) -> Iterator[None]:
     """For as long as it lasts, gradients of every block's output come from its projections, channel by channel."""
     with ExitStack() as stack:
-        for block in (block for block in blocks if not block.is_packed):
+        for block in (block for block in blocks if not block.is_packed or not block.heads_move):
             made: dict[nn.Module, Tensor] = {}
 
             def note(layer: nn.Module, _args: Any, output: Tensor, made: dict[nn.Module, Tensor] = made) -> None:
                 made[layer] = output
 
             def joined(_layer: nn.Module, args: Any, block: Heads = block, made: dict = made) -> Any:
-                if len(made) < 3 or not args or not all(made[p].dim() == args[0].dim() for p in block.projections):
+                if len(made) < len(block.projections) or not args:
                     return None
-                seen = _together(block, *(made[layer] for layer in block.projections))
+                given = [made[layer] for layer in block.projections]
+                if any(one.dim() < 2 for one in (*given, args[0])):
+                    return None
+                if block.is_packed:
+                    given = list(given[0].chunk(3, dim=-1))
+                seen = _together(block, *given)
+                if seen.numel() == args[0].numel() and seen.shape[-1] == args[0].shape[-1]:
+                    seen = seen.reshape(args[0].shape)  # windows are put together or apart in between
                 made.clear()
                 if seen.shape != args[0].shape:
                     return None

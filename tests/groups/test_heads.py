@@ -231,12 +231,40 @@ class Packed(Network):
 class _PackedBlock(nn.Module):
     def __init__(self):
         super().__init__()
-        self.num_heads, self.head_dim = 3, 4
+        self.num_heads, self.head_dim, self.table = 3, 4, None
         self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v, self.table).transpose(1, 2).flatten(2))
+
+
+class _TableBlock(_PackedBlock):
+    """Relative positions, of each head its own, so small that they are not seen in an output yet (Swin)."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(1e-6 * torch.randn(1, 3, 6, 6))
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")
+def test_heads_with_tables_of_their_own_stay_and_the_channels_inside_go():
+    torch.manual_seed(0)
+    model = Packed().eval()
+    model.attn = _TableBlock()
+    x = torch.randn(96, 6, 5)
+    before = model(x)
+    (block,) = found(model)
+    assert (block.heads_move, block.dims_move, block.scaled) == (False, True, True)
+    with pytest.raises(ValueError, match="told apart by something else"):
+        IntraFusionPruner(model, x[:1], l1(), widths={"heads": 0.3})
+    pruner = IntraFusionPruner(
+        model, x[:1], l1(), widths={"head_dim": 0.25}, fusion="calibrated", calibration=[x], unwrapped_parameters=[]
+    )
+    pruner.step()
+    assert (model.attn.num_heads, model.attn.head_dim, model.attn.qkv.out_features) == (3, 3, 27)
+    assert model.attn.table.shape == (1, 3, 6, 6)
+    assert (model(x) - before).norm() < 0.2 * before.norm()
 
 
 @pytest.mark.parametrize("widths", [{"head_dim": 0.5}, {"head_dim": 0.5, "heads": 0.3}])
