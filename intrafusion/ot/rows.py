@@ -168,9 +168,10 @@ def read_back(rows: Tensor, shift: Tensor, readers: Sequence[Samples], given: Te
     judges = torch.cat([reader.held_out for reader in readers])
     means = [value[~judges].mean(dim=0) for value in (new, target)]
     new, target = (value - mean for value, mean in zip((new, target), means, strict=True))
-    parts = (new[~judges], target[~judges])
+    fitted = new[~judges]
+    gram, cross = fitted.T @ fitted, fitted.T @ target[~judges]
     reads = [] if given is None else [given.to(new)]
-    reads += [_read_back(*parts, ridge) for ridge in (_RIDGE, *_WEAK_RIDGES)]
+    reads += [_solved(gram, cross, ridge) for ridge in (_RIDGE, *_WEAK_RIDGES)]
     if not judges.any():
         return reads[-len(_WEAK_RIDGES) - 1]
     return min(reads, key=lambda read: float((target[judges] - new[judges] @ read.T).square().sum()))
@@ -247,9 +248,13 @@ def _forward(reader: Samples, rows: Tensor, shift: Tensor, z: Tensor) -> Tensor:
 
 def _read_back(new: Tensor, h: Tensor, ridge: float = _RIDGE) -> Tensor:
     """S [n, k] float64 by which new [p, k] gives h [p, n] best, least squares; both have mean 0."""
-    gram, cross = (new.T @ new).double(), (new.T @ h).double()
-    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
-    return torch.linalg.solve(gram, cross).T
+    return _solved((new.T @ new).double(), (new.T @ h).double(), ridge)
+
+
+def _solved(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    system = gram.clone()
+    system.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
+    return torch.linalg.solve(system, cross).T
 
 
 def _weighted(metric: Tensor, error: Tensor) -> Tensor:
