@@ -32,6 +32,9 @@ def report(rows: Mapping[tuple[Removal, str], Row], command: str) -> str:
         "or 90. Nothing was chosen on the images that judge. Seconds of one thread of the processor.",
         _lines(rows, dense),
     ]
+    missing = [str(removal) for removal in REMOVALS if any((removal, method) not in rows for method in METHODS)]
+    if missing:
+        parts.append(f"Not measured, or not with every method: {', '.join(missing)}.")
     return "\n\n".join(parts) + "\n"
 
 

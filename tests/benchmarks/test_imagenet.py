@@ -89,6 +89,7 @@ def test_the_table_marks_the_best() -> None:
     assert "| 30% of the channels of the expanded widths | 100% | 100% | discard | 10.0 | 90.0 | 1 |" in text
     assert "|  |  |  | `calibrated` | **80.0** | 20.0 | 1 |" in text
     assert "`python -m x` (commit 1234567;" in text
+    assert "Not measured, or not with every method: 30% of the channels of the expanded widths, 10% of the" in text
 
 
 def test_what_is_missing_is_said(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
