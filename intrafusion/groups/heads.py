@@ -30,12 +30,12 @@ _PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"),
     ("wq", "wk", "wv"), ("query_proj", "key_proj", "value_proj"), ("q", "k", "v"),
 )  # fmt: skip
-_PACKED = ("qkv", "Wqkv", "to_qkv", "in_proj", "qkv_proj", "query_key_value")
+_PACKED = ("qkv", "c_attn", "Wqkv", "to_qkv", "in_proj", "qkv_proj", "query_key_value")
 """Layers that make queries, keys and values, one after the other."""
-_OUTPUTS = ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "dense", "dense_out")
+_OUTPUTS = ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "c_proj", "dense", "dense_out")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "n_local_heads")
-_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_key_heads", "kv_heads")
-_DIMS = ("head_dim", "attention_head_size", "dim_head", "head_size")
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_key_heads", "kv_heads")
+DIMS = ("head_dim", "attention_head_size", "dim_head", "head_size", "d_kv")
 _TOLERANCE = 1e-3
 
 
@@ -151,7 +151,7 @@ class _Scales(TorchFunctionMode):
 def opaque(blocks: Sequence[Heads]) -> Iterator[None]:
     """For as long as it lasts, gradients of every block's output come from its projections, channel by channel."""
     with ExitStack() as stack:
-        for block in (block for block in blocks if not block.is_packed or not block.heads_move):
+        for block in blocks:
             made: dict[nn.Module, Tensor] = {}
 
             def note(layer: nn.Module, _args: Any, output: Tensor, made: dict[nn.Module, Tensor] = made) -> None:
@@ -164,7 +164,8 @@ def opaque(blocks: Sequence[Heads]) -> Iterator[None]:
                 if any(one.dim() < 2 for one in (*given, args[0])):
                     return None
                 if block.is_packed:
-                    given = list(given[0].chunk(3, dim=-1))
+                    turned = given[0].transpose(1, -1)  # torch-pruning knows chunks of axis 1
+                    given = [one.transpose(1, -1) for one in turned.chunk(3, dim=1)]
                 seen = _together(block, *given)
                 if seen.numel() == args[0].numel() and seen.shape[-1] == args[0].shape[-1]:
                     seen = seen.reshape(args[0].shape)  # windows are put together or apart in between
@@ -247,10 +248,10 @@ def _numbers(model: nn.Module, name: str, module: nn.Module, queries: nn.Linear,
     """(heads of the queries, heads of keys and values), 0 where nothing tells."""
     holders = [module, getattr(module, "config", None), getattr(model, "config", None)]
     heads = _first(holders, HEADS)
-    dim = _first(holders[:1], _DIMS)
+    dim = _first(holders[:1], DIMS)
     if dim and queries.out_features % dim == 0 and keys.out_features % dim == 0:
         return queries.out_features // dim, keys.out_features // dim
-    key_heads = _first(holders, _KEY_HEADS) or heads
+    key_heads = _first(holders, KEY_HEADS) or heads
     if heads and keys.out_features == queries.out_features:
         key_heads = heads
     return heads, key_heads

@@ -12,7 +12,7 @@ import torch_pruning as tp
 from torch import nn
 
 from intrafusion.groups.heads import blocks_of, opaque
-from intrafusion.groups.shared_keys import share_keys
+from intrafusion.groups.known_heads import know_heads
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Tracing:
             graph = tp.DependencyGraph().build_dependency(
                 model, example_inputs, unwrapped_parameters=free, ignored_params=ignored, **self.options
             )
-        share_keys(graph, blocks)
+        know_heads(graph, blocks)
         return graph
 
 

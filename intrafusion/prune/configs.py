@@ -9,18 +9,23 @@ them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from intrafusion.groups.heads import HEADS
+from intrafusion.groups.heads import DIMS, HEADS, KEY_HEADS
 from intrafusion.prune.sizes import Attribute
 
 _NO_WIDTHS = ("token_id", "num_hidden_layers", "num_layers", "n_layer", "vocab_size", "max_position", "n_positions")
 _ROUNDS = 12
-_STREAM = ("hidden_size", "d_model", "n_embd", "dim")
+_NO_CONFIG = (
+    "no config of {} describes the pruned network ({}): save it with intrafusion.save, or prune all layers by the same "
+    "ratio (no global pruning)"
+)
+_LEFT_OPEN = ("n_inner", "intermediate_size", "ffn_dim", "d_ff")
+"""Widths that a config may leave to be computed."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -42,8 +47,10 @@ def without_bias(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name in layers if f"{name}.bias" not in shapes)
 
 
-def follow(model: nn.Module) -> tuple[list[Attribute], str]:
+def follow(model: nn.Module, heads: Sequence[tuple[int, int, int]] = ()) -> tuple[list[Attribute], str]:
     """Set the fields of the network's config to what its layers have become.
+
+    heads: (heads, heads of keys and values, width of a head) of every attention block.
 
     Returns what was set, and what stands in the way of saving it ('' if nothing does). Nothing is set if no config
     describes the network.
@@ -54,10 +61,11 @@ def follow(model: nn.Module) -> tuple[list[Attribute], str]:
     want: Shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     config: Any = copy.deepcopy(model.config)
     _untie(model, config)
-    added = _with_head_dim(config)
-    have = _shapes(model, config)
-    if have is None:
+    if _shapes(model, config) is None:
         return [], ""  # it takes more than a config to make such a network
+    if not _say_heads(config, heads):
+        return [], _NO_CONFIG.format(type(model).__name__, "its layers have different numbers of heads")
+    have = _shapes(model, config) or {}
     wrong = _wrong(have, want)
     for _ in range(_ROUNDS):
         if not wrong:
@@ -78,15 +86,8 @@ def follow(model: nn.Module) -> tuple[list[Attribute], str]:
         wrong = _wrong(have, want)
     if wrong:
         told = [f"{name} {have.get(name, 'absent')}, pruned {want.get(name, 'absent')}" for name in wrong[:3]]
-        listed = ", ".join(told)
-        return [], (
-            f"no config of {type(model).__name__} describes the pruned network ({listed}): save it with "
-            "intrafusion.save, or prune all layers by the same ratio (no global pruning)"
-        )
-    if added is not None:
-        spare = copy.deepcopy(config)
-        delattr(spare, added)
-        config = spare if (_shapes(model, spare) or {}) == have else config
+        return [], _NO_CONFIG.format(type(model).__name__, ", ".join(told))
+    config = _without_spare_width(model, config, have)
     trouble = _refused(config)
     for name in sorted(have.keys() - want.keys()):
         layer: Any = model.get_submodule(name.rpartition(".")[0])
@@ -103,14 +104,36 @@ def _shapes(model: nn.Module, config: Any) -> Shapes | None:
     return {name: tuple(value.shape) for name, value in made.state_dict().items()}
 
 
-def _with_head_dim(config: Any) -> str | None:
-    """Say the width of a head where that is left to be computed: it stays when heads go. The field, if it is new."""
-    heads: Any = next((value for name in HEADS if type(value := getattr(config, name, None)) is int and value), 0)
-    stream: Any = next((value for name in _STREAM if type(value := getattr(config, name, None)) is int), 0)
-    if getattr(config, "head_dim", 0) != 0 or not heads or stream % heads:
-        return None
-    config.head_dim = stream // heads
-    return "head_dim"
+def _say_heads(config: Any, heads: Sequence[tuple[int, int, int]]) -> bool:
+    """Set the fields that hold numbers of heads, which shapes alone do not tell; False if the layers differ in them.
+
+    heads: (heads, heads of keys and values, width) of every attention block. The width is said where it was left to be
+    computed: it stays when heads go.
+    """
+    if not heads:
+        return True
+    if len(set(heads)) > 1:
+        return False
+    for names, value in zip((HEADS, KEY_HEADS, DIMS), heads[0], strict=True):
+        for holder in _holders(config):
+            for name in names:
+                if type(getattr(holder, name, None)) is int:
+                    setattr(holder, name, value)
+    if getattr(config, "head_dim", None) is None:
+        config.head_dim = heads[0][2]
+    return True
+
+
+def _without_spare_width(model: Any, config: Any, have: Shapes) -> Any:
+    """The config without a width of its heads, if it had none before and computes the same."""
+    if getattr(model.config, "head_dim", None) is not None or getattr(config, "head_dim", None) is None:
+        return config
+    spare = copy.deepcopy(config)
+    if hasattr(model.config, "head_dim"):
+        spare.head_dim = None
+    else:
+        del spare.head_dim
+    return spare if (_shapes(model, spare) or {}) == have else config
 
 
 def _refused(config: Any) -> str:
@@ -163,12 +186,13 @@ def _options(config: Any, have: Shapes, want: Shapes) -> Iterator[tuple[Any, str
     }
     for holder in _holders(config):
         for name, value in vars(holder).items():
+            if value is None and name in _LEFT_OPEN:
+                yield from ((holder, name, new) for new in sorted({new for _, new in changes}, reverse=True))
             if type(value) is not int or value < 2 or any(part in name for part in _NO_WIDTHS):
                 continue
+            if name in (*HEADS, *KEY_HEADS, *DIMS):
+                continue
             for new in sorted({new for old, new in changes if old == value}, reverse=True):
-                yield holder, name, new
-            parts = {(old // value, new) for old, new in changes if old % value == 0 and old != value}
-            for new in sorted({new // part for part, new in parts if new % part == 0}, reverse=True):
                 yield holder, name, new
     if any(name.endswith(".bias") and name not in have for name in want):
         yield from ((holder, name, True) for holder, name in _flags(config))

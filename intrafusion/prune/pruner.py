@@ -19,10 +19,11 @@ from torch_pruning.dependency.group import Group
 from intrafusion.groups.batchnorm import folded
 from intrafusion.groups.heads import find_heads, known_heads, opaque
 from intrafusion.groups.kinds.base import torch_pruners
+from intrafusion.groups.kinds.conv1d import as_linear_
 from intrafusion.groups.kinds.frozen import recognise
 from intrafusion.groups.kinds.normalisation import recognise_norms
+from intrafusion.groups.known_heads import know_heads
 from intrafusion.groups.permutation_check import inconsistent_groups
-from intrafusion.groups.shared_keys import share_keys
 from intrafusion.groups.snapshot import Snapshot
 from intrafusion.groups.table import GroupTable, foldable_pairs, module_name, tabulate
 from intrafusion.history.lineage import Lineage
@@ -107,6 +108,7 @@ class FusionMixin:
         checks.complete(bound.arguments)
         recognise(bound.arguments["model"])
         recognise_norms(bound.arguments["model"])
+        as_linear_(bound.arguments["model"])
         bound.arguments["ignored_layers"] = [
             *(bound.arguments.get("ignored_layers") or ()),
             *output_layers(bound.arguments["model"]),
@@ -127,7 +129,7 @@ class FusionMixin:
         finally:  # tracing switches the network to eval mode
             for module, training in modes:
                 module.training = training
-        share_keys(self.DG, self.heads)
+        know_heads(self.DG, self.heads)
         self.head_dims = {block.name: block.dim for block in self.heads}
         self.unbiased = without_bias(self.model)
         self.report = Report()

@@ -198,7 +198,13 @@ class Step:
         """A config that describes the network says its new widths, or somebody is told that it cannot."""
         if not self.cuts:
             return
-        changed, trouble = configs.follow(self._pruner.model)
+        heads = []
+        for block in self._pruner.heads:
+            count = self._pruner.num_heads.get(block.queries, block.heads)
+            dim = self._pruner.head_dims[block.name] = block.output.in_features // count
+            now = block.now(dim)
+            heads.append((now.heads, now.key_heads, dim))
+        changed, trouble = configs.follow(self._pruner.model, heads)
         self._pruner.report.attributes.extend(changed)
         if trouble:
             warnings.warn(trouble, stacklevel=5)

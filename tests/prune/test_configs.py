@@ -121,3 +121,58 @@ def test_a_config_that_its_own_class_refuses_is_told():
     pruner = IntraFusionPruner(model, torch.randint(32, (1, 12)), l1(), widths={"stream": 0.3}, fusion="discard")
     with pytest.warns(UserWarning, match=r"refused by its own class.*round_to"):
         pruner.step()
+
+
+def gpt2(**options):
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=32, n_embd=16, n_layer=2, n_head=4, n_positions=16, bos_token_id=1, eos_token_id=2, **options
+        )
+    )
+
+
+def test_conv1d_layers_become_linear_ones_that_are_saved_as_before(tmp_path):
+    torch.manual_seed(0)
+    model = gpt2().eval()
+    tokens = torch.randint(32, (2, 12))
+    before, shapes = model(tokens).logits, {name: value.shape for name, value in model.state_dict().items()}
+    IntraFusionPruner(model, tokens[:1], l1(), widths={"feed_forward": 0.5}, fusion="discard")
+    assert torch.allclose(model(tokens).logits, before, atol=1e-5)
+    assert {name: value.shape for name, value in model.state_dict().items()} == shapes
+    assert isinstance(model.transformer.h[0].mlp.c_fc, torch.nn.Linear)
+    model.save_pretrained(tmp_path)
+    assert torch.allclose(type(model).from_pretrained(tmp_path).eval()(tokens).logits, before, atol=1e-5)
+    again = gpt2()
+    again.load_state_dict(model.state_dict())
+    model.load_state_dict(again.state_dict())
+    assert torch.allclose(model(tokens).logits, before, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["discard", "calibrated"])
+def test_a_pruned_gpt2_is_loaded_as_it_is_saved(fusion, tmp_path):
+    model, _, tokens = pruned(gpt2, fusion, {"feed_forward": 0.5})
+    assert model.config.n_inner == 32
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(model(tokens[:2]).logits, again(tokens[:2]).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")
+@pytest.mark.parametrize("widths", [{"heads": 0.5}, {"head_dim": 0.5}])
+def test_numbers_of_heads_are_not_guessed_from_shapes(widths, tmp_path):
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=8,
+            num_labels=5,
+        )  # fmt: skip
+    ).eval()
+    images = torch.randn(32, 3, 16, 16)
+    IntraFusionPruner(model, images[:1], l1(), widths=widths, fusion="calibrated", calibration=[images]).step()
+    assert (model.config.num_attention_heads, model.config.head_dim) == ((2, 4) if "heads" in widths else (4, 2))
+    assert model.vit.layers[0].attention.q_proj.out_features == 8

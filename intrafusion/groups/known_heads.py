@@ -1,4 +1,6 @@
-"""Several heads that share one key and value (grouped queries): a shared channel goes when all of its heads go.
+"""What a dependency graph has to be told of attention heads.
+
+Where several heads share one key and value (grouped queries), a shared channel goes when all of its heads go.
 
 Torch-Pruning drops the keys and values with any of their heads, and takes that back in one place only, where it
 compares numbers of heads that may have become equal by then. Here its graph says what is true, whoever asks.
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
+from torch_pruning import ops
 from torch_pruning._helpers import GroupItem
 from torch_pruning.dependency.group import Group
 
@@ -30,12 +33,25 @@ class SharingGraph(tp.DependencyGraph):
         return group
 
 
-def share_keys(graph: tp.DependencyGraph, blocks: Sequence[Heads]) -> None:
-    """Let a graph that torch-pruning has made know the blocks whose keys are shared."""
+def know_heads(graph: tp.DependencyGraph, blocks: Sequence[Heads]) -> None:
+    """Let a graph that torch-pruning has made with the blocks opaque know them.
+
+    Blocks whose keys are shared, and layers that make queries, keys and values at once: torch-pruning does not map the
+    chunks of their outputs where positions are added anywhere before.
+    """
     shared = [block for block in blocks if block.shared > 1]
     if shared:
         graph.__class__ = SharingGraph
         graph.blocks = shared  # type: ignore[attr-defined]
+    for block in blocks:
+        if block.is_packed and block.queries in graph.module2node:
+            nodes = list(graph.module2node[block.queries].outputs)
+            while nodes:
+                node = nodes.pop()
+                if node.type == ops.OPTYPE.SPLIT:
+                    node.enable_index_mapping = True
+                elif node.type in (ops.OPTYPE.ELEMENTWISE, ops.OPTYPE.RESHAPE):
+                    nodes += node.outputs
 
 
 def _leave_shared(group: Group, block: Heads) -> None:
