@@ -170,9 +170,9 @@ def test_numbers_of_heads_are_not_guessed_from_shapes(widths, tmp_path):
             image_size=16,
             patch_size=8,
             num_labels=5,
-        )  # fmt: skip
+        )
     ).eval()
-    images = torch.randn(32, 3, 16, 16)
+    images = torch.randn(256, 3, 16, 16)
     IntraFusionPruner(model, images[:1], l1(), widths=widths, fusion="calibrated", calibration=[images]).step()
     assert (model.config.num_attention_heads, model.config.head_dim) == ((2, 4) if "heads" in widths else (4, 2))
     assert model.vit.layers[0].attention.q_proj.out_features == 8

@@ -37,7 +37,7 @@ class TransposedLinear(nn.Linear):
 
 def as_linear_(model: nn.Module) -> list[str]:
     """Turn every layer of a network that computes x W + b, and is called Conv1D, into a linear layer; their names."""
-    found = [(name, module) for name, module in model.named_modules() if _is_conv1d(module)]
+    found: list[tuple[str, Any]] = [(name, module) for name, module in model.named_modules() if _is_conv1d(module)]
     for _, module in found:
         weight = module._parameters["weight"]
         outputs, inputs = weight.shape[1], weight.shape[0]
