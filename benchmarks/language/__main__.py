@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from benchmarks.language.methods import METHODS
 from benchmarks.language.models import MODELS, SMALL, Language, open_model
+from benchmarks.language.table import table
 from benchmarks.language.texts import TEXTS
 from intrafusion import IntraFusionPruner
 
@@ -100,11 +101,15 @@ def main() -> None:
     parser.add_argument("--judge", type=int, default=96, help="sequences that are judged on")
     parser.add_argument("--batch", type=int, default=16, help="sequences that are run at once")
     parser.add_argument("--results", type=Path, default=Path("runs/language.jsonl"))
+    parser.add_argument("--table", choices=TEXTS, help="print what is in the results so far, measure nothing")
     parser.add_argument("--report", action="store_true", help="print what was done to every group")
     arguments = parser.parse_args()
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     lines = arguments.results.read_text().splitlines() if arguments.results.is_file() else []
     done = {json.loads(line)["row"]: json.loads(line) for line in lines if line.strip()}
+    if arguments.table:
+        print("\n".join(table(done.values(), arguments.table)))
+        return
     for name in arguments.model or SMALL:
         for seed in range(arguments.seeds if name in SMALL else 1):
             language = open_model(name, arguments.results.parent / "language", seed)
