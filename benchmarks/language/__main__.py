@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import math
 import time
@@ -71,6 +72,7 @@ def row(language: Language, seed: int, name: str, kind: str, ratio: float, argum
         language.sequences(language.text, "valid", arguments.calibrate, arguments.length).split(arguments.batch)
     )
     found: dict[str, Any] = {"seconds": 0.0}
+    gc.collect()  # what the last method held
     model = language.model
     if name != "dense":
         model, found["seconds"], report = pruned(language, name, kind, ratio, batches)

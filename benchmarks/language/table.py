@@ -23,6 +23,8 @@ def table(rows: Iterable[Mapping[str, Any]], text: str) -> Iterator[str]:
         if kind == "-":
             continue
         least = min(found.values())
-        shown = [f"**{found[n]:.3f}**" if found.get(n) == least else f"{found[n]:.3f}" if n in found else "" for n in names]
+        shown = [
+            f"**{found[n]:.3f}**" if found.get(n) == least else f"{found[n]:.3f}" if n in found else "" for n in names
+        ]
         before = f"{dense[model]:.3f}" if model in dense else ""
         yield f"| {model} | {kind} | {float(ratio):.0%} | {before} | {' | '.join(shown)} |"

@@ -51,9 +51,14 @@ class Refit(Method):
         start = self.start.pair(table, plan, view)
         readers = view.samples(table)
         stays = any(slot.is_depthwise for slot in table.slots) or not all(reader.movable for reader in readers)
+        consumers = [slot for slot in table.slots if slot.reads]
+        refitted = bool(consumers) and all(can_refit(slot.owner) for slot in consumers)
+        if refitted and not all(reader.movable for reader in readers):
+            # the ridge of the refit pulls towards these columns: none that were learnt on the inputs which it is judged on
+            columns = _inside_classes(start.columns.T.cpu().double(), table, plan).T
+            return Pair(chosen.rows, columns, plan.kept)
         if not readers:  # nothing says which rows are good: those that stay are, for readers that will be refitted
-            consumers = [slot for slot in table.slots if slot.reads]
-            return chosen if stays or (consumers and all(can_refit(slot.owner) for slot in consumers)) else start
+            return chosen if stays or refitted else start
         may_shift = shift_carrier(table) is not None
         rows, shift = chosen.rows, torch.zeros(len(plan.kept), dtype=torch.float64)
         if not stays:
