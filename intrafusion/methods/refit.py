@@ -54,7 +54,7 @@ class Refit(Method):
         consumers = [slot for slot in table.slots if slot.reads]
         refitted = bool(consumers) and all(can_refit(slot.owner) for slot in consumers)
         if refitted and not all(reader.movable for reader in readers):
-            # the ridge of the refit pulls towards these columns: none that were learnt on the inputs which it is judged on
+            # the refit's ridge pulls towards these columns: none that were learnt on the inputs which judge it
             columns = _inside_classes(start.columns.T.cpu().double(), table, plan).T
             return Pair(chosen.rows, columns, plan.kept)
         if not readers:  # nothing says which rows are good: those that stay are, for readers that will be refitted
