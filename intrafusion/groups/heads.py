@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from intrafusion.running import Levelled, evaluating
+from intrafusion.running import Levelled, evaluating, same_outputs
 
 _PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"),
@@ -36,7 +36,6 @@ _OUTPUTS = ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "c_pro
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "n_local_heads")
 KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_key_heads", "kv_heads")
 DIMS = ("head_dim", "attention_head_size", "dim_head", "head_size", "d_kv")
-_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,7 +301,7 @@ def _unchanged(
             after = forward(model)
         except Exception:  # whatever a foreign network raises: these are no heads
             return False
-    return all(_close(a, b) for a, b in zip(after, before, strict=True))
+    return same_outputs(after, before)
 
 
 def _order(block: Heads, inside: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -333,14 +332,7 @@ def _reordered(layer: nn.Linear, order: Tensor, axis: int) -> Iterator[None]:
         layer._parameters["weight"], layer._parameters["bias"] = weight, bias
 
 
-def _close(after: Tensor, before: Tensor) -> bool:
-    if not before.is_floating_point() or not torch.isfinite(before).all() or after.shape != before.shape:
-        return after.shape == before.shape
-    loose = 100 if before.dtype in (torch.float16, torch.bfloat16) else 1
-    return bool((after - before).abs().max() <= loose * _TOLERANCE * before.abs().max())
-
-
-def known_heads(blocks: Sequence[Heads], given: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
+def heads_by_layer(blocks: Sequence[Heads], given: Mapping[nn.Module, int]) -> dict[nn.Module, int]:
     """Torch-Pruning's `num_heads` of blocks that the user gave none of."""
     found: dict[nn.Module, int] = {}
     for block in blocks:

@@ -19,9 +19,7 @@ from torch_pruning import ops
 from intrafusion.groups.kinds.base import Place
 from intrafusion.groups.places import move
 from intrafusion.groups.table import GroupTable
-from intrafusion.running import Levelled, evaluating
-
-_TOLERANCE = {torch.float16: 0.1, torch.bfloat16: 0.2}
+from intrafusion.running import Levelled, evaluating, same_outputs
 
 
 def inconsistent_groups(
@@ -90,11 +88,4 @@ def _unchanged_by(graph, tables: Sequence[GroupTable], forward: Callable, before
     generator = torch.Generator().manual_seed(0)
     with reordered(*((table, class_permutation(table.classes, generator)) for table in tables)):
         after = forward(graph.model)
-    return all(_close(a, b) for a, b in zip(after, before, strict=True))
-
-
-def _close(after: Tensor, before: Tensor) -> bool:
-    if not before.is_floating_point() or not torch.isfinite(before).all():
-        return True
-    scale = before.abs().max()
-    return bool((after - before).abs().max() <= _TOLERANCE.get(before.dtype, 1e-3) * scale)
+    return same_outputs(after, before)

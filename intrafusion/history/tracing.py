@@ -12,7 +12,7 @@ import torch_pruning as tp
 from torch import nn
 
 from intrafusion.groups.heads import blocks_of, opaque
-from intrafusion.groups.known_heads import know_heads
+from intrafusion.groups.head_graph import know_heads
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch_pruning.dependency.group import Group
 
 from intrafusion.groups.batchnorm import folded
-from intrafusion.groups.heads import find_heads, known_heads, opaque
+from intrafusion.groups.heads import find_heads, heads_by_layer, opaque
 from intrafusion.groups.kinds.base import torch_pruners
 from intrafusion.groups.kinds.conv1d import as_linear_
 from intrafusion.groups.kinds.frozen import recognise
 from intrafusion.groups.kinds.normalisation import recognise_norms
-from intrafusion.groups.known_heads import know_heads
+from intrafusion.groups.head_graph import know_heads
 from intrafusion.groups.permutation_check import inconsistent_groups
 from intrafusion.groups.snapshot import Snapshot
 from intrafusion.groups.table import GroupTable, foldable_pairs, module_name, tabulate
@@ -116,7 +116,7 @@ class FusionMixin:
         bound.arguments["customized_pruners"] = {**torch_pruners(), **(bound.arguments.get("customized_pruners") or {})}
         self._feed(bound.arguments)
         self.heads = find_heads(bound.arguments["model"], partial(self.run, inputs=self.example_inputs))
-        bound.arguments["num_heads"].update(known_heads(self.heads, bound.arguments["num_heads"]))
+        bound.arguments["num_heads"].update(heads_by_layer(self.heads, bound.arguments["num_heads"]))
         modes = [(module, module.training) for module in bound.arguments["model"].modules()]
         try:
             with opaque(self.heads):

@@ -11,7 +11,7 @@ from intrafusion.running.inputs import (
     tensors_in,
     to_device,
 )
-from intrafusion.running.network import call_order, evaluating, run_model
+from intrafusion.running.network import call_order, evaluating, run_model, same_outputs
 from intrafusion.running.randomness import Levelled, RandomState, repeatable
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "merged",
     "repeatable",
     "run_model",
+    "same_outputs",
     "tensors_in",
     "to_device",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -38,6 +38,24 @@ def call_order(forward: Callable[[], Any], model: nn.Module, kinds: tuple[type, 
         with torch.no_grad():
             forward()
     return list(order)
+
+
+_TOLERANCE = {torch.float16: 0.1, torch.bfloat16: 0.2}
+
+
+def same_outputs(after: Sequence[Tensor], before: Sequence[Tensor]) -> bool:
+    """Are they what a network gave before, up to rounding? Integers, and what was not finite before, say nothing."""
+    return all(_is_close(a, b) for a, b in zip(after, before, strict=True))
+
+
+def _is_close(after: Tensor, before: Tensor) -> bool:
+    if after.shape != before.shape:
+        return False
+    if not before.is_floating_point() or not torch.isfinite(before).all():
+        return True
+    if not before.numel():
+        return True
+    return bool((after - before).abs().max() <= _TOLERANCE.get(before.dtype, 1e-3) * before.abs().max())
 
 
 def run_model(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intrafusion import IntraFusionPruner
-from intrafusion.groups.heads import blocks_of, find_heads, known_heads, opaque
+from intrafusion.groups.heads import blocks_of, find_heads, heads_by_layer, opaque
 
 
 def l1():
@@ -110,7 +110,7 @@ def test_packed_projections_are_found():
 def test_what_the_user_says_of_heads_is_kept():
     model = network()
     blocks = blocks_of(model)
-    assert set(known_heads(blocks, {blocks[0].queries: 2})) == set(blocks[1].projections)
+    assert set(heads_by_layer(blocks, {blocks[0].queries: 2})) == set(blocks[1].projections)
     given = {blocks[0].queries: 2, blocks[0].keys: 2, blocks[0].values: 2}
     pruner = IntraFusionPruner(model, torch.randn(1, 6, 5), l1(), num_heads=given, fusion="discard")
     assert pruner.num_heads is given
