@@ -8,11 +8,13 @@ compares numbers of heads that may have become equal by then. Here its graph say
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch_pruning as tp
+from torch import nn
 from torch_pruning import ops
 from torch_pruning._helpers import GroupItem
 from torch_pruning.dependency.group import Group
@@ -36,22 +38,38 @@ class SharingGraph(tp.DependencyGraph):
 def know_heads(graph: tp.DependencyGraph, blocks: Sequence[Heads]) -> None:
     """Let a graph that torch-pruning has made with the blocks opaque know them.
 
-    Blocks whose keys are shared, and layers that make queries, keys and values at once: torch-pruning does not map the
+    Again before every step: torch-pruning goes on with the numbers of heads that it traced. Told are blocks whose keys
+    are shared, and layers that make queries, keys and values at once: torch-pruning does not map the
     chunks of their outputs where positions are added anywhere before.
     """
-    shared = [block for block in blocks if block.shared > 1]
-    if shared:
+    if any(block.shared > 1 for block in blocks):
         graph.__class__ = SharingGraph
-        graph.blocks = shared  # type: ignore[attr-defined]
+    if isinstance(graph, SharingGraph):
+        graph.blocks = [block for block in blocks if block.shared > 1]
     for block in blocks:
-        if block.is_packed and block.queries in graph.module2node:
-            nodes = list(graph.module2node[block.queries].outputs)
-            while nodes:
-                node = nodes.pop()
-                if node.type == ops.OPTYPE.SPLIT:
-                    node.enable_index_mapping = True
-                elif node.type in (ops.OPTYPE.ELEMENTWISE, ops.OPTYPE.RESHAPE):
-                    nodes += node.outputs
+        for node in _behind(graph, (block.keys, block.values), ops.OPTYPE.EXPAND):
+            node.grad_fn = _Shape((1, block.key_heads, 1, 1, block.dim))
+        if block.is_packed:
+            for node in _behind(graph, (block.queries,), ops.OPTYPE.SPLIT):
+                node.enable_index_mapping = True
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Where torch-pruning reads the shape of shared keys from: [batch, keys, 1, tokens, channels] when it traced."""
+
+    _saved_self_sym_sizes: tuple[int, ...]
+
+
+def _behind(graph: tp.DependencyGraph, layers: Iterable[nn.Module], kind: Any) -> Iterator[Any]:
+    """The first nodes of a kind behind some layers, through operations that leave the channels as they are."""
+    nodes = [node for layer in layers if layer in graph.module2node for node in graph.module2node[layer].outputs]
+    while nodes:
+        node = nodes.pop()
+        if node.type == kind:
+            yield node
+        elif node.type in (ops.OPTYPE.ELEMENTWISE, ops.OPTYPE.RESHAPE):
+            nodes += node.outputs
 
 
 def _leave_shared(group: Group, block: Heads) -> None:
@@ -62,8 +80,7 @@ def _leave_shared(group: Group, block: Heads) -> None:
     gone[list(removed)] = True
     if bool(gone.all()):
         return  # the whole group, as importances are asked for it
-    dim = block.keys.out_features // block.key_heads
-    without = gone.reshape(block.key_heads, -1, dim).all(dim=1).flatten().nonzero().flatten().tolist()
+    without = gone.reshape(block.key_heads, -1, block.dim).all(dim=1).flatten().nonzero().flatten().tolist()
     for number, item in enumerate(group.items):
         if item.dep.target.module in (block.keys, block.values):
             group[number] = GroupItem(item.dep, without)

@@ -44,10 +44,10 @@ class Heads:
 
     queries, keys and values are one and the same layer where that makes all three, one after the other.
 
-    name: of the module that holds the projections. names: of the layers, by their attribute here. heads_move: can whole
-    heads change places? dims_move: can the channels inside the heads? What cannot change places is told apart by
-    something that is not in these layers. scaled: are the logits divided by the root of the heads' width whenever the
-    network runs?
+    name: of the module that holds the projections. names: of the layers, by their attribute here. width: of what the
+    output layer reads, all heads together. heads_move: can whole heads change places? dims_move: can the channels
+    inside the heads? What cannot change places is told apart by something that is not in these layers. scaled: are the
+    logits divided by the root of the heads' width whenever the network runs?
     """
 
     name: str
@@ -57,6 +57,7 @@ class Heads:
     output: nn.Linear
     heads: int
     key_heads: int
+    width: int
     names: Mapping[str, str]
     heads_move: bool = True
     dims_move: bool = True
@@ -68,12 +69,11 @@ class Heads:
 
     @property
     def dim(self) -> int:
-        return self.output.in_features // self.heads
+        return self.width // self.heads
 
-    def now(self, dim: int) -> Heads:
-        """The same block when it has lost heads, or channels inside them, of which there are `dim` by now."""
-        heads = self.output.in_features // dim
-        return replace(self, heads=heads, key_heads=heads if self.shared == 1 else self.key_heads)
+    def now(self, heads: int, key_heads: int) -> Heads:
+        """The same block as it is by now, when that many heads are left."""
+        return replace(self, heads=heads, key_heads=key_heads, width=self.output.in_features)
 
     @property
     def shared(self) -> int:
@@ -214,13 +214,13 @@ def _block(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
     if packed:
         heads = _first([module, getattr(module, "config", None), getattr(model, "config", None)], HEADS)
         known = heads and width % heads == 0
-        return Heads(name, queries, keys, values, output, heads, heads, layers_at) if known else None
+        return Heads(name, queries, keys, values, output, heads, heads, width, layers_at) if known else None
     heads, key_heads = _numbers(model, name, module, queries, keys)
     if not heads or not key_heads or heads % key_heads or queries.out_features % heads:
         return None
     if keys.out_features != queries.out_features // heads * key_heads:
         return None
-    return Heads(name, queries, keys, values, output, heads, key_heads, layers_at)
+    return Heads(name, queries, keys, values, output, heads, key_heads, width, layers_at)
 
 
 def _output(model: nn.Module, name: str, module: nn.Module, width: int) -> tuple[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
-from intrafusion.groups.heads import blocks_of, opaque
 from intrafusion.groups.head_graph import know_heads
+from intrafusion.groups.heads import blocks_of, opaque
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ class Host(Protocol):
     num_heads: dict
     unbiased: frozenset[str]
     heads: list[Heads]
-    head_dims: dict[str, int]
     after_cut: Callable[[nn.Module, Group], Any] | None
     report: Report
 

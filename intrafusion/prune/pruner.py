@@ -22,20 +22,19 @@ from intrafusion.groups.kinds.base import torch_pruners
 from intrafusion.groups.kinds.conv1d import as_linear_
 from intrafusion.groups.kinds.frozen import recognise
 from intrafusion.groups.kinds.normalisation import recognise_norms
-from intrafusion.groups.head_graph import know_heads
 from intrafusion.groups.permutation_check import inconsistent_groups
 from intrafusion.groups.snapshot import Snapshot
 from intrafusion.groups.table import GroupTable, foldable_pairs, module_name, tabulate
 from intrafusion.history.lineage import Lineage
 from intrafusion.history.tracing import Tracing
-from intrafusion.prune import checks, feeding, refusals
+from intrafusion.prune import attention, checks, feeding, refusals
 from intrafusion.prune.configs import without_bias
 from intrafusion.prune.fused_group import FusedGroup, FusionError
 from intrafusion.prune.fusion import Fusion
 from intrafusion.prune.report import GroupReport, Report
 from intrafusion.prune.step import Step
 from intrafusion.prune.twin import Comparison
-from intrafusion.prune.widths import checked, output_layers, restrict_
+from intrafusion.prune.widths import checked, output_layers, pace_heads_, restrict_
 from intrafusion.running import run_model
 
 
@@ -129,8 +128,7 @@ class FusionMixin:
         finally:  # tracing switches the network to eval mode
             for module, training in modes:
                 module.training = training
-        know_heads(self.DG, self.heads)
-        self.head_dims = {block.name: block.dim for block in self.heads}
+        attention.tell_(self)
         self.unbiased = without_bias(self.model)
         self.report = Report()
         self.last_step: Step | None = None
@@ -139,7 +137,7 @@ class FusionMixin:
         self._scores: dict[tuple[Any, Callable], Tensor] = {}
         self._listed: list[Group] = []
         self._quiet = False
-        self._leave_heads()
+        attention.leave_(self)
         if self.widths is not None:
             restrict_(self, self.widths)
         checks.warn_if_nothing_prunable(self)
@@ -165,15 +163,6 @@ class FusionMixin:
         if self.calibration:
             plain = forward_fn is None
             self.calibration = feeding.tried(self.calibration, model, self.example_inputs, self.run, plain=plain)
-
-    def _leave_heads(self) -> None:
-        """Cut no heads, and no channels inside heads, that something else tells apart."""
-        if not all(block.dims_move for block in self.heads):
-            self.prune_head_dims = False
-        never = [0.0] * (self.iterative_steps + 1)
-        for block in self.heads:
-            if not block.heads_move:
-                self.head_pruning_ratio_dict.update(dict.fromkeys(block.projections, never))
 
     def step(self, interactive: bool = False) -> Iterator[Group] | None:
         """One pruning step, as in torch-pruning; if a group fails, every group of the step is put back first.
@@ -254,6 +243,9 @@ class FusionMixin:
             one.prune()
 
     def _prune(self) -> Iterator[Group]:
+        attention.tell_(self)
+        if self.widths is not None:
+            pace_heads_(self)
         self._scores.clear()
         self._listed = list(self.all_groups())
         if reason := checks.refusal(self, self._listed):
@@ -262,7 +254,7 @@ class FusionMixin:
         seen, first = set(), len(self.report.groups)
         self._quiet = True
         try:
-            for group in step.groups(super()._prune()):  # type: ignore[misc]
+            for group in step.groups(self._chosen()):
                 root = group[0].dep
                 seen.add((root.target.module, root.handler))
                 yield group
@@ -273,6 +265,14 @@ class FusionMixin:
                 name, n = module_name(self.DG, root), checks.width(self.DG, root, handler)
                 self._note(name, n, reason="torch-pruning removes none of its channels, or could not leave one")
         self._warn([group for group in self.report.groups[first:] if group.merged == "selection" and group.reason])
+
+    def _chosen(self) -> Iterator[Group]:
+        """What torch-pruning chooses to cut."""
+        before, cut = dict(self.num_heads), set()
+        for group in super()._prune():  # type: ignore[misc]
+            cut.update(item[0].target.module for item in group)
+            yield group
+        attention.count_again_(self, before, cut)
 
     # What a step asks of the pruner.
 
@@ -361,29 +361,16 @@ class FusionMixin:
                 pruner: Any = self.DG.get_pruner_of_module(root)
                 handler = pruner.prune_out_channels if outputs else pruner.prune_in_channels
                 group = self.DG.get_pruning_group(root, handler, [int(i) for i in removed])
-                self._count_heads(group)
+                attention.count_(self, group)
                 FusedGroup.wrap(group, step, None).prune()
             step.finish()
         finally:
             self.fusion = settings
             self.report.back_to(mark)
 
-    def _count_heads(self, group: Group) -> None:
-        """What torch-pruning does to `num_heads` where it chooses whole heads itself."""
-        for block in self.heads:
-            cut = next((item.idxs for item in group if item.dep.target.module is block.output), None)
-            heads = self.num_heads.get(block.queries)
-            if cut is None or heads is None or len(cut) % (block.output.in_features // heads):
-                continue
-            dim = block.output.in_features // heads
-            gone = {i // dim for i in cut}
-            if len(gone) * dim == len(cut):
-                for layer in block.projections if block.shared == 1 else (block.queries,):
-                    self.num_heads[layer] = self.out_channel_groups[layer] = heads - len(gone)
-
     def state(self) -> list[dict]:
         """The dictionaries that hold what a step changes of the pruner."""
-        own = (self.head_dims, self.num_heads, self.in_channel_groups, self.out_channel_groups, self.initial_channels)
+        own = (self.num_heads, self.in_channel_groups, self.out_channel_groups, self.initial_channels)
         return [self.__dict__, *own]
 
     @property

@@ -33,7 +33,7 @@ from intrafusion.history.replay import GroupCut
 from intrafusion.methods.method import Method
 from intrafusion.methods.view import View
 from intrafusion.ot import Pair, Plan, kept_only, selection_pair, transport_plan
-from intrafusion.prune import checks, configs, refusals
+from intrafusion.prune import attention, checks, configs, refusals
 from intrafusion.prune.fused_group import FusedGroup, FusionError
 from intrafusion.prune.host import Host
 from intrafusion.prune.inputs import inputs_for
@@ -71,6 +71,7 @@ class Step:
         self._held: Callable[[], _Begun | None] = lambda: None
         self._inconsistent: frozenset[str] = frozenset()
         self._at_once = False
+        self._heads = attention.present(pruner)
         run = partial(pruner.run, pruner.model, pruner.example_inputs)
         self._sizes = Sizes(pruner.model, run, pruner.num_heads, pruner.DG.module2node)
 
@@ -198,12 +199,7 @@ class Step:
         """A config that describes the network says its new widths, or somebody is told that it cannot."""
         if not self.cuts:
             return
-        heads = []
-        for block in self._pruner.heads:
-            count = self._pruner.num_heads.get(block.queries, block.heads)
-            dim = self._pruner.head_dims[block.name] = block.output.in_features // count
-            now = block.now(dim)
-            heads.append((now.heads, now.key_heads, dim))
+        heads = [(block.heads, block.key_heads, block.dim) for block in attention.present(self._pruner).values()]
         changed, trouble = configs.follow(self._pruner.model, heads)
         self._pruner.report.attributes.extend(changed)
         if trouble:
@@ -247,18 +243,18 @@ class Step:
         block = self._block(group)
         if view is None or view.correction is None or block is None or not self._refits_heads(group):
             return {}
-        dim = pruner.head_dims.get(block.name, block.dim)
-        block = block.now(dim)
+        block = self._heads[block.name]
+        dim = block.dim
         inside = (kept % dim).unique()
         whole = (kept // dim).unique()
-        if len(inside) == dim or block.output.in_features != table.n or len(inside) * len(whole) != len(kept):
+        if len(inside) == dim or block.width != table.n or len(inside) * len(whole) != len(kept):
             return {}
         if view.moments is None:
             correction = view.correction
-            view.moments = HeadMoments(correction.dense, pruner.heads, pruner.run, correction.batches)
+            blocks = list(self._heads.values())
+            view.moments = HeadMoments(correction.dense, blocks, pruner.run, correction.batches)
         moments = view.moments.of(block)
         found = reduce_(block, moments, inside, rescale=block.scaled)
-        pruner.head_dims[block.name] = len(inside)
         for layer in (*block.projections, block.output):
             change.rewritten(layer, "the channels inside its attention heads were changed")
         return {name: weights[self._left(block, name, weights, whole, len(inside))] for name, weights in found.items()}
@@ -288,6 +284,7 @@ class Step:
     @torch.no_grad()
     def finish(self) -> None:
         """Put right what lies behind the last cut. Raises FusionError; the network is then as it was before."""
+        attention.tell_(self._pruner)
         self._settle()
         view = self.view
         if view is None:

@@ -15,6 +15,8 @@ from typing import Any
 from torch import nn
 from torch_pruning.dependency.group import Group
 
+from intrafusion.prune import attention
+
 KINDS = ("feed_forward", "heads", "head_dim", "stream", "channels")
 _LABELS = ("classifier", "score", "qa_outputs", "head", "classification_head")
 
@@ -129,3 +131,15 @@ def _set_heads(pruner: Any, widths: Mapping[str, float]) -> None:
     pruner.per_step_head_pruning_ratio = pruner.iterative_pruning_ratio_scheduler(
         pruner.head_pruning_ratio, pruner.iterative_steps
     )
+
+
+def pace_heads_(pruner: Any) -> None:
+    """Before a step: torch-pruning takes its ratio of the heads that are left, where it is meant of those at first."""
+    if pruner.global_pruning or not pruner.prune_num_heads:
+        return
+    wanted = pruner.per_step_head_pruning_ratio[min(pruner.current_step, pruner.iterative_steps)]
+    for block in attention.present(pruner).values():
+        first = pruner.init_num_heads.get(block.queries, block.heads)
+        ratio = max(0.0, 1 - first * (1 - wanted) / block.heads - 1e-9)  # it rounds up, rounding errors too
+        schedule = [ratio] * (pruner.iterative_steps + 1)
+        pruner.head_pruning_ratio_dict.update(dict.fromkeys(block.projections, schedule))

@@ -310,3 +310,28 @@ def test_reducing_heads_is_better_than_leaving_channels_out(fusion):
         IntraFusionPruner(model, x[:1], l1(), widths={"head_dim": 0.5}, fusion=one, calibration=given).step()
         errors[one] = (model(x[100:]) - before[100:]).norm().item()
     assert errors[fusion] < 0.5 * errors["discard"]
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_several_steps_lose_heads_and_the_channels_inside_of_them(shared):
+    model = _with_circuits_of_rank(network(shared=shared, heads=8), 1)
+    with torch.no_grad():  # every other head is not read
+        for block in model.blocks:
+            block.o_proj.weight.unflatten(1, (8, 4))[:, 1::2] = 0
+    x = torch.randn(96, 6, 5)
+    before = model(x)
+
+    def metric(group):
+        block = next(b for b in model.blocks if any(item.dep.target.module is b.o_proj for item in group))
+        dim = block.head_dim
+        norms = block.o_proj.weight.detach().unflatten(1, (-1, dim)).norm(dim=(0, 2))
+        return norms.repeat_interleave(dim)
+
+    widths = {"heads": 0.5, "head_dim": 0.75}
+    pruner = IntraFusionPruner(
+        model, x[:1], metric, widths=widths, iterative_steps=2, fusion="calibrated", calibration=[x]
+    )
+    pruner.step()
+    pruner.step()
+    assert [(block.head_dim, block.o_proj.in_features) for block in model.blocks] == [(1, 4), (1, 4)]
+    assert (model(x) - before).norm() < 1e-3 * before.norm()
