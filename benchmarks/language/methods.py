@@ -165,15 +165,14 @@ class Turned(Method):
 
     def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
         stream = stream_of(view.graph, table)
-        self.rotation = None
+        self.rotation: Rotation | None = None
         if stream is None or table.name not in self.moments:
             return selection_pair(plan.kept, table.n)
         self.rotation = Rotation(stream, self.moments[table.name], plan.kept.cpu())
         return self.rotation.pair
 
-    def mixed_(self, table: GroupTable, pair: Pair, view: View) -> None:
-        if self.rotation is not None:
-            self.rotation.write_()
+    def rewrite(self, table: GroupTable, pair: Pair, view: View) -> Rotation | None:
+        return self.rotation
 
 
 @dataclass(frozen=True)

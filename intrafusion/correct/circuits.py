@@ -6,135 +6,130 @@ carry the best low rank of the head's two circuits (`ot.circuits`). Whole heads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 
 from intrafusion.correct.refit import set_tensor_
+from intrafusion.correct.survey import Run
 from intrafusion.groups.heads import Heads
-from intrafusion.groups.layout import at_least_float32
+from intrafusion.groups.layout import at_least_float32, from_channels, mix_, to_channels
+from intrafusion.groups.table import GroupTable
 from intrafusion.ot.circuits import low_rank
+from intrafusion.ot.regression import Moments
 from intrafusion.running import evaluating
-
-Run = Callable[[nn.Module, Any], Any]
 
 
 class HeadMoments:
     """Second moments [heads, r, r] of what every block's heads give in a network, on all batches: one pass.
 
-    keys are taken about their mean: what is the same for all keys shifts all logits of a query alike.
+    Keys are taken about their mean: what is the same for all keys shifts all logits of a query alike.
     """
 
     def __init__(self, network: nn.Module, blocks: Sequence[Heads], run: Run, batches: Sequence) -> None:
-        self._sums: dict[str, dict[str, _Sums]] = {block.name: {} for block in blocks}
+        self._sums: dict[tuple[str, str], Moments] = {}
         with ExitStack() as stack, torch.no_grad(), evaluating(network):
             for block in blocks:
-                for layer, hook in _hooks(block, self._sums[block.name]):
-                    if hook[0] == "gives":
-                        stack.callback(network.get_submodule(layer).register_forward_hook(hook[1]).remove)
-                    else:
-                        stack.callback(network.get_submodule(layer).register_forward_pre_hook(hook[1]).remove)
+                layers = {key: network.get_submodule(name) for key, name in block.names.items()}
+                stack.callback(layers["output"].register_forward_pre_hook(self._reads(block)).remove)
+                for key in ("queries",) if block.is_packed else ("queries", "keys"):
+                    stack.callback(layers[key].register_forward_hook(self._gives(block, key)).remove)
             for batch in batches:
                 run(network, batch)
 
     def of(self, block: Heads) -> dict[str, Tensor]:
         """queries, keys, read (what the output layer reads): by name."""
-        sums = self._sums[block.name]
-        return {name: sums[name].moments(centred=name == "keys") for name in sums}
+        found = {key: sums for (name, key), sums in self._sums.items() if name == block.name}
+        return {key: (sums.centred()[0] if key == "keys" else sums.xx) / sums.n for key, sums in found.items()}
+
+    def _reads(self, block: Heads) -> Callable:
+        return lambda _layer, args: self._add(block, "read", args[0], block.heads)
+
+    def _gives(self, block: Heads, key: str) -> Callable:
+        def hook(_layer: nn.Module, _args: Any, output: Tensor) -> None:
+            if block.is_packed:
+                queries, keys, _ = output.chunk(3, dim=-1)
+                self._add(block, "queries", queries, block.heads)
+                self._add(block, "keys", keys, block.heads)
+            else:
+                self._add(block, key, output, block.heads if key == "queries" else block.key_heads)
+
+        return hook
+
+    def _add(self, block: Heads, key: str, value: Tensor, heads: int) -> None:
+        x = value.flatten(0, -2).unflatten(-1, (heads, -1)).movedim(1, 0)
+        x = x.to(at_least_float32(x.dtype))
+        more, known = Moments.of(x, x[..., :0]), self._sums.get((block.name, key))
+        self._sums[block.name, key] = more if known is None else known + more
 
 
-class _Sums:
-    def __init__(self) -> None:
-        self.n, self.sum, self.products = 0.0, torch.zeros(()), torch.zeros(())
+class Reduction:
+    """The channels inside the heads of a block, before some are cut (a `groups.apply.Rewrite`).
 
-    def add(self, value: Tensor, heads: int) -> None:
-        x = value.flatten(0, -2).unflatten(-1, (heads, -1)).movedim(1, 0).to(at_least_float32(value.dtype))
-        self.n += x.shape[1]
-        self.sum = self.sum.to(x.device) + x.double().sum(dim=1)
-        self.products = self.products.to(x.device) + (x.mT @ x).double()
-
-    def moments(self, *, centred: bool) -> Tensor:
-        mean = self.sum / self.n
-        products = self.products / self.n
-        return products - mean[:, :, None] * mean[:, None, :] if centred else products
-
-
-def _hooks(block: Heads, sums: dict[str, _Sums]) -> list[tuple[str, tuple[str, Callable]]]:
-    def told(name: str, value: Tensor, heads: int) -> None:
-        sums.setdefault(name, _Sums()).add(value, heads)
-
-    def read(_layer: Any, args: Any) -> None:
-        told("read", args[0], block.heads)
-
-    def packed(_layer: Any, _args: Any, output: Tensor) -> None:
-        queries, keys, _ = output.chunk(3, dim=-1)
-        told("queries", queries, block.heads)
-        told("keys", keys, block.heads)
-
-    def queries(_layer: Any, _args: Any, output: Tensor) -> None:
-        told("queries", output, block.heads)
-
-    def keys(_layer: Any, _args: Any, output: Tensor) -> None:
-        told("keys", output, block.key_heads)
-
-    names = block.names
-    found = [(names["output"], ("reads", read))]
-    if block.is_packed:
-        return [*found, (names["queries"], ("gives", packed))]
-    return [*found, (names["queries"], ("gives", queries)), (names["keys"], ("gives", keys))]
-
-
-@torch.no_grad()
-def reduce_(block: Heads, moments: dict[str, Tensor], kept: Tensor, *, rescale: bool) -> dict[str, Tensor]:
-    """Rewrite the kept channels of every head of a block, at full size.
-
-    kept: [k] channels inside each head. rescale: whether the logits are divided by the root of the number of channels
-    when the network runs, which will be smaller. Returns what the outputs of the block's layers stand for when they
-    have been cut: [left, full] by layer name, in terms of what they gave before.
+    moments: of `HeadMoments`. kept: [k] channels inside each head. The logits keep their scale where that is made of
+    the number of channels when the network runs, which will be smaller.
     """
-    r, k, shared = block.dim, len(kept), block.shared
-    output = block.output.weight.detach().double().unflatten(1, (block.key_heads, shared, r))
-    reads = torch.einsum("mgsr,mgst->grt", output, output)
-    seen = moments["read"].unflatten(0, (block.key_heads, shared)).sum(dim=1).to(reads.device)
-    asked = moments["queries"].unflatten(0, (block.key_heads, shared)).sum(dim=1).to(reads.device)
-    shown = moments["keys"].to(reads.device)
-    values, columns, keys, queries = ([] for _ in range(4))
-    for head in range(block.key_heads):
-        value, column = low_rank(seen[head], reads[head], k)
-        key, query = low_rank(shown[head], asked[head], k)
-        values.append(value)
-        columns.append(column)
-        keys.append(key)
-        queries.append(query * (k / r) ** 0.5 if rescale else query)
-    kept = kept.to(reads.device)
-    maps = {"queries": (queries, shared), "keys": (keys, 1), "values": (values, 1)}
-    found: dict[str, Tensor] = {}
-    for number, (name, (small, times)) in enumerate(maps.items()):
-        layer: Any = getattr(block, name)
-        each = [one for one in small for _ in range(times)]
-        start = number * block.heads * r if block.is_packed else 0
-        for place, one in enumerate(each):
-            rows = slice(start + place * r, start + (place + 1) * r)
-            _mix_rows_(layer, rows, kept, one)
-        full = torch.block_diag(*each)
-        key = block.names[name]
-        found[key] = torch.block_diag(found[key], full) if key in found else full
-    weight = block.output.weight.detach().clone()
-    for place, one in enumerate(one for one in columns for _ in range(shared)):
-        columns_at = slice(place * r, (place + 1) * r)
-        weight[:, place * r + kept] = (weight[:, columns_at].double() @ one.T).to(weight)
-    set_tensor_(block.output, "weight", weight)
-    return found
 
+    def __init__(self, block: Heads, moments: Mapping[str, Tensor], kept: Tensor) -> None:
+        self.names, self._kept, self._block = block.names, kept, block
+        r, k, shape = block.dim, len(kept), (block.key_heads, block.shared)
+        output = block.output.weight.detach().double().unflatten(1, (*shape, r))
+        reads = torch.einsum("mgsr,mgst->grt", output, output)
+        seen, asked = (moments[key].unflatten(0, shape).sum(dim=1).to(reads.device) for key in ("read", "queries"))
+        shown, scale = moments["keys"].to(reads.device), (k / r) ** 0.5 if block.scaled else 1.0
+        found: dict[str, list[Tensor]] = {"queries": [], "keys": [], "values": [], "output": []}
+        for head in range(block.key_heads):
+            value, column = low_rank(seen[head], reads[head], k)
+            key, query = low_rank(shown[head], asked[head], k)
+            found["keys"].append(key)
+            found["values"].append(value)
+            found["queries"] += [query * scale] * block.shared
+            found["output"] += [column] * block.shared
+        self._maps = found
 
-def _mix_rows_(layer: Any, rows: slice, kept: Tensor, weights: Tensor) -> None:
-    for name in ("weight", "bias"):
+    def before_(self, graph: tp.DependencyGraph, table: GroupTable, change: Any = None) -> None:
+        """Rewrite the channels that stay, at full size."""
+        model, r = graph.model, self._block.dim
+        for number, key in enumerate(("queries", "keys", "values")):
+            layer: Any = model.get_submodule(self.names[key])
+            start = number * self._block.width if self._block.is_packed else 0
+            for head, small in enumerate(self._maps[key]):
+                rows = torch.arange(r) + start + head * r
+                for name in ("weight", "bias"):
+                    self._mix_(layer, name, 0, rows, small, torch.linalg.pinv(small).T, change)
+        output: Any = model.get_submodule(self.names["output"])
+        values = [value for value in self._maps["values"] for _ in range(self._block.shared)]
+        for head, (small, value) in enumerate(zip(self._maps["output"], values, strict=True)):
+            self._mix_(output, "weight", 1, torch.arange(r) + head * r, small, value, change)
+
+    def after_(self, graph: tp.DependencyGraph, table: GroupTable) -> None:
+        """Nothing is left to do."""
+
+    def stands_for(self, whole: Tensor) -> dict[str, Tensor]:
+        """[left, full] what the outputs of the layers are when they have been cut, of what they gave, by layer name.
+
+        whole: the heads that are left.
+        """
+        found: dict[str, Tensor] = {}
+        for key in ("queries", "keys", "values"):
+            every = self._maps[key]
+            left = set(range(len(every)) if key != "queries" and self._block.shared > 1 else whole.tolist())
+            maps = torch.block_diag(*(m if head in left else m[:0] for head, m in enumerate(every)))
+            known = found.get(self.names[key])
+            found[self.names[key]] = maps if known is None else torch.block_diag(known, maps)
+        return found
+
+    def _mix_(self, layer: Any, name: str, axis: int, at: Tensor, by: Tensor, carried: Tensor, change: Any) -> None:
+        """Of channels `at` [r] of a tensor, those that stay become `by` [k, r] of all of them, gradients `carried`."""
         tensor = getattr(layer, name)
-        if tensor is not None:
-            new = tensor.detach().clone()
-            part = tensor.detach()[rows].double()
-            new[rows.start + kept] = (weights @ part).to(new)
-            set_tensor_(layer, name, new)
+        if tensor is None:
+            return
+        matrix = to_channels(tensor.detach().double(), axis).clone()
+        mix_(matrix, at[:, None].to(matrix.device), by.to(matrix.device), self._kept.to(matrix.device))
+        set_tensor_(layer, name, from_channels(matrix, tensor, axis))
+        if change is not None:
+            change.mixes(layer, name, axis, at, self._kept, carried)

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from intrafusion.correct.refit import set_tensor_
 from intrafusion.correct.survey import Run
 from intrafusion.groups.apply import apply_pair
-from intrafusion.groups.layout import from_channels, to_channels
 from intrafusion.groups.snapshot import Snapshot
-from intrafusion.groups.streams import Stream
+from intrafusion.groups.streams import Stream, stream_of
+from intrafusion.groups.table import GroupTable
 from intrafusion.ot import Pair
 from intrafusion.running import Levelled, evaluating, same_outputs
 
 
 class Rotation:
-    """The pair that turns a stream and cuts it, and what else has to be written with it.
+    """The pair that turns a stream and cuts it, and what else is written with it (a `groups.apply.Rewrite`).
 
     kept: [k] the places that stay. moments: [n, n] second moments of what each norm gives, by its name. vectors:
     [n, n] the directions, as columns, of which the first stay; the principal ones of the moments, each norm counting
@@ -32,7 +32,7 @@ class Rotation:
     def __init__(
         self, stream: Stream, moments: Mapping[str, Tensor], kept: Tensor, vectors: Tensor | None = None
     ) -> None:
-        n, k = stream.table.n, len(kept)
+        k = len(kept)
         mean = torch.stack(list(moments.values())).mean(dim=0)
         directions: Tensor = torch.linalg.eigh(mean)[1].flip(1) if vectors is None else vectors
         if stream.centred:  # one direction of the k is that of equal channels, which the norms take out
@@ -41,32 +41,28 @@ class Rotation:
             turned, inside = directions[:, :k], torch.eye(k, dtype=torch.float64)
         rows = inside @ turned.T
         self.pair = Pair(rows, rows.T.contiguous(), kept)
-        self._weights: list[tuple[nn.Module, str, Tensor]] = []
-        for norm, readers in stream.norms:
-            power = (turned.T @ moments[norm.name] @ turned).trace() / n
-            scale = float((power * n / k).sqrt())
-            gain, shift = (_vector(norm.owner, name, n) for name in ("weight", "bias"))
+        power = {name: float((turned.T @ moment @ turned).trace()) / k for name, moment in moments.items()}
+        self._gains = {name: value**0.5 for name, value in power.items()}
+
+    def before_(self, graph: tp.DependencyGraph, table: GroupTable, change: Any = None) -> None:
+        """Carry the norms' gains and shifts over into what reads them; the function stays the same."""
+        for norm, readers in _stream(graph, table).norms:
+            gain, shift = (_vector(norm.owner, name) for name in ("weight", "bias"))
             for slot in readers:
-                columns = to_channels(slot.owner.weight.detach().double().cpu(), slot.axis)  # [n, outputs]
-                new = columns.clone()
-                new[kept] = rows @ (gain[:, None] * columns)
-                self._weights.append((slot.owner, "weight", from_channels(new, slot.owner.weight, slot.axis)))
+                weight = slot.owner.weight.detach().double()
                 if shift is not None and bool(shift.any()):
-                    bias = slot.owner.bias.detach().double().cpu() + shift @ columns
-                    self._weights.append((slot.owner, "bias", bias))
-            if getattr(norm.owner, "weight", None) is not None:
-                self._weights.append((norm.owner, "weight", torch.full((n,), scale, dtype=torch.float64)))
-            if shift is not None:
-                self._weights.append((norm.owner, "bias", torch.zeros(n, dtype=torch.float64)))
+                    set_tensor_(slot.owner, "bias", slot.owner.bias.detach().double() + weight @ shift)
+                if gain is not None:
+                    set_tensor_(slot.owner, "weight", weight * gain)
+                    if change is not None:
+                        new = torch.full((len(self.pair.kept),), self._gains[norm.name], dtype=torch.float64)
+                        change.scaled(slot.owner, "weight", 1, gain, new.to(gain.device))
+            _fill_(norm.owner, 1.0)
 
-    @property
-    def layers(self) -> list[nn.Module]:
-        return list(dict.fromkeys(owner for owner, _, _ in self._weights))
-
-    def write_(self) -> None:
-        """To be called when the pair has been written."""
-        for owner, name, value in self._weights:
-            set_tensor_(owner, name, value.to(getattr(owner, name).device))
+    def after_(self, graph: tp.DependencyGraph, table: GroupTable) -> None:
+        """Give the norms the gains that fit fewer channels."""
+        for norm, _ in _stream(graph, table).norms:
+            _fill_(norm.owner, self._gains[norm.name])
 
 
 @torch.no_grad()
@@ -87,8 +83,9 @@ def may_be_turned(stream: Stream, graph: tp.DependencyGraph, forward: Callable[[
     with evaluating(graph.model), Levelled():
         before = forward(graph.model)
         try:
+            rotation.before_(graph, stream.table)
             apply_pair(stream.table, rotation.pair)
-            rotation.write_()
+            rotation.after_(graph, stream.table)
             after = forward(graph.model)
         finally:
             snapshot.restore()
@@ -127,8 +124,20 @@ def _level(k: int) -> Tensor:
     return torch.linalg.qr(start)[0][:, 1:]
 
 
-def _vector(norm: Any, name: str, n: int) -> Any:
+def _stream(graph: tp.DependencyGraph, table: GroupTable) -> Stream:
+    """Raises ValueError if the group is no stream."""
+    stream = stream_of(graph, table)
+    if stream is None:
+        raise ValueError(f"group {table.name!r} is no stream that is only read through norms")
+    return stream
+
+
+def _vector(norm: Any, name: str) -> Tensor | None:
     value = getattr(norm, name, None)
-    if value is None:
-        return torch.ones(n, dtype=torch.float64) if name == "weight" else None
-    return value.detach().double().cpu()
+    return None if value is None else value.detach().double()
+
+
+def _fill_(norm: Any, gain: float) -> None:
+    for name, number in (("weight", gain), ("bias", 0.0)):
+        if (value := getattr(norm, name, None)) is not None:
+            set_tensor_(norm, name, torch.full_like(value, number))

@@ -6,6 +6,10 @@ tensor bit for bit as torch-pruning would cut it. Gradients are not written here
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
+import torch_pruning as tp
+
 from intrafusion.groups.draft import Draft, Mix
 from intrafusion.groups.kinds.base import Slot
 from intrafusion.groups.kinds.filters import filters_of
@@ -28,6 +32,33 @@ def apply_pair(table: GroupTable, pair: Pair) -> None:
     if pair.shift is not None and carrier is not None:
         filters_of(carrier.owner).add_shift(draft, carrier, pair.kept, pair.shift)
     draft.commit()
+
+
+class Rewrite(Protocol):
+    """What is written into a group's layers besides its pair, at full size, and into other networks alike.
+
+    Written out in tensors: a network's own method object is not held by it.
+    """
+
+    def before_(self, graph: tp.DependencyGraph, table: GroupTable, change: Any = None) -> None:
+        """Before the pair is applied. change: a `history.lineage.Change`, told what this does to gradients."""
+
+    def after_(self, graph: tp.DependencyGraph, table: GroupTable) -> None:
+        """When the pair has been applied, before the cut."""
+
+
+def write_(
+    graph: tp.DependencyGraph, table: GroupTable, pair: Pair | None, rewrite: Rewrite | None, change: Any = None
+) -> None:
+    """Write all that is to become of a group, before it is cut; change: as in `Rewrite`, told of both."""
+    if rewrite is not None:
+        rewrite.before_(graph, table, change)
+    if pair is not None:
+        apply_pair(table, pair)
+        if change is not None:
+            change.mixed(table, pair)
+    if rewrite is not None:
+        rewrite.after_(graph, table)
 
 
 def shift_carrier(table: GroupTable) -> Slot | None:

@@ -116,6 +116,7 @@ class Change:
         self._mixings: dict[Address, list[Mixing]] = defaultdict(list)
         self._cuts: dict[Address, list[Cut]] = defaultdict(list)
         self._problems: dict[Address, str] = {}
+        self._own_scales: dict[Address, tuple[int, Tensor, Tensor]] = {}
 
     def mixed(self, table: GroupTable, pair: Pair | None) -> None:
         """A pair was applied to a group (None: it is only cut)."""
@@ -126,10 +127,13 @@ class Change:
             if address[0]._parameters.get(address[1]) is not None:
                 self._mixings[address].append(mixing)
 
-    def rewritten(self, layer: nn.Module, why: str) -> None:
-        """The parameters of a layer have been changed in a way that gradients are not carried through."""
-        for name in layer._parameters:
-            self._problems[layer, name] = why
+    def mixes(self, layer: nn.Module, name: str, axis: int, at: Tensor, kept: Tensor, weights: Tensor) -> None:
+        """Of channels `at` [r] of a layer's tensor, gradients of those `kept` [k] become `weights` [k, r] times all."""
+        self._mixings[layer, name].append(Mixing(weights.double().cpu(), kept.cpu(), at.cpu()[:, None], axis))
+
+    def scaled(self, layer: nn.Module, name: str, axis: int, before: Tensor, after: Tensor) -> None:
+        """A tensor was in other units along an axis: what it multiplied was `before` as large, and is `after` now."""
+        self._own_scales[layer, name] = axis, before, after
 
     @contextmanager
     def cutting(self, group: Any) -> Iterator[None]:
@@ -219,6 +223,8 @@ class Change:
     def _scales(self, address: Address) -> tuple[int, Tensor | None, Tensor | None]:
         """(axis, scale before, scale now) of the coordinates that a parameter is carried in."""
         module, name = address
+        if address in self._own_scales:
+            return self._own_scales[address]
         if isinstance(module, ops.TORCH_BATCHNORM):
             if name != "weight" or module.running_mean is None:
                 return 0, None, None

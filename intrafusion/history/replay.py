@@ -6,8 +6,8 @@ network means, or averaging them further makes no sense.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch_pruning as tp
 from torch_pruning.dependency.group import Group
 
 from intrafusion.correct.correction import Correction
-from intrafusion.groups.apply import apply_pair
+from intrafusion.groups.apply import Rewrite, write_
 from intrafusion.groups.snapshot import frozen_parameters
 from intrafusion.groups.table import GroupTable, module_name, tabulate
 from intrafusion.ot import Pair, selection_pair
@@ -27,7 +27,8 @@ class GroupCut:
 
     root: name of its first layer; outputs: whether that loses output channels; removed: the root channels that went;
     channel_groups: torch-pruning's number of chunks; pair: how the rest was mixed (None: not at all); sizes: (module,
-    attribute, value) of what else was set then.
+    attribute, value) of what else was set then; rewrite: what was written besides the pair, or None; inside: what the
+    outputs of some layers stand for since, where the pair does not say (see `Correction.cut`).
     """
 
     root: str
@@ -36,13 +37,15 @@ class GroupCut:
     channel_groups: int
     pair: Pair | None
     sizes: tuple[tuple[str, str, Any], ...] = ()
+    rewrite: Rewrite | None = None
+    inside: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(graph: tp.DependencyGraph, group: Group, channel_groups: int, pair: Pair | None) -> GroupCut:
+    def of(graph: tp.DependencyGraph, group: Group, channel_groups: int, pair: Pair | None, **more: Any) -> GroupCut:
         root = group[0].dep
         outputs = graph.is_out_channel_pruning_fn(root.handler)
         removed = tuple(sorted({int(i) for i in group[0].idxs}))
-        return GroupCut(module_name(graph, root.target.module), outputs, removed, channel_groups, pair)
+        return GroupCut(module_name(graph, root.target.module), outputs, removed, channel_groups, pair, **more)
 
 
 @torch.no_grad()
@@ -59,8 +62,7 @@ def replay_(graph: tp.DependencyGraph, cuts: Sequence[GroupCut], correction: Cor
         kept = _kept(table, cut)
         if correction is not None:
             correction.come_to(table)
-        if cut.pair is not None:
-            apply_pair(table, cut.pair)
+        write_(graph, table, cut.pair, cut.rewrite)
         frozen = frozen_parameters(table.modules())
         graph.get_pruning_group(root, handler, list(cut.removed)).prune(record_history=False)
         for module, name in frozen:  # torch-pruning makes a cut parameter trainable
@@ -69,7 +71,7 @@ def replay_(graph: tp.DependencyGraph, cuts: Sequence[GroupCut], correction: Cor
             held = getattr(graph.model.get_submodule(name), attribute)
             setattr(graph.model.get_submodule(name), attribute, type(held)(value))
         if correction is not None:
-            correction.cut(table, cut.pair or selection_pair(kept, table.n))
+            correction.cut(table, cut.pair or selection_pair(kept, table.n), cut.inside)
     if correction is not None:
         correction.finish()
 

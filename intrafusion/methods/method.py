@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from intrafusion.correct.correction import LayerView
+from intrafusion.groups.apply import Rewrite
 from intrafusion.groups.table import GroupTable
 from intrafusion.ot import Pair, Plan
 
@@ -61,6 +62,9 @@ class Method:
     def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
         """The pair for a group; `plan.kept` are the channels that stay. It must not change the network."""
         raise NotImplementedError(f"{type(self).__name__} gives no pair: define pair(table, plan, view)")
+
+    def rewrite(self, table: GroupTable, pair: Pair, view: View) -> Rewrite | None:
+        """What is to be written besides the pair, if anything; averages of the network and gradients follow it."""
 
     def mixed_(self, table: GroupTable, pair: Pair, view: View) -> None:
         """Called when a pair has been written into the group's tensors, before the cut."""

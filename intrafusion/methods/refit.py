@@ -12,7 +12,7 @@ from torch import Tensor
 from intrafusion.correct.correction import LayerView
 from intrafusion.correct.refit import can_refit, match_statistics_, refit_
 from intrafusion.correct.streams import Rotation, may_be_turned, stream_moments
-from intrafusion.groups.apply import shift_carrier
+from intrafusion.groups.apply import Rewrite, shift_carrier
 from intrafusion.groups.streams import stream_of
 from intrafusion.groups.table import GroupTable
 from intrafusion.methods.method import Method
@@ -42,7 +42,7 @@ class Refit(Method):
         to its principal directions instead.
         """
         stream = stream_of(view.graph, table) if len(plan.kept) > 1 else None
-        self._rotation = None
+        self._rotation: Rotation | None = None
         if stream is not None and may_be_turned(stream, view.graph, lambda network: view.run(network, view.example)):
             moments = stream_moments(stream, view.dense, view.run, view.batches)
             self._rotation = Rotation(stream, moments, plan.kept.cpu())
@@ -68,10 +68,9 @@ class Refit(Method):
         rows, read = (_inside_classes(side.cpu(), table, plan) for side in (rows, read.T))
         return Pair(rows, read.T, plan.kept, None if stays or not may_shift else shift.cpu(), read.T)
 
-    def mixed_(self, table: GroupTable, pair: Pair, view: View) -> None:
-        """The norms of a stream that was turned: their gains and shifts go over into what reads them."""
-        if self._rotation is not None:
-            self._rotation.write_()
+    def rewrite(self, table: GroupTable, pair: Pair, view: View) -> Rewrite | None:
+        """Of a stream that is turned: the norms' gains and shifts go over into what reads them."""
+        return self._rotation
 
     def repair_(self, layer: LayerView, view: View) -> None:
         """Refit the layer so that it gives what the dense one gives; where that is not possible, its batch-norm."""

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch_pruning.dependency.group import Group
 
-from intrafusion.correct.circuits import HeadMoments, reduce_
+from intrafusion.correct.circuits import HeadMoments, Reduction
 from intrafusion.correct.correction import Correction, LayerView
-from intrafusion.groups.apply import apply_pair
+from intrafusion.groups.apply import Rewrite, write_
 from intrafusion.groups.heads import Heads
 from intrafusion.groups.snapshot import Snapshot, frozen_parameters
 from intrafusion.groups.streams import untie_
@@ -41,6 +41,8 @@ from intrafusion.prune.report import GroupReport
 from intrafusion.prune.sizes import Sizes
 from intrafusion.prune.twin import Twin
 from intrafusion.running import copy_of
+
+_REDUCED = "queries with keys, and values with the output, become their best product of that rank"
 
 
 class _Begun(View):
@@ -103,8 +105,10 @@ class Step:
         if self.settings.is_discard:
             return None
         tables = [self._pruner.table(group) for group in groups]
-        if method.circuits and untie_(pruner.model, tables):
-            tables = [self._pruner.table(group) for group in groups]
+        if method.circuits:
+            with self.lineage.recording():
+                untied = untie_(pruner.model, tables)
+            tables = [self._pruner.table(group) for group in groups] if untied else tables
         self._inconsistent = pruner.inconsistent_groups()
         inputs = inputs_for(pruner, method)
         self.inputs = inputs.batches if pruner.keep_inputs else ()
@@ -145,8 +149,7 @@ class Step:
                     with self._sizes.explaining():
                         correction.come_to(table)
                 plan, pair, note = self._pair(group, table, kept)
-                change.mixed(table, pair)
-                inside = self._inside_heads_(group, table, kept, change)
+                rewrite, inside = self._write_(group, table, kept, pair, change)
                 if self.view is not None:
                     self.view.twin.note(self._pruner.DG, group)
                 cut = self._sizes.cutting(group)
@@ -170,7 +173,11 @@ class Step:
                 correction.close()
             where = f"while fusing group {table.name!r} ({table.n} -> {len(kept)} channels)"
             raise FusionError(f"{where}: {refusals.uncut(error, table.name)}") from error
-        self.cuts = (*self.cuts, GroupCut.of(self._pruner.DG, group, self._pruner.channel_groups_of(group), pair))
+        channel_groups = self._pruner.channel_groups_of(group)
+        self.cuts = (
+            *self.cuts,
+            GroupCut.of(self._pruner.DG, group, channel_groups, pair, rewrite=rewrite, inside=inside),
+        )
         merged = "selection" if pair is None and not self._refits_heads(group) else self.method.label
         cost, targets = (None, ()) if plan is None else (plan.cost, plan.main_targets)
         entry = GroupReport(table.name, self._pruner.current_step, table.n, len(kept), merged, cost, note, targets)
@@ -206,7 +213,7 @@ class Step:
             warnings.warn(trouble, stacklevel=5)
 
     def _pair(self, group: FusedGroup, table: GroupTable, kept: Tensor) -> tuple[Plan | None, Pair | None, str]:
-        """(plan, pair, remark): features, plan, merge, apply. No pair: the group is only cut; the remark says why."""
+        """(plan, pair, remark): features, plan, merge. No pair: the group is only cut; the remark says why."""
         view, settings = self.view, self.settings
         if view is None:
             return None, None, ""
@@ -219,8 +226,6 @@ class Step:
             target_mass=settings.target_mass, targets=settings.targets, seed=settings.seed,
         )  # fmt: skip
         pair = self.method.pair(table, plan, view)
-        apply_pair(table, pair)
-        self.method.mixed_(table, pair, view)
         return (plan, pair, _remark(plan)) if self.method.plan else (None, pair, "")
 
     def _refits_heads(self, group: FusedGroup) -> bool:
@@ -232,48 +237,48 @@ class Step:
         if not self._pruner.is_attention(group):
             return None
         layers = {item[0].target.module for item in group}
-        return next((block for block in self._pruner.heads if layers >= {block.output, *block.projections}), None)
+        return next((block for block in self._heads.values() if layers >= {block.output, *block.projections}), None)
 
-    def _inside_heads_(self, group: FusedGroup, table: GroupTable, kept: Tensor, change: Change) -> dict[str, Tensor]:
-        """Rewrite the channels of heads that are going to lose some; what the outputs of the layers will stand for.
+    def _write_(
+        self, group: FusedGroup, table: GroupTable, kept: Tensor, pair: Pair | None, change: Change
+    ) -> tuple[Rewrite | None, dict[str, Tensor]]:
+        """Apply the pair, and whatever is written besides it.
 
-        Nothing is done, and {} returned, where whole heads go or the block is not one that was found.
+        Returns that, and what the outputs of some layers will stand for, where the pair does not say.
         """
-        view, pruner = self.view, self._pruner
-        block = self._block(group)
-        if view is None or view.correction is None or block is None or not self._refits_heads(group):
-            return {}
-        block = self._heads[block.name]
-        dim = block.dim
-        inside = (kept % dim).unique()
-        whole = (kept // dim).unique()
-        if len(inside) == dim or block.width != table.n or len(inside) * len(whole) != len(kept):
-            return {}
-        if view.moments is None:
-            correction = view.correction
-            blocks = list(self._heads.values())
-            view.moments = HeadMoments(correction.dense, blocks, pruner.run, correction.batches)
-        moments = view.moments.of(block)
-        found = reduce_(block, moments, inside, rescale=block.scaled)
-        for layer in (*block.projections, block.output):
-            change.rewritten(layer, "the channels inside its attention heads were changed")
-        return {name: weights[self._left(block, name, weights, whole, len(inside))] for name, weights in found.items()}
+        view = self.view
+        if pair is None or view is None:
+            rewrite, whole = self._reduction(group, table, kept)
+            write_(self._pruner.DG, table, None, rewrite, change)
+            return rewrite, {} if rewrite is None else rewrite.stands_for(whole)
+        rewrite = self.method.rewrite(table, pair, view)
+        write_(self._pruner.DG, table, pair, rewrite, change)
+        self.method.mixed_(table, pair, view)
+        return rewrite, {}
 
-    def _left(self, block: Heads, name: str, weights: Tensor, whole: Tensor, dim: int) -> Tensor:
-        """The rows of a layer that are left when whole heads have gone as well."""
-        heads = len(weights) // dim
-        stay = torch.zeros(heads, dtype=torch.bool)
-        shared = name != block.names["queries"] and block.shared > 1
-        for part in range(heads // block.heads if not shared else 0):
-            stay[part * block.heads + whole] = True
-        return (stay | shared).repeat_interleave(dim).nonzero().flatten()
+    def _reduction(self, group: FusedGroup, table: GroupTable, kept: Tensor) -> tuple[Reduction | None, Tensor]:
+        """What is made of the channels inside of heads that are going to lose some, and the heads that are left.
+
+        None where only whole heads go, or the block is not one that was found.
+        """
+        view, block = self.view, self._block(group)
+        if view is None or view.correction is None or block is None or not self._refits_heads(group):
+            return None, kept
+        inside, whole = (kept % block.dim).unique(), (kept // block.dim).unique()
+        if len(inside) == block.dim or block.width != table.n or len(inside) * len(whole) != len(kept):
+            return None, whole
+        if view.moments is None:
+            correction, blocks = view.correction, list(self._heads.values())
+            view.moments = HeadMoments(correction.dense, blocks, self._pruner.run, correction.batches)
+        return Reduction(block, view.moments.of(block), inside), whole
 
     def _why_not(self, group: FusedGroup, table: GroupTable, kept: Tensor) -> str:
         """Why a group can only be cut ('' if it can be fused)."""
         if table.name in self._inconsistent:
             return "torch-pruning's index map does not describe the network here, and its cut may be wrong as well"
         if self._refits_heads(group):
-            return "heads stay as they are; what reads them is refitted"
+            reduced = (block := self._block(group)) is not None and len((kept % block.dim).unique()) < block.dim
+            return _REDUCED if reduced else "heads stay as they are; what reads them is refitted"
         if self._pruner.is_attention(group):
             return "queries and keys meet in a product, which a linear merge cannot keep"
         reason = checks.mismatch(group, table, kept) or table.unsupported or checks.uneven_chunks(table, kept)

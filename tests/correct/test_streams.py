@@ -91,8 +91,10 @@ def test_a_stream_that_is_turned_and_not_cut_leaves_the_function_unchanged(norm,
     assert may_be_turned(stream, graph, lambda network: [network(ids())])
     moments = stream_moments(stream, copy.deepcopy(model), run_model, [(ids(),)])
     rotation = Rotation(stream, moments, torch.arange(WIDTH))
+    rotation.before_(graph, table)
+    assert torch.allclose(model(ids()), before, atol=1e-4, rtol=1e-4)
     apply_pair(table, rotation.pair)
-    rotation.write_()
+    rotation.after_(graph, table)
     assert not torch.equal(model.down[0].weight, residual(norm, tied=tied).down[0].weight)
     assert torch.allclose(model(ids()), before, atol=1e-4, rtol=1e-4)
 
