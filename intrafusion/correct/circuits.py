@@ -90,6 +90,7 @@ class Reduction:
             found["queries"] += [query * scale] * block.shared
             found["output"] += [column] * block.shared
         self._maps = found
+        self._moments = {"queries": asked, "keys": shown, "values": seen}
 
     def before_(self, graph: tp.DependencyGraph, table: GroupTable, change: Any = None) -> None:
         """Rewrite the channels that stay, at full size."""
@@ -97,10 +98,12 @@ class Reduction:
         for number, key in enumerate(("queries", "keys", "values")):
             layer: Any = model.get_submodule(self.names[key])
             start = number * self._block.width if self._block.is_packed else 0
-            for head, small in enumerate(self._maps[key]):
+            maps = self._maps[key]
+            for head, small in enumerate(maps):
                 rows = torch.arange(r) + start + head * r
+                moment = self._moments[key][head * self._block.key_heads // len(maps)]
                 for name in ("weight", "bias"):
-                    self._mix_(layer, name, 0, rows, small, torch.linalg.pinv(small).T, change)
+                    self._mix_(layer, name, 0, rows, small, _reading(small, moment), change)
         output: Any = model.get_submodule(self.names["output"])
         values = [value for value in self._maps["values"] for _ in range(self._block.shared)]
         for head, (small, value) in enumerate(zip(self._maps["output"], values, strict=True)):
@@ -133,3 +136,9 @@ class Reduction:
         set_tensor_(layer, name, from_channels(matrix, tensor, axis))
         if change is not None:
             change.mixes(layer, name, axis, at, self._kept, carried)
+
+
+def _reading(small: Tensor, moment: Tensor) -> Tensor:
+    """[k, r] transposed: what reads old channels, of second moment [r, r], off the new ones, small [k, r] of them."""
+    seen = small @ moment
+    return torch.linalg.pinv(seen @ small.T, hermitian=True) @ seen

@@ -54,9 +54,8 @@ class Rotation:
                     set_tensor_(slot.owner, "bias", slot.owner.bias.detach().double() + weight @ shift)
                 if gain is not None:
                     set_tensor_(slot.owner, "weight", weight * gain)
-                    if change is not None:
-                        new = torch.full((len(self.pair.kept),), self._gains[norm.name], dtype=torch.float64)
-                        change.scaled(slot.owner, "weight", 1, gain, new.to(gain.device))
+                    if change is not None:  # the new gains only make up for what fewer channels do to the norm
+                        change.scaled(slot.owner, "weight", 1, gain, gain.new_ones(len(self.pair.kept)))
             _fill_(norm.owner, 1.0)
 
     def after_(self, graph: tp.DependencyGraph, table: GroupTable) -> None:

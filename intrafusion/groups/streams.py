@@ -9,7 +9,7 @@ mean (LayerNorm) does so where the map leaves the direction of equal channels al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +69,11 @@ def stream_of(graph: tp.DependencyGraph, table: GroupTable) -> Stream | None:
     return Stream(table, tuple(found), norms[0].kind.centred)  # type: ignore[attr-defined]
 
 
-def untie_(model: nn.Module, tables: Sequence[GroupTable]) -> bool:
-    """Give layers of the groups that share a weight with another layer one of their own; was there one?
+def untie_(model: nn.Module, owners: Collection[Any]) -> bool:
+    """Give `owners`, layers that share a weight with another layer, one of their own; was there one?
 
-    Torch-Pruning does the same by cutting them one after the other.
+    Torch-Pruning does the same to the layers of a group by cutting them one after the other.
     """
-    owners = {slot.owner for table in tables for slot in table.slots}
-    owners |= {owner for table in tables for owner, _ in table.reach}
     first: dict[int, Any] = {}
     found = False
     for module in model.modules():

@@ -13,6 +13,7 @@ from torch import nn
 
 from intrafusion.groups.head_graph import know_heads
 from intrafusion.groups.heads import blocks_of, opaque
+from intrafusion.groups.kinds.conv1d import as_linear_
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Tracing:
         """The dependency graph of ``model``."""
         free: Any = [(model.get_parameter(name), dim) for name, dim in self.unwrapped]
         ignored = [model.get_parameter(name) for name in self.ignored]
+        as_linear_(model)
         blocks = blocks_of(model)
         with _trainable(model), opaque(blocks), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unwrapped parameters detected")

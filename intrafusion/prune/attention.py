@@ -29,6 +29,11 @@ def present(pruner: Any) -> dict[str, Heads]:
     }
 
 
+def numbers(pruner: Any) -> list[tuple[int, int, int]]:
+    """(heads, heads of keys and values, width of a head) of every block."""
+    return [(block.heads, block.key_heads, block.dim) for block in present(pruner).values()]
+
+
 def tell_(pruner: Any) -> None:
     """Let the pruner's graph know the blocks as they are now."""
     know_heads(pruner.DG, list(present(pruner).values()))

@@ -107,7 +107,7 @@ class Step:
         tables = [self._pruner.table(group) for group in groups]
         if method.circuits:
             with self.lineage.recording():
-                untied = untie_(pruner.model, tables)
+                untied = untie_(pruner.model, {owner for table in tables for owner, _ in table.reach})
             tables = [self._pruner.table(group) for group in groups] if untied else tables
         self._inconsistent = pruner.inconsistent_groups()
         inputs = inputs_for(pruner, method)
@@ -206,8 +206,7 @@ class Step:
         """A config that describes the network says its new widths, or somebody is told that it cannot."""
         if not self.cuts:
             return
-        heads = [(block.heads, block.key_heads, block.dim) for block in attention.present(self._pruner).values()]
-        changed, trouble = configs.follow(self._pruner.model, heads)
+        changed, trouble = configs.follow(self._pruner.model, attention.numbers(self._pruner))
         self._pruner.report.attributes.extend(changed)
         if trouble:
             warnings.warn(trouble, stacklevel=5)

@@ -3,7 +3,7 @@
 feed_forward  channels between two linear layers: the hidden units of a transformer's feed-forward layers
 heads         whole attention heads; where several share one key and value, as many of each of these
 head_dim      channels inside all heads of a layer
-stream        the residual stream of a transformer, and all that reads and writes it
+stream        a residual stream that attention or norms read, and all that reads and writes it
 channels      everything else: convolutions
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch_pruning.dependency.group import Group
 
+from intrafusion.groups.kinds.normalisation import LayerNorm, RMSNorm
 from intrafusion.prune import attention
 
 KINDS = ("feed_forward", "heads", "head_dim", "stream", "channels")
@@ -86,6 +87,9 @@ def kind_of_group(pruner: Any, group: Group) -> str:
     if any(id(layer) in layers for block in pruner.heads for layer in block.projections) or any(
         layer in pruner.num_heads for layer in reading
     ):
+        return "stream"
+    slots = pruner.table(group).slots
+    if any(isinstance(slot.kind, (LayerNorm, RMSNorm)) for slot in slots) and sum(s.makes_channels for s in slots) > 1:
         return "stream"
     making = [item.dep.target.module for item in group if pruner.DG.is_out_channel_pruning_fn(item.dep.handler)]
     made = [layer for layer in making if any(True for _ in _parameters(layer))]

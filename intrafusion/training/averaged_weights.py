@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from intrafusion.correct.correction import Correction
 from intrafusion.groups.snapshot import Snapshot
+from intrafusion.groups.streams import untie_
 from intrafusion.history.replay import replay_
 from intrafusion.methods.view import View
+from intrafusion.prune import attention, configs
 from intrafusion.prune.fused_group import FusionError
 from intrafusion.prune.pruner import FusionMixin
 
@@ -41,6 +44,7 @@ def prune_twin_(pruner: FusionMixin, twin: nn.Module, buffers: Mapping[str, Tens
     if step is None or not step.cuts:
         return
     modes = [(module, module.training) for module in twin.modules()]
+    _untie_as_(twin, pruner.model)
     graph = pruner.tracing.trace(twin, pruner.example_inputs)
     snapshot = Snapshot(graph, twin.modules())
     try:
@@ -53,12 +57,23 @@ def prune_twin_(pruner: FusionMixin, twin: nn.Module, buffers: Mapping[str, Tens
             view = View(graph, pruner.run, pruner.example_inputs, step.inputs, seed=pruner.fusion.seed)
             correction = Correction(
                 graph, pruner.run, step.inputs, (), lambda layer: method.repair_(layer, view),
-                after_cut=method.after_cut, survey=False, progress=False,
+                unbiased=pruner.unbiased, after_cut=method.after_cut, survey=False, progress=False,
             )  # fmt: skip
         replay_(graph, step.cuts, correction)
+        configs.follow(twin, attention.numbers(pruner))
     except Exception as error:
         snapshot.restore()
         raise FusionError(f"while pruning the averaged network as the network was: {error}") from error
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _untie_as_(twin: nn.Module, model: nn.Module) -> None:
+    """Layers of the network that have come to own their weights own them in the average, too."""
+    weights = {name: layer._parameters.get("weight") for name, layer in model.named_modules()}
+    uses = Counter(id(weight) for weight in weights.values() if weight is not None)
+    untie_(
+        twin,
+        {twin.get_submodule(name) for name, weight in weights.items() if weight is not None and uses[id(weight)] == 1},
+    )
