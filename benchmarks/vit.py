@@ -11,19 +11,15 @@ half.
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import time
-import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.importances import outputs, vit
-from benchmarks.language.methods import METHODS
-from intrafusion import IntraFusionPruner
+from benchmarks.language.methods import METHODS, pruned
 
 KINDS = {
     "feed_forward": ("feed_forward",),
@@ -34,24 +30,6 @@ KINDS = {
     "all": ("feed_forward", "head_dim", "stream"),
 }
 SHOWN = ("discard", "barycentre", "data-free", "FLAP", "CORP", "OSSCAR", "SliceGPT", "calibrated, L1", "calibrated")
-
-
-def pruned(dense: nn.Module, name: str, kind: str, ratio: float, shown: list[Tensor]) -> nn.Module:
-    """A pruned copy."""
-    entry, model = METHODS[name], copy.deepcopy(dense)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pruner = IntraFusionPruner(
-            model,
-            shown[0][:1],
-            entry.choose(shown),
-            widths=dict.fromkeys(KINDS[kind], ratio),
-            fusion=entry.fusion,
-            calibration=shown if entry.fusion.method().inputs == "calibration" else None,
-        )
-        pruner.progress = False
-        pruner.step()
-    return model.eval()
 
 
 def main() -> None:
@@ -76,7 +54,7 @@ def main() -> None:
         for ratio in arguments.ratio or (0.3, 0.5, 0.7):
             for name in arguments.method or SHOWN:
                 began = time.process_time()
-                model = pruned(dense, name, kind, ratio, shown)
+                model, _ = pruned(dense, name, dict.fromkeys(KINDS[kind], ratio), shown)
                 seconds = time.process_time() - began
                 found = outputs(model, judged)
                 accuracy = (found.argmax(1) == test.labels).double().mean() * 100

@@ -20,13 +20,13 @@ if _TYPE_CHECKING:
         ReconstructionImportance,
         WandaImportance,
     )
-    from intrafusion.prune.pruner import (
+    from intrafusion.prune.pruner import IntraFusionPruner
+    from intrafusion.prune.report import GroupReport, Report
+    from intrafusion.prune.siblings import (
         IntraFusionBNScalePruner,
         IntraFusionGroupNormPruner,
         IntraFusionGrowingRegPruner,
-        IntraFusionPruner,
     )
-    from intrafusion.prune.report import GroupReport, Report
     from intrafusion.prune.twin import WorseThanCut
     from intrafusion.training.finetuning import finetune
     from intrafusion.training.fusion_schedule import FusionSchedule
@@ -110,11 +110,11 @@ _HOME = {
         "export",
     ),
     "training.optimizer_state": ("transfer_optimizer_state",),
-    "prune.pruner": (
+    "prune.pruner": ("IntraFusionPruner",),
+    "prune.siblings": (
         "IntraFusionBNScalePruner",
         "IntraFusionGroupNormPruner",
         "IntraFusionGrowingRegPruner",
-        "IntraFusionPruner",
     ),
     "training.ratios": (
         "cosine_scheduler",

@@ -10,12 +10,10 @@ call goes on from.
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import math
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.language.methods import METHODS
+from benchmarks.language.methods import METHODS, pruned
 from benchmarks.language.models import MODELS, SMALL, Language, open_model
 from benchmarks.language.table import table
 from benchmarks.language.texts import TEXTS
-from intrafusion import IntraFusionPruner
 
 KINDS = {
     "feed_forward": ("feed_forward",),
@@ -48,25 +45,6 @@ def losses(model: Any, sequences: Tensor, each: int) -> list[float]:
     return found
 
 
-def pruned(language: Language, name: str, kind: str, ratio: float, batches: list[Tensor]) -> tuple[Any, float, str]:
-    """(a pruned copy, processor seconds, its report)"""
-    entry, model = METHODS[name], copy.deepcopy(language.model)
-    began = time.process_time()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pruner = IntraFusionPruner(
-            model,
-            batches[0][:1],
-            entry.choose(batches),
-            widths=dict.fromkeys(KINDS[kind], ratio),
-            fusion=entry.fusion,
-            calibration=batches if entry.fusion.method().inputs == "calibration" else None,
-        )
-        pruner.progress = False
-        pruner.step()
-    return model.eval(), time.process_time() - began, str(pruner.report)
-
-
 def row(language: Language, seed: int, name: str, kind: str, ratio: float, arguments: argparse.Namespace) -> dict:
     batches = list(
         language.sequences(language.text, "valid", arguments.calibrate, arguments.length).split(arguments.batch)
@@ -75,7 +53,9 @@ def row(language: Language, seed: int, name: str, kind: str, ratio: float, argum
     gc.collect()  # what the last method held
     model = language.model
     if name != "dense":
-        model, found["seconds"], report = pruned(language, name, kind, ratio, batches)
+        began = time.process_time()
+        model, report = pruned(model, name, dict.fromkeys(KINDS[kind], ratio), batches)
+        found["seconds"] = time.process_time() - began
         found["parameters"] = sum(p.numel() for p in model.parameters())
         if arguments.report:
             print(report)

@@ -5,6 +5,8 @@ Rivals are methods like ours, registered through the same socket; what was taken
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +16,24 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from intrafusion import FLAPImportance, Fusion, Method, Pair, Plan, ReconstructionImportance, WandaImportance, method
+from intrafusion import (
+    FLAPImportance,
+    Fusion,
+    IntraFusionPruner,
+    Method,
+    Pair,
+    Plan,
+    ReconstructionImportance,
+    WandaImportance,
+    method,
+)
 from intrafusion.correct.correction import LayerView
 from intrafusion.correct.streams import Rotation, stream_moments
 from intrafusion.groups.streams import stream_of
 from intrafusion.groups.table import GroupTable
 from intrafusion.methods.view import View
 from intrafusion.ot import selection_pair
+from intrafusion.prune.report import Report
 
 RIDGE = 1e-2
 """OSSCAR's and CORP's, in units of the mean diagonal."""
@@ -64,6 +77,17 @@ class _FromDense(Method):
     def pair(self, table: GroupTable, plan: Plan, view: View) -> Pair:
         return selection_pair(plan.kept, table.n)
 
+    def end_(self, view: View) -> None:
+        for name, moments in self.moments.items():
+            layer: Any = view.model.get_submodule(name)
+            dense = self.weights[name]
+            if layer.weight.shape[1] < dense.shape[1] and layer.weight.shape[0] == dense.shape[0]:
+                self.correct_(layer, dense, _kept(dense, layer.weight), moments)
+
+    def correct_(self, layer: Any, dense: Tensor, kept: Tensor, moments: _Moments) -> None:
+        """Make a layer up for the inputs it lost; dense: [o, d] its weight before, kept: [k] which of them are left."""
+        raise NotImplementedError
+
 
 def _reads_heads(name: str, layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and name.rpartition(".")[2] in ("o_proj", "out_proj")
@@ -73,38 +97,26 @@ def _reads_heads(name: str, layer: nn.Module) -> bool:
 class Flap(_FromDense):
     """An et al., AAAI 2024: the output's bias takes up the mean of what was removed."""
 
-    def end_(self, view: View) -> None:
-        for name, moments in self.moments.items():
-            layer: Any = view.model.get_submodule(name)
-            dense = self.weights[name]
-            if layer.weight.shape == dense.shape or layer.weight.shape[0] != dense.shape[0]:
-                continue
-            kept = _kept(dense, layer.weight)
-            removed = torch.ones(dense.shape[1], dtype=torch.bool)
-            removed[kept] = False
-            shift = (dense[:, removed].double() @ moments.mean[removed]).to(dense)
-            layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
+    def correct_(self, layer: Any, dense: Tensor, kept: Tensor, moments: _Moments) -> None:
+        removed = torch.ones(dense.shape[1], dtype=torch.bool)
+        removed[kept] = False
+        shift = (dense[:, removed].double() @ moments.mean[removed]).to(dense)
+        layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
 
 
 @method("CORP")
 class Corp(_FromDense):
     """CORP (arXiv 2602.05243) and, without the mean, GRAIL: removed units are read from kept ones, affinely."""
 
-    def end_(self, view: View) -> None:
-        for name, moments in self.moments.items():
-            layer: Any = view.model.get_submodule(name)
-            dense = self.weights[name]
-            if layer.weight.shape == dense.shape or layer.weight.shape[0] != dense.shape[0]:
-                continue
-            kept = _kept(dense, layer.weight)
-            mean = moments.mean
-            covariance = moments.products / moments.n - torch.outer(mean, mean)
-            system = covariance[kept][:, kept].clone()
-            system.diagonal().add_(RIDGE * system.diagonal().mean())
-            read = torch.linalg.solve(system, covariance[kept]).T  # [d, k]
-            shift = dense.double() @ (mean - read @ mean[kept])
-            layer.weight = nn.Parameter((dense.double() @ read).to(dense))
-            layer.bias = nn.Parameter((shift if layer.bias is None else layer.bias.double() + shift).to(dense))
+    def correct_(self, layer: Any, dense: Tensor, kept: Tensor, moments: _Moments) -> None:
+        mean = moments.mean
+        covariance = moments.products / moments.n - torch.outer(mean, mean)
+        system = covariance[kept][:, kept].clone()
+        system.diagonal().add_(RIDGE * system.diagonal().mean())
+        read = torch.linalg.solve(system, covariance[kept]).T  # [d, k]
+        shift = dense.double() @ (mean - read @ mean[kept])
+        layer.weight = nn.Parameter((dense.double() @ read).to(dense))
+        layer.bias = nn.Parameter((shift if layer.bias is None else layer.bias.double() + shift).to(dense))
 
 
 def _kept(dense: Tensor, now: Tensor) -> Tensor:
@@ -173,6 +185,27 @@ class Turned(Method):
 
     def rewrite(self, table: GroupTable, pair: Pair, view: View) -> Rotation | None:
         return self.rotation
+
+
+def pruned(dense: nn.Module, name: str, widths: dict[str, float], batches: list) -> tuple[Any, Report]:
+    """A pruned copy, and what was done; widths: the kinds that are cut, with their ratios.
+
+    The first input is every method's example; the other batches are seen by those that learn from data.
+    """
+    entry, model = METHODS[name], copy.deepcopy(dense)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = IntraFusionPruner(
+            model,
+            batches[0][:1],
+            entry.choose(batches),
+            widths=widths,
+            fusion=entry.fusion,
+            calibration=batches if entry.fusion.method().inputs == "calibration" else None,
+        )
+        pruner.progress = False
+        pruner.step()
+    return model.eval(), pruner.report
 
 
 @dataclass(frozen=True)

@@ -39,18 +39,6 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         )
 
 
-def complete(arguments: dict[str, Any]) -> None:
-    """Put right, in place, what torch-pruning would do to a pruner's arguments."""
-    for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
-        arguments.setdefault(name, {})  # its defaults are shared between all pruners
-    if isinstance(arguments["example_inputs"], Tensor) and arguments.get("forward_fn") is None:
-        arguments["example_inputs"] = (arguments["example_inputs"],)  # or its batch axis is stripped
-    if arguments.get("unwrapped_parameters") is not None:
-        arguments["unwrapped_parameters"] = list(arguments["unwrapped_parameters"])
-    if arguments.get("ignored_layers") is not None:
-        arguments["ignored_layers"] = expand_types(arguments["model"], arguments["ignored_layers"])
-
-
 def calibration_batches(calibration: Any, method: Method, name: str) -> list:
     """The batches of inputs, as a list. Raises ValueError if they are missing, empty, or given for nothing."""
     if method.inputs != "calibration":
@@ -95,22 +83,6 @@ def _check_ratio(name: str, ratio: Any, steps: int) -> None:
     number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
     if not number or not (0 <= ratio < 1 or (ratio == 1 and steps > 1)):
         raise ValueError(f"{name} is {ratio!r}: it must be in [0, 1) (1.0 only with iterative_steps > 1)")
-
-
-def expand_types(model: nn.Module, ignored: Any) -> list:
-    """`ignored_layers` with every module class replaced by the model's layers of that class.
-
-    Torch-Pruning's documentation allows classes, its code skips them. Raises TypeError for anything else.
-    """
-    layers: list = []
-    for entry in ignored:
-        if isinstance(entry, type) and issubclass(entry, nn.Module):
-            layers.extend(module for module in model.modules() if isinstance(module, entry))
-        elif isinstance(entry, (nn.Module, nn.Parameter)):
-            layers.append(entry)
-        else:
-            raise TypeError(f"ignored_layers holds {entry!r}: give modules, parameters or module classes")
-    return layers
 
 
 def warn_if_nothing_prunable(pruner: Any) -> None:

@@ -16,25 +16,20 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency.group import Group
 
-from intrafusion.groups.batchnorm import folded
 from intrafusion.groups.heads import find_heads, heads_by_layer, opaque
-from intrafusion.groups.kinds.base import torch_pruners
-from intrafusion.groups.kinds.conv1d import as_linear_
-from intrafusion.groups.kinds.frozen import recognise
-from intrafusion.groups.kinds.normalisation import recognise_norms
 from intrafusion.groups.permutation_check import inconsistent_groups
 from intrafusion.groups.snapshot import Snapshot
-from intrafusion.groups.table import GroupTable, foldable_pairs, module_name, tabulate
+from intrafusion.groups.table import GroupTable, module_name, tabulate
 from intrafusion.history.lineage import Lineage
 from intrafusion.history.tracing import Tracing
-from intrafusion.prune import attention, checks, feeding, refusals
+from intrafusion.prune import attention, checks, feeding, preparation, refusals, scoring
 from intrafusion.prune.configs import without_bias
 from intrafusion.prune.fused_group import FusedGroup, FusionError
 from intrafusion.prune.fusion import Fusion
 from intrafusion.prune.report import GroupReport, Report
 from intrafusion.prune.step import Step
 from intrafusion.prune.twin import Comparison
-from intrafusion.prune.widths import checked, output_layers, pace_heads_, restrict_
+from intrafusion.prune.widths import checked, pace_heads_, restrict_
 from intrafusion.running import run_model
 
 
@@ -104,15 +99,7 @@ class FusionMixin:
         self.calibration = checks.calibration_batches(calibration, self.fusion.method(), f"fusion={self.fusion.name!r}")
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         checks.check_arguments(bound.arguments)
-        checks.complete(bound.arguments)
-        recognise(bound.arguments["model"])
-        recognise_norms(bound.arguments["model"])
-        as_linear_(bound.arguments["model"])
-        bound.arguments["ignored_layers"] = [
-            *(bound.arguments.get("ignored_layers") or ()),
-            *output_layers(bound.arguments["model"]),
-        ]
-        bound.arguments["customized_pruners"] = {**torch_pruners(), **(bound.arguments.get("customized_pruners") or {})}
+        preparation.prepare_(bound.arguments)
         self._feed(bound.arguments)
         self.heads = find_heads(bound.arguments["model"], partial(self.run, inputs=self.example_inputs))
         bound.arguments["num_heads"].update(heads_by_layer(self.heads, bound.arguments["num_heads"]))
@@ -187,35 +174,12 @@ class FusionMixin:
         (batch-norm scale) or has an attribute `sees_activations`, which folding does not change. Raises FusionError for
         scores that are not finite or of the wrong shape, or where a metric of torch-pruning's fails.
         """
-        root, n, chunks = group[0].dep, len(group[0].idxs), self.channel_groups_of(group)
-        name = module_name(self.DG, root.target.module)
-        where = f"while scoring group {name!r} ({n} channels)"
-        if n % chunks:
-            raise FusionError(f"{where}: {refusals.undivided(chunks, refusals.root_of(self.DG, group))}")
-        try:
-            score = self._score_of(group)
-        except Exception as error:
-            if not (reason := refusals.unscored(error, refusals.root_of(self.DG, group))):
-                raise
-            if chunks < n:
-                raise FusionError(f"{where}: {reason}") from error
-            self._note(name, n, reason="each channel is a chunk of its own, of which torch-pruning removes none")
+        score = scoring.score_of(self, group)
+        if isinstance(score, str):
+            self._note(module_name(self.DG, group[0].dep.target.module), len(group[0].idxs), reason=score)
             return None
-        if score is None:
-            self._note(name, n, reason="the metric has nothing to score here")
-            return None
-        problem = checks.importance_problem(score, n)
-        if problem:
-            raise FusionError(f"{where}: {problem}")
-        self._scores[root.target.module, root.handler] = score.detach()
+        self._scores[group[0].dep.target.module, group[0].dep.handler] = score
         return score
-
-    def _score_of(self, group: Group) -> Tensor | None:
-        score = None
-        if self.fusion.score_on == "folded" and not getattr(self.importance, "sees_activations", False):
-            with folded(foldable_pairs(self.DG, group)):
-                score = self.importance(group)
-        return self.importance(group) if score is None else score
 
     def manual_prune_width(
         self, layer: nn.Module, pruning_fn: Callable, pruning_ratios_or_idxs: float | list[int]
@@ -304,25 +268,7 @@ class FusionMixin:
 
         Global rankings, heads and chunked channels keep torch-pruning's choice.
         """
-        root = group[0].dep
-        if all(hasattr(item, "dep") for item in group):
-            idxs = [int(i) for i in group[0].idxs]
-            group = self.DG.get_pruning_group(root.target.module, root.handler, idxs)
-        if (
-            not self.fusion.rescore
-            or self.global_pruning
-            or self.is_attention(group)
-            or self.channel_groups_of(group) > 1
-        ):
-            return group
-        n = checks.width(self.DG, root.target.module, root.handler)
-        score = self.estimate_importance(self.DG.get_pruning_group(root.target.module, root.handler, list(range(n))))
-        if score is None:
-            return group
-        count = len(set(group[0].idxs))
-        removed = torch.topk(score.cpu(), k=count, largest=False).indices
-        chosen = self.DG.get_pruning_group(root.target.module, root.handler, sorted(removed.tolist()))
-        return chosen if len(set(chosen[0].idxs)) == count else group  # tied channels bring others along
+        return scoring.chosen_now(self, group)
 
     def inconsistent_groups(self) -> frozenset[str]:
         """Groups that torch-pruning describes wrongly; asked at every step, since its offsets also go stale.
@@ -401,15 +347,3 @@ class IntraFusionPruner(FusionMixin, tp.pruner.BasePruner):
     >>> pruner.step()                      # or: for group in pruner.step(interactive=True): group.prune()
     >>> print(pruner.report)               # per group: width, plan cost, merge rule, what was only cut and why
     """
-
-
-class IntraFusionBNScalePruner(FusionMixin, tp.pruner.BNScalePruner):
-    """Drop-in for `torch_pruning.pruner.BNScalePruner` (network slimming): same arguments, plus `fusion`."""
-
-
-class IntraFusionGroupNormPruner(FusionMixin, tp.pruner.GroupNormPruner):
-    """Drop-in for `torch_pruning.pruner.GroupNormPruner` (DepGraph sparse training): same arguments, plus `fusion`."""
-
-
-class IntraFusionGrowingRegPruner(FusionMixin, tp.pruner.GrowingRegPruner):
-    """Drop-in for `torch_pruning.pruner.GrowingRegPruner` (growing regularisation): same arguments, plus `fusion`."""

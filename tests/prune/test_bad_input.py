@@ -266,15 +266,15 @@ def test_a_value_that_overflows_half_precision_is_an_error_and_changes_nothing()
 def test_a_failure_in_the_last_group_puts_every_group_of_the_step_back(monkeypatch):
     model = plain()
     pruner, before = pruner_for(model), state(model)
-    apply, calls = intrafusion.prune.step.apply_pair, []
+    write, calls = intrafusion.prune.step.write_, []
 
     def failing(*args, **kwargs):
         calls.append(args)
         if len(calls) == 3:
             raise RuntimeError("out of luck")
-        return apply(*args, **kwargs)
+        return write(*args, **kwargs)
 
-    monkeypatch.setattr(intrafusion.prune.step, "apply_pair", failing)
+    monkeypatch.setattr(intrafusion.prune.step, "write_", failing)
     with pytest.raises(FusionError, match=r"while fusing group 'fc1' \(10 -> 5 channels\): out of luck"):
         pruner.step()
     assert_unchanged(model, before)

@@ -144,7 +144,7 @@ def test_every_step_is_compared_with_the_network_before_it_and_a_failed_one_not_
     model = randomise_(convolutional()).eval()
     pruner = pruned(model, fusion="barycentre", iterative_steps=3)
     pruner.step()
-    monkeypatch.setattr("intrafusion.prune.step.apply_pair", lambda *_: 1 / 0)
+    monkeypatch.setattr("intrafusion.prune.step.write_", lambda *_: 1 / 0)
     with pytest.raises(Exception, match="group"):
         pruner.step()
     monkeypatch.undo()

@@ -1,0 +1,64 @@
+"""What the metric says of a group, or why it says nothing; and the channels that go when a group's turn comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch_pruning.dependency.group import Group
+
+from intrafusion.groups.batchnorm import folded
+from intrafusion.groups.table import foldable_pairs, module_name
+from intrafusion.prune import checks, refusals
+from intrafusion.prune.fused_group import FusionError
+
+
+def score_of(pruner: Any, group: Group) -> Tensor | str:
+    """The score of every channel of a full group: [n]; a sentence if it is left alone. See `estimate_importance`."""
+    n, chunks = len(group[0].idxs), pruner.channel_groups_of(group)
+    where = f"while scoring group {module_name(pruner.DG, group[0].dep.target.module)!r} ({n} channels)"
+    if n % chunks:
+        raise FusionError(f"{where}: {refusals.undivided(chunks, refusals.root_of(pruner.DG, group))}")
+    try:
+        score = _asked(pruner, group)
+    except Exception as error:
+        if not (reason := refusals.unscored(error, refusals.root_of(pruner.DG, group))):
+            raise
+        if chunks < n:
+            raise FusionError(f"{where}: {reason}") from error
+        return "each channel is a chunk of its own, of which torch-pruning removes none"
+    if score is None:
+        return "the metric has nothing to score here"
+    problem = checks.importance_problem(score, n)
+    if problem:
+        raise FusionError(f"{where}: {problem}")
+    return score.detach()
+
+
+def _asked(pruner: Any, group: Group) -> Any:
+    score = None
+    if pruner.fusion.score_on == "folded" and not getattr(pruner.importance, "sees_activations", False):
+        with folded(foldable_pairs(pruner.DG, group)):
+            score = pruner.importance(group)
+    return pruner.importance(group) if score is None else score
+
+
+def chosen_now(pruner: Any, group: Group) -> Group:
+    """See `FusionMixin.as_it_is`."""
+    root = group[0].dep
+    if all(hasattr(item, "dep") for item in group):
+        idxs = [int(i) for i in group[0].idxs]
+        group = pruner.DG.get_pruning_group(root.target.module, root.handler, idxs)
+    asked_again = pruner.fusion.rescore and not pruner.global_pruning
+    if not asked_again or pruner.is_attention(group) or pruner.channel_groups_of(group) > 1:
+        return group
+    n = checks.width(pruner.DG, root.target.module, root.handler)
+    full = pruner.DG.get_pruning_group(root.target.module, root.handler, list(range(n)))
+    score = pruner.estimate_importance(full)
+    if score is None:
+        return group
+    count = len(set(group[0].idxs))
+    removed = torch.topk(score.cpu(), k=count, largest=False).indices
+    chosen = pruner.DG.get_pruning_group(root.target.module, root.handler, sorted(removed.tolist()))
+    return chosen if len(set(chosen[0].idxs)) == count else group  # tied channels bring others along
