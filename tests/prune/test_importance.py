@@ -17,8 +17,6 @@ from intrafusion import (
     ReconstructionImportance,
     WandaImportance,
 )
-from intrafusion.groups import readings
-from intrafusion.ot import choice
 from intrafusion.ot.choice import SEARCHES, reconstruction_scores
 from intrafusion.prune.importance import channel_independence
 from tests.nets import PICO, Mlp, Plain, randomise_
@@ -31,123 +29,6 @@ def group_of(model: nn.Module, layer: nn.Module, x: Tensor, idxs=None) -> tp.dep
     n = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     handler = graph.get_pruner_of_module(layer).prune_out_channels
     return graph.get_pruning_group(layer, handler, list(range(n)) if idxs is None else idxs)
-
-
-def covariance(n: int, factors: int, noise: float = 0.0) -> Tensor:
-    a = torch.randn(n, factors, dtype=torch.float64)
-    return a @ a.T + noise * torch.eye(n, dtype=torch.float64)
-
-
-def left_over(cov: Tensor, metric: Tensor, kept: list[int]) -> float:
-    """tr(M D) by explicit least squares from the kept channels."""
-    read = torch.linalg.lstsq(cov[kept][:, kept], cov[kept]).solution
-    return float((metric * (cov - cov[:, kept] @ read)).sum())
-
-
-@pytest.mark.parametrize("readers", [1, 3])
-def test_the_picks_are_the_greedy_ones_of_explicit_least_squares(readers):
-    n = 9
-    covs, metrics = [covariance(n, n + 3) for _ in range(readers)], [covariance(n, 4) for _ in range(readers)]
-    scores = reconstruction_scores(covs, metrics)
-    kept: list[int] = []
-    for _ in range(n):
-        errors = {
-            j: sum(left_over(c, m, [*kept, j]) for c, m in zip(covs, metrics, strict=True))
-            for j in range(n)
-            if j not in kept
-        }
-        kept.append(min(errors, key=errors.__getitem__))
-    assert scores.argsort(descending=True).tolist() == kept
-    assert scores.sum().item() == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("ridge", [1e-8, 1e-3, 0.3])
-@pytest.mark.parametrize("readers", [1, 3])
-def test_backward_drops_are_those_of_explicit_refits(readers, ridge):
-    n = 14
-    covs, metrics = [covariance(n, n + 3) for _ in range(readers)], [covariance(n, 4) for _ in range(readers)]
-    scores = reconstruction_scores(covs, metrics, "backward", ridge)
-    ridged = [cov + ridge * torch.diag(cov.diagonal()) for cov in covs]
-    kept, dropped = list(range(n)), []
-    for _ in range(n - 1):
-        errors = {
-            j: sum(left_over(c, m, [i for i in kept if i != j]) for c, m in zip(ridged, metrics, strict=True))
-            for j in kept
-        }
-        dropped.append(min(errors, key=errors.__getitem__))
-        kept.remove(dropped[-1])
-    assert scores.argsort().tolist() == [*dropped, *kept]
-    assert scores.sum().item() == pytest.approx(1.0)
-
-
-def test_blocks_change_nothing_but_the_time(monkeypatch):
-    covs, metrics = [covariance(90, 120), covariance(90, 40)], [covariance(90, 9), covariance(90, 30)]
-    whole = reconstruction_scores(covs, metrics, "backward")
-    for panel in (1, 7, 64):
-        monkeypatch.setattr(choice, "_PANEL", panel)
-        got = reconstruction_scores(covs, metrics, "backward")
-        assert torch.equal(got.argsort(), whole.argsort())
-        torch.testing.assert_close(got, whole, atol=1e-9, rtol=0)
-
-
-def test_backward_has_the_smaller_error_where_channels_are_of_use_only_together():
-    """Two channels whose difference is read: forward starts with others, backward keeps the pair."""
-    mix = torch.tensor([[0.1, 10.0, 0.0], [0.0, 10.0, 0.0], [0.0, 0.0, 0.05]]).double()
-    read = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]]).double()
-    cov, metric = mix @ mix.T, read.T @ read
-    forward = reconstruction_scores([cov], [metric]).topk(2).indices.tolist()
-    backward = reconstruction_scores([cov], [metric], "backward", 1e-9).topk(2).indices.tolist()
-    assert sorted(backward) == [0, 1]
-    assert left_over(cov, metric, backward) <= left_over(cov, metric, forward) + 1e-12
-
-
-@pytest.mark.parametrize("search", SEARCHES)
-def test_readers_that_see_the_very_same_are_one(search):
-    cov, other = covariance(10, 14), covariance(10, 14)
-    metrics = [covariance(10, 4) for _ in range(3)]
-    one = reconstruction_scores([cov, other, cov], metrics, search)
-    apart = reconstruction_scores([cov, other, cov.clone()], metrics, search)
-    torch.testing.assert_close(one, apart, atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("search", SEARCHES)
-def test_scores_do_not_depend_on_the_order_of_the_channels_or_their_units(search):
-    cov, metric, order = covariance(12, 7, 0.1), covariance(12, 5), torch.randperm(12)
-    scores = reconstruction_scores([cov], [metric], search)
-    unit = torch.rand(12).double() + 0.1
-    scaled = reconstruction_scores([cov * unit * unit[:, None]], [metric / unit / unit[:, None]], search)
-    torch.testing.assert_close(scaled, scores, atol=1e-10, rtol=0)
-    moved = reconstruction_scores([cov[order][:, order]], [metric[order][:, order]], search)
-    torch.testing.assert_close(moved, scores[order], atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("search", SEARCHES)
-def test_combinations_duplicates_and_constants_come_last(search):
-    base = covariance(5, 5, 0.1)
-    mix = torch.cat([torch.eye(5), torch.eye(5)[:2], torch.randn(2, 5), torch.zeros(1, 5)]).double()
-    scores = reconstruction_scores([mix @ base @ mix.T], [torch.eye(10)], search, 1e-10)
-    best = set(scores.topk(5).indices.tolist())
-    assert torch.linalg.matrix_rank(mix[sorted(best)]) == 5
-    assert (scores.sort().values[:5] < 1e-9).all()
-    assert scores.unique().numel() == 10
-    assert (scores >= 0).all()
-
-
-@pytest.mark.parametrize("search", SEARCHES)
-@pytest.mark.parametrize("cov", [torch.zeros(4, 4), torch.ones(4, 4)], ids=["dead", "equal"])
-def test_degenerate_groups_have_different_finite_scores(cov, search):
-    for metric in (torch.eye(4), torch.zeros(4, 4)):
-        scores = reconstruction_scores([cov], [metric], search)
-        assert torch.isfinite(scores).all()
-        assert scores.unique().numel() == 4
-
-
-def test_two_channels_that_are_of_use_only_together_share_what_they_remove():
-    """h1 and h0 + h1 nearly cancel in what is read, so the second pick removes far more than the first."""
-    mix = torch.tensor([[0.1, 10.0], [0.0, 10.0]]).double()
-    read = torch.tensor([[1.0, -1.0]]).double()
-    scores = reconstruction_scores([mix @ mix.T], [read.T @ read])
-    assert (scores - 0.5).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -316,6 +197,7 @@ METRICS = {
     "wanda": lambda x: WandaImportance([x, x + 1]),
     "chip": lambda x: CHIPImportance([x]),
 }
+MEASURED = [metric for metric in METRICS if metric != "chip" and "data-free" not in metric]
 SCOPES = {
     "local": {},
     "global": {"global_pruning": True},
@@ -385,103 +267,6 @@ def test_scoring_leaves_the_network_and_its_modes_as_they_were(metric):
     assert modes == [m.training for m in model.modules()]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-
-
-class Calls:
-    """Counts the forward passes of a network."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.number = 0
-        model.register_forward_pre_hook(self)
-
-    def __call__(self, *_) -> None:
-        self.number += 1
-
-
-def scored(metric, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    graph = tp.DependencyGraph().build_dependency(model, (x,), verbose=False)
-    found = {graph._module2name[group[0].dep.target.module]: metric(group) for group in graph.get_all_groups()}
-    return {name: score for name, score in found.items() if score is not None}
-
-
-MEASURED = [metric for metric in METRICS if metric != "chip" and "data-free" not in metric]
-
-
-@pytest.mark.parametrize("metric", MEASURED)
-@pytest.mark.parametrize("case", PICO, ids=lambda case: case.name)
-def test_all_groups_of_a_network_need_one_pass_and_are_scored_as_each_by_itself(case, metric):
-    model, x = case.model().eval(), case.example()
-    together = METRICS[metric](x)
-    graph = tp.DependencyGraph().build_dependency(model, (x,), verbose=False)
-    calls = Calls(model)
-    scores = [(group, together(group)) for group in graph.get_all_groups()]
-    batches = len(together._inputs._batches)
-    assert calls.number == batches
-    for group, score in scores:
-        alone = METRICS[metric](x)
-        readings_of = alone._inputs._readings
-        readings_of._asked = 1  # as after a change: this group's layers only
-        got = alone(group)
-        assert (got is None) == (score is None)
-        if score is not None:
-            torch.testing.assert_close(got, score, atol=1e-9, rtol=1e-6)
-
-
-@pytest.mark.parametrize("metric", MEASURED)
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: model.conv1.weight.data.mul_(-1),  # no version tells
-        lambda model: model.bn1.running_mean.add_(1),
-        lambda model: model.conv1.weight.data.copy_(model.conv1.weight.data.flip(0).clone()),
-        lambda model: setattr(model, "conv1", copy.deepcopy(model.conv1).requires_grad_(False)),
-    ],
-    ids=["weight", "buffer", "order", "module"],
-)
-def test_what_was_measured_on_another_network_is_not_used(metric, change):
-    model, x = randomise_(Plain()), torch.randn(16, 3, 8, 8)
-    kept = METRICS[metric](x)
-    scored(kept, model, x)
-    with torch.no_grad():
-        change(model)
-    fresh, again = scored(METRICS[metric](x), model, x), scored(kept, model, x)
-    for name, score in fresh.items():
-        torch.testing.assert_close(again[name], score, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("metric", MEASURED)
-def test_every_step_of_an_iterative_pruning_measures_once(metric):
-    model, x = randomise_(Plain()), torch.randn(16, 3, 8, 8)
-    calls, kind = Calls(model), METRICS[metric](x)
-    pruner = tp.pruner.BasePruner(
-        model, (x,), kind, pruning_ratio=0.6, iterative_steps=3, ignored_layers=[model.fc2]
-    )  # fmt: skip
-    number, batches = calls.number, len(kind._inputs._batches)
-    for step in range(3):
-        pruner.step()
-        assert calls.number == number + (step + 1) * batches
-
-
-def test_where_each_group_is_scored_on_a_network_of_its_own_its_layers_alone_are_measured():
-    model, x = randomise_(Plain()), torch.randn(16, 3, 8, 8)
-    metric, held = ReconstructionImportance([x]), []
-    groups = [group_of(model, layer, x[:1]) for layer in (model.conv1, model.conv2, model.fc1)]
-    for group, changed in zip([*groups, *groups], [False, False, True, True, True, False], strict=True):
-        if changed:
-            model.bn1.running_mean.add_(0.1)
-        metric(group)
-        held.append(len(metric._inputs._readings._held))
-    assert held == [4, 4, 4, 1, 1, 4]  # two groups were scored on one network, then each on its own, then two again
-
-
-@pytest.mark.parametrize("metric", MEASURED)
-def test_wide_layers_and_many_of_them_are_measured_as_all_others(metric, monkeypatch):
-    model, x = randomise_(Plain()), torch.randn(16, 3, 8, 8)
-    expected = scored(METRICS[metric](x), model, x)
-    for name, value in (("WIDEST", 7), ("MOST_VALUES", 40), ("_AT_ONCE", 50)):
-        monkeypatch.setattr(readings, name, value)
-        for name, score in scored(METRICS[metric](x), model, x).items():
-            torch.testing.assert_close(score, expected[name], atol=1e-10, rtol=0)
 
 
 def test_a_bad_activation_concerns_only_the_groups_that_read_it():
