@@ -52,7 +52,7 @@ class Refit(Method):
         readers = view.samples(table)
         stays = any(slot.is_depthwise for slot in table.slots) or not all(reader.movable for reader in readers)
         consumers = [slot for slot in table.slots if slot.reads]
-        refitted = bool(consumers) and all(can_refit(slot.owner) for slot in consumers)
+        refitted = bool(consumers) and all(can_refit(slot.owner) and slot.name in view.order for slot in consumers)
         if refitted and not all(reader.movable for reader in readers):
             # the refit's ridge pulls towards these columns: none that were learnt on the inputs which judge it
             columns = _inside_classes(start.columns.T.cpu().double(), table, plan).T
@@ -63,7 +63,8 @@ class Refit(Method):
         rows, shift = chosen.rows, torch.zeros(len(plan.kept), dtype=torch.float64)
         if not stays:
             halfway = (start.rows + chosen.rows.to(start.rows)) / 2
-            rows, shift = best_rows(halfway, readers, may_shift=may_shift, selection=chosen.rows)
+            given = {"selection": chosen.rows, "columns": start.columns}
+            rows, shift = best_rows(halfway, readers, may_shift=may_shift, **given)
         read = read_back(rows, shift, readers, start.columns)
         rows, read = (_inside_classes(side.cpu(), table, plan) for side in (rows, read.T))
         return Pair(rows, read.T, plan.kept, None if stays or not may_shift else shift.cpu(), read.T)

@@ -41,7 +41,9 @@ class View:
 
     @property
     def order(self) -> list[str]:
-        """Names of the convolutions and linear layers, in the order of the forward pass."""
+        """Layers whose calls are given their weight as it stands, by name, in the order of the forward pass."""
+        if self.correction is not None:
+            return list(self.correction.layers)
         if self._order is None:
             self._order = list(visits(self.model, self.run, self.example, layers_of(self.graph)))
         return self._order

@@ -48,13 +48,18 @@ class Samples:
 
 
 def best_rows(
-    start: Tensor, readers: Sequence[Samples], *, may_shift: bool, selection: Tensor | None = None
+    start: Tensor,
+    readers: Sequence[Samples],
+    *,
+    may_shift: bool,
+    selection: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rows [k, n] and shift [k], in float64: from `start` [k, n], at matched spread, to where the readers rebuild best.
 
     may_shift: whether something can carry the shift; otherwise it is 0. selection: rows [k, n] that leave the kept
-    channels as they are; they are taken where no other rows are better. Raises ValueError for activations that are not
-    finite.
+    channels as they are; they are taken where no other rows are better, and at once where columns [n, k] read the
+    others from them already: duplicates stay exact. Raises ValueError for activations that are not finite.
     """
     channels = torch.cat([reader.z.movedim(1, -1).flatten(0, -2) for reader in readers]).double()
     if not torch.isfinite(channels).all():
@@ -62,7 +67,7 @@ def best_rows(
     mean, cov = channels.mean(dim=0), torch.cov(channels.T)
     rows, shift = match_spread(start.to(cov), mean, cov)
     given = rows, shift if may_shift else torch.zeros_like(shift)
-    rows, shift = optimise_rows(*given, readers, selection)
+    rows, shift = optimise_rows(*given, readers, selection, columns)
     if may_shift:
         shift = bound_means(rows, shift, given, mean.to(rows), cov.to(rows))
     return rows, shift
@@ -102,7 +107,11 @@ def bound_means(rows: Tensor, shift: Tensor, start: tuple[Tensor, Tensor], mean:
 
 
 def optimise_rows(
-    rows: Tensor, shift: Tensor, readers: Sequence[Samples], selection: Tensor | None = None
+    rows: Tensor,
+    shift: Tensor,
+    readers: Sequence[Samples],
+    selection: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Improve rows [k, n] and shift [k] for all readers of a group at once. Returns them in float64.
 
@@ -124,6 +133,8 @@ def optimise_rows(
         best = _without_descent(selection.to(rows), torch.zeros_like(shift), views)
     work = sum(view.samples.z.numel() for view in views) * len(rows) * (_INNER + 1)
     enough = _SOLVED * sum(view.power for view in views)
+    if columns is not None and sum(view.held_out_error(best[1], best[2], columns) for view in views) < enough:
+        return best[1], best[2]
     steps = max(1, min(_OUTER, _WORK // max(1, work)))
 
     def closure() -> Tensor:
@@ -146,11 +157,9 @@ def optimise_rows(
     return best[1], best[2]
 
 
-@torch.no_grad()
 def _without_descent(rows: Tensor, shift: Tensor, views: Sequence[_View]) -> tuple[float, Tensor, Tensor]:
     """(held-out error, rows, shift), the latter in float64 and not those that descend on."""
-    z = views[0].samples.z
-    error = sum(view.held_out_error(rows.to(z), shift.to(z)) for view in views)
+    error = sum(view.held_out_error(rows, shift) for view in views)
     return error, rows.double().clone(), shift.double().clone()
 
 
@@ -205,11 +214,13 @@ class _View:
         """The error on the samples that are fitted, differentiable in rows [k, n] and shift [k]."""
         return _Error.apply(_forward(self.samples, rows, shift, self._z[0]), self._h[0], self._metric, self._own[0])  # type: ignore[return-value]
 
-    def held_out_error(self, rows: Tensor, shift: Tensor) -> float:
-        """The error on the held-out samples, with the S and the means of the others."""
+    @torch.no_grad()
+    def held_out_error(self, rows: Tensor, shift: Tensor, read: Tensor | None = None) -> float:
+        """The error on the held-out samples, with the means of the others; read: [n, k] S, theirs if not given."""
+        rows, shift = rows.to(self.samples.z), shift.to(self.samples.z)
         fitted = _forward(self.samples, rows, shift, self._z[0])
         mean = fitted.mean(dim=0)
-        read = _read_back(fitted - mean, self._h[0])
+        read = _read_back(fitted - mean, self._h[0]) if read is None else read
         judged = _forward(self.samples, rows, shift, self._z[1]) - mean
         return float(_left(judged, self._h[1], read.to(judged), self._metric, self._own[1]))
 
