@@ -109,6 +109,36 @@ def test_exact_duplicates_are_removed_without_a_trace(case, fusion):
     assert ((model(x) - before).norm() / before.norm()).item() < 1e-3
 
 
+class Halved(nn.Linear):
+    """Its call does not see the weight as it stands, so that it is not refitted."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight / 2, self.bias)
+
+
+@pytest.mark.parametrize("fusion", ["data-free", "calibrated"])
+@pytest.mark.parametrize("reader", [nn.Linear, Halved])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, nn.Identity])
+def test_pairs_in_front_of_a_small_norm_are_removed_without_a_trace(norm, reader, fusion):
+    """Three channels behind a norm hardly vary, each in its own way: the ridge of a regression is large for them."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 6), norm(6), nn.SiLU(), reader(6, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+        with torch.no_grad():
+            for place in [model[0].weight, model[0].bias, *model[1].parameters()]:
+                place[:] = torch.randn_like(place)
+                place[1::2] = place[::2]
+        x = torch.randn(200, 8)
+        before = model(x)
+        pruner = IntraFusionPruner(
+            model, x[:2], keep_even_channels, pruning_ratio=0.5, ignored_layers=[model[3], model[5]], fusion=fusion,
+            calibration=[torch.randn(64, 8)] if fusion == "calibrated" else None,
+        )  # fmt: skip
+        pruner.step()
+        assert model[0].out_features == 3
+        assert ((model(x) - before).norm() / before.norm()).item() < 1e-4
+
+
 def test_groups_may_be_pruned_by_hand_in_any_order():
     case = PICO[0]
     for late in (False, True):
