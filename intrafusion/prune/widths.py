@@ -5,6 +5,8 @@ heads         whole attention heads; where several share one key and value, as m
 head_dim      channels inside all heads of a layer
 stream        a residual stream that attention or norms read, and all that reads and writes it
 channels      everything else: convolutions
+
+What no layer reads, such as scores of classes, is no width: it is what the network gives.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def restrict_(pruner: Any, widths: Mapping[str, float]) -> None:
         for layer in (*layers, *_readers(pruner, group)) if kind == "heads" else layers:
             _set_ratio(pruner, layer, max(ratios) if kind == "heads" and not widths.get("head_dim") else ratios[-1])
     _set_heads(pruner, widths)
-    there = found | ({"head_dim"} if "heads" in found else set())
+    there = found - {"output"} | ({"head_dim"} if "heads" in found else set())
     missing = [kind for kind, ratio in widths.items() if ratio and kind not in there]
     if missing:
         known = ", ".join(sorted(there)) or "nothing"
@@ -79,7 +81,7 @@ def restrict_(pruner: Any, widths: Mapping[str, float]) -> None:
 
 
 def kind_of_group(pruner: Any, group: Group) -> str:
-    """One of `KINDS`; "heads" also stands for "head_dim"."""
+    """One of `KINDS`, "heads" also stands for "head_dim"; "output" if no layer reads the channels."""
     if pruner.is_attention(group):
         return "heads"
     layers = {id(item.dep.target.module) for item in group}
@@ -89,6 +91,8 @@ def kind_of_group(pruner: Any, group: Group) -> str:
     ):
         return "stream"
     slots = pruner.table(group).slots
+    if not any(slot.reads for slot in slots):
+        return "output"
     if any(isinstance(slot.kind, (LayerNorm, RMSNorm)) for slot in slots) and sum(s.makes_channels for s in slots) > 1:
         return "stream"
     making = [item.dep.target.module for item in group if pruner.DG.is_out_channel_pruning_fn(item.dep.handler)]
