@@ -22,6 +22,7 @@ from intrafusion.correct.tracking import track_statistics_
 from intrafusion.correct.walk import Sight, Walk
 from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.layout import mix_
+from intrafusion.groups.streams import joins_normed_stream
 from intrafusion.groups.table import GroupTable, Slot, batchnorm_of, module_name
 from intrafusion.ot import Pair
 from intrafusion.ot.rows import Samples
@@ -36,8 +37,9 @@ class LayerView:
     """One layer that may be put right.
 
     layer, norm: of the pruned network; dense, dense_norm: of the dense one; norm is the batch-norm that reads the layer
-    alone, or None. rows: what its outputs stand for. may_have_bias: whether it may get a bias if it has none. sights:
-    (dense, pruned), one pair per batch, or per call where there are several in a pass.
+    alone, or None. rows: what its outputs stand for. may_have_bias: whether it may get a bias if it has none.
+    is_normed: whether its output joins a stream that is only read through norms. sights: (dense, pruned), one pair per
+    batch, or per call where there are several in a pass.
     """
 
     name: str
@@ -48,6 +50,7 @@ class LayerView:
     rows: RowMap
     sights: Sequence[tuple[Sight, Sight]]
     may_have_bias: bool = True
+    is_normed: bool = False
 
 
 class Correction:
@@ -85,6 +88,7 @@ class Correction:
         shown = tables if survey else ()
         lean = repair_ is not None
         self._survey = Survey(self.dense, run, batches, self.layers, self._calls, shown, lean=lean, progress=progress)
+        self._normed = {name for name in self.layers if joins_normed_stream(graph, graph.model.get_submodule(name))}
         self._rows: dict[str, RowMap] = {}
         self._walk: Walk | None = None
         self._touched = False
@@ -197,6 +201,7 @@ class Correction:
             rows,
             sights,  # type: ignore[arg-type]
             may_have_bias=name not in self._unbiased,
+            is_normed=name in self._normed,
         )
         self._repair_(view)
         walk.changed(rejoin=self._calls[name] > 1)

@@ -74,11 +74,13 @@ def refit_(
     rows: RowMap,
     *,
     may_have_bias: bool = True,
+    is_normed: bool = False,
 ) -> bool:
     """Give a layer (and its batch-norm) new weights; False, and nothing changed, if its inputs are the dense ones.
 
     dense, dense_bn: the same layer of the dense network. sights: (dense, pruned), one pair per batch. rows: what the
-    present outputs stand for. may_have_bias: if the layer has none, it gets one, or is fitted without.
+    present outputs stand for. may_have_bias: if the layer has none, it gets one, or is fitted without. is_normed: the
+    stream that the output is added to is read through norms, so that at each place its errors count by its own size.
 
     The ridge pulls towards the present weight, which the pair has mixed, or towards the dense one, read from the
     present channels as well as a regression can: to what predicts held-out images better.
@@ -101,10 +103,11 @@ def refit_(
         dense_output = before.output.movedim(axis, -1)
         lost = _other(before, now) if compensates else None
         lost = None if lost is None else lost.movedim(axis, -1)
+        counts = _counts(before, axis) if is_normed else None
         for fold, at in fits.places(dense_output.shape[:-1], per_image, len(sights), now.inputs.device):
             target = rows(dense_output[at], -1)
             target = target if lost is None else target + lost[at]
-            fits.add(fold, windows[at].flatten(1), target)
+            fits.add(fold, windows[at].flatten(1), target, None if counts is None else counts[at])
         if reading:
             now_inputs, dense_inputs = now.inputs.movedim(axis, -1), before.inputs.movedim(axis, -1)
             for fold, at in reads.places(now_inputs.shape[:-1], now_inputs.shape[-1], len(sights), now.inputs.device):
@@ -125,6 +128,14 @@ def _through(reading: Fit, weight: Tensor) -> Prior:
         return torch.einsum("ln...,nk->lk...", weight, read[0]).flatten(1)[None]
 
     return Prior(of(reading.weight), tuple(map(of, reading.without)))
+
+
+def _counts(before: Sight, axis: int) -> Tensor | None:
+    """How much each place counts: by the inverse of the stream's power there, which a norm divides by."""
+    if before.other is None or before.other.shape != before.output.shape:
+        return None
+    power = (before.output + before.other).movedim(axis, -1).double().square().mean(dim=-1)
+    return 1.0 / power.clamp(min=1e-6 * float(power.mean().clamp(min=1e-300)))
 
 
 def _other(before: Sight, now: Sight) -> Tensor | None:
@@ -190,8 +201,8 @@ class _Folds:
                     yield fold, torch.unravel_index(piece.to(device), tuple(shape))
         self._seen += shape[0]
 
-    def add(self, fold: int, x: Tensor, y: Tensor) -> None:
-        """x: [samples, groups * d], y: [samples, groups * m]"""
+    def add(self, fold: int, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
+        """x: [samples, groups * d], y: [samples, groups * m], weights: [samples] how much each counts"""
         x, y = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (x, y))
         if self._about is None:
             means = x.mean(dim=0), y.mean(dim=0)
@@ -200,7 +211,7 @@ class _Folds:
             (value - mean).unflatten(1, (self._groups, -1)).movedim(1, 0)
             for value, mean in zip((x, y), self._about, strict=True)
         )
-        more, total = Moments.of(x, y, affine=self._affine), self._sums[fold]
+        more, total = Moments.of(x, y, weights, affine=self._affine), self._sums[fold]
         self._sums[fold] = more if total is None else total + more
 
     def fit(self, *priors: Prior) -> Fit:

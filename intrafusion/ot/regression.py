@@ -37,12 +37,15 @@ class Moments:
     affine: bool = True
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, *, affine: bool = True) -> Moments:
-        """Sums of one batch. x: [..., N, d], y: [..., N, m]."""
+    def of(cls, x: Tensor, y: Tensor, weights: Tensor | None = None, *, affine: bool = True) -> Moments:
+        """Sums of one batch. x: [..., N, d], y: [..., N, m], weights: [N] how much each sample counts (1 each)."""
+        roots = x.new_ones(x.shape[-2]) if weights is None else weights.to(x).sqrt()
+        if weights is not None:
+            x, y = x * roots[:, None], y * roots[:, None]
         return cls(
-            float(x.shape[-2]),
-            x.sum(dim=-2).double(),
-            y.sum(dim=-2).double(),
+            float(roots.double().square().sum()),
+            (roots @ x).double(),
+            (roots @ y).double(),
             (x.mT @ x).double(),
             (x.mT @ y).double(),
             y.double().square().sum(dim=-2),
