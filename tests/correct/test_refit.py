@@ -70,6 +70,35 @@ def test_a_layer_whose_inputs_did_not_change_is_left_alone():
     assert pruned[1].weight is before
 
 
+class Stream(nn.Module):
+    """Two maps added to a stream, which a norm reads; the first token of a sequence is a hundred times the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.norm, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.RMSNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = x + self.one(x)
+        return self.head(self.norm(x + self.two(torch.tanh(x))))
+
+
+@pytest.mark.parametrize("is_normed", [True, False])
+def test_behind_a_norm_every_place_counts_by_its_own_size(is_normed):
+    """What a huge token has lost cannot be given back: fitted by absolute errors, the layer fails on all others."""
+    torch.manual_seed(0)
+    dense = randomise_(Stream()).eval()
+    pruned = copy.deepcopy(dense)
+    pruned.one.weight.data[:3] += 0.3 * torch.randn(3, 6)
+    x = torch.randn(64, 20, 6)
+    x[:, 0] *= 100
+    seen = sights(dense, pruned, "two", list(x.split(16)))
+    assert all(before.other is not None for before, _ in seen)
+    wanted, before = dense(x)[:, 1:], pruned(x)[:, 1:]
+    assert refit_(pruned.two, None, dense.two, None, seen, RowMap.identity(6), is_normed=is_normed)
+    error = (pruned(x)[:, 1:] - wanted).norm() / (before - wanted).norm()
+    assert (error < 0.8) == is_normed
+
+
 def test_kinds_of_layers_that_can_be_refitted():
     assert can_refit(nn.Linear(3, 4))
     assert can_refit(nn.Conv2d(3, 4, 3, stride=2))

@@ -63,6 +63,16 @@ def test_problems_side_by_side_share_the_ridge_and_nothing_else():
         assert torch.allclose(together.bias[i], torch.from_numpy(oracle.intercept_), atol=1e-8)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_sample_that_counts_three_times_is_three_samples(affine):
+    x, y, times = torch.randn(40, 5), torch.randn(40, 2), torch.randint(1, 4, (40,))
+    weighted = Moments.of(x, y, times, affine=affine)
+    plain = Moments.of(x.repeat_interleave(times, 0), y.repeat_interleave(times, 0), affine=affine)
+    assert weighted.n == pytest.approx(plain.n)
+    for one, other in zip(weighted.centred(), plain.centred(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_sums_add_up_however_the_samples_are_batched():
     x, y, _ = data()
     whole, parts = Moments.of(x, y), Moments.of(x[:150], y[:150]) + Moments.of(x[150:], y[150:])
