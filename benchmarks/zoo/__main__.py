@@ -7,7 +7,7 @@
 
 Half of the channels of every group go, in L1 order, all but those of the layers that make the output. A row is one
 network and one preset, in a process of its own that may take --limit seconds of processor time and --memory GB. A
-finished row is kept in --results and not measured again, unless --again (all) or --failed (those with an error).
+finished row is kept in --results and not measured again, unless --measure says all of them, or those that failed.
 """
 
 from __future__ import annotations

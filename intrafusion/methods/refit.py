@@ -18,7 +18,7 @@ from intrafusion.groups.table import GroupTable
 from intrafusion.methods.method import Method
 from intrafusion.methods.view import View
 from intrafusion.ot import Pair, Plan, selection_pair
-from intrafusion.ot.rows import best_rows, read_back
+from intrafusion.ot.rows import best_rows, read_back, read_copies
 
 
 class Refit(Method):
@@ -50,22 +50,22 @@ class Refit(Method):
         chosen = selection_pair(plan.kept, table.n)
         start = self.start.pair(table, plan, view)
         readers = view.samples(table)
+        columns = read_copies(start.columns.cpu().double(), plan.kept, readers)
         stays = any(slot.is_depthwise for slot in table.slots) or not all(reader.movable for reader in readers)
         consumers = [slot for slot in table.slots if slot.reads]
         refitted = bool(consumers) and all(can_refit(slot.owner) and slot.name in view.order for slot in consumers)
         if refitted and not all(reader.movable for reader in readers):
             # the refit's ridge pulls towards these columns: none that were learnt on the inputs which judge it
-            columns = _inside_classes(start.columns.T.cpu().double(), table, plan).T
-            return Pair(chosen.rows, columns, plan.kept)
+            return Pair(chosen.rows, _inside_classes(columns.T, table, plan).T, plan.kept)
         if not readers:  # nothing says which rows are good: those that stay are, for readers that will be refitted
             return chosen if stays or refitted else start
         may_shift = shift_carrier(table) is not None
         rows, shift = chosen.rows, torch.zeros(len(plan.kept), dtype=torch.float64)
         if not stays:
             halfway = (start.rows + chosen.rows.to(start.rows)) / 2
-            given = {"selection": chosen.rows, "columns": start.columns}
+            given = {"selection": chosen.rows, "columns": columns}
             rows, shift = best_rows(halfway, readers, may_shift=may_shift, **given)
-        read = read_back(rows, shift, readers, start.columns)
+        read = read_back(rows, shift, readers, columns)
         rows, read = (_inside_classes(side.cpu(), table, plan) for side in (rows, read.T))
         return Pair(rows, read.T, plan.kept, None if stays or not may_shift else shift.cpu(), read.T)
 

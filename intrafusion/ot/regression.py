@@ -18,6 +18,8 @@ from torch import Tensor
 
 _RIDGES = tuple(10.0**exponent for exponent in (1, 0, -1, -2, -3, -4))
 """Tried from the strongest down, in units of the inputs' mean variance; the search stops when it gets worse."""
+_EXACT = 1e-10
+"""A prior that leaves no more than this share of the targets' power predicts exactly: what is left is rounding."""
 
 
 @dataclass
@@ -155,6 +157,7 @@ class _Trial:
 
 def _best_trial(folds: list[Moments], total: Moments, priors: Sequence[Prior]) -> _Trial:
     best: _Trial | None = None
+    rounding = _EXACT * float(total.yy.sum())
     for strength in _RIDGES:
         solved = [
             _solve(total - fold, [prior.apart_from(number) for prior in priors], strength)
@@ -164,9 +167,9 @@ def _best_trial(folds: list[Moments], total: Moments, priors: Sequence[Prior]) -
         for number, prior in enumerate(priors):
             without = tuple(weights[number] for weights in solved)
             error = sum(_error(fold, total - fold, weight) for fold, weight in zip(folds, without, strict=True))
-            trials.append(_Trial(error, prior, strength, without))
+            trials.append(_Trial(max(error, rounding), prior, strength, without))
         found = min(trials, key=lambda trial: trial.error)
-        if best is not None and found.error > best.error:
+        if best is not None and (found.error > best.error or best.error <= rounding):
             break
         best = found
     assert best is not None

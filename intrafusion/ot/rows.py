@@ -22,6 +22,8 @@ _OUTER, _INNER = 5, 5
 _RIDGE = 1e-3
 _WEAK_RIDGES = (1e-6, 1e-9)
 """Tried as well where rows are read back for good: channels that are copies of each other are then read exactly."""
+_COPY = 1e-10
+"""A channel is another's copy if it differs by no more than this share of its power."""
 _SOLVED = 1e-4
 """A start that leaves less than this share of what the readers read is not changed: its channels are duplicates."""
 _FAR = 3.0
@@ -71,6 +73,28 @@ def best_rows(
     if may_shift:
         shift = bound_means(rows, shift, given, mean.to(rows), cov.to(rows))
     return rows, shift
+
+
+@torch.no_grad()
+def read_copies(columns: Tensor, kept: Tensor, readers: Sequence[Samples]) -> Tensor:
+    """columns [n, k], where channels that all readers see as copies of a kept one ([k]) are read from that one alone.
+
+    A plan knows channels by their weights, and may have taken others for their copies. Where it has not, and for
+    channels that nobody sees anything of, it stays as it is.
+    """
+    if not readers:
+        return columns
+    columns, kept = columns.clone(), kept.cpu()
+    h = torch.cat([reader.h.double().cpu() for reader in readers])
+    own = h.square().sum(dim=0)
+
+    def same_as(chosen: Tensor) -> Tensor:
+        return (h - h[:, kept[chosen]]).square().sum(dim=0) <= _COPY * own
+
+    near = (own[kept] - 2 * h.T @ h[:, kept]).argmin(dim=1)
+    mistaken = same_as(near) & ~same_as(columns.argmax(dim=1)) & (own > 0)
+    columns[mistaken] = torch.eye(len(kept)).to(columns)[near[mistaken]]
+    return columns
 
 
 def match_spread(rows: Tensor, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:

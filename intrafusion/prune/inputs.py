@@ -9,7 +9,7 @@ from intrafusion.correct.synthetic import NoSyntheticInputs, synthetic_count, sy
 from intrafusion.methods.method import Method
 from intrafusion.prune.fused_group import FusionError
 from intrafusion.prune.host import Host
-from intrafusion.prune.twin import ROUGHLY, Judges, count_of, held_out, says, varied
+from intrafusion.prune.twin import BLINDLY, ROUGHLY, Judges, count_of, held_out, says, varied
 from intrafusion.running import merged, to_device
 
 _WAY_OUT = (
@@ -69,7 +69,7 @@ def _parted(own: list[Any], drawn: list[Any], example: Any) -> Inputs:
         judges, told = kept, f"the {name} inputs themselves, too few to hold any out"
     elif not judges:
         judges, told = [varied(example)], "the example inputs, or noise of their shape"
-    every = [Judges(judges, told)]
+    every = [Judges(judges, told) if own or drawn else Judges(judges, told, BLINDLY)]
     if not own and says(example):  # what the user has is nearer to this than to noise, or to what is drawn
         every.append(Judges([example], "the example inputs", ROUGHLY))
     return Inputs(kept, drawn, every) if own else Inputs([], kept, every)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from intrafusion.ot.rows import Samples, _View, bound_means, read_back
+from intrafusion.ot.rows import Samples, _View, bound_means, read_back, read_copies
 
 MEAN = torch.tensor([0.5, -1.0, 8.0]).double()
 COV = torch.diag(torch.tensor([1.0, 4.0, 0.25]).double())
@@ -85,3 +85,26 @@ def test_copies_are_read_exactly():
     torch.testing.assert_close(read, torch.cat([torch.eye(6), torch.eye(6)]).double(), atol=1e-5, rtol=0)
     other = torch.rand(12, 6).double()
     assert torch.equal(read_back(rows, torch.zeros(6).double(), [reader], other), read)  # it does worse
+
+
+def test_copies_that_a_plan_has_mistaken_are_read_from_what_they_copy() -> None:
+    """Of 6 channels 0, 2, 4 stay; 1 copies 0, 3 copies 2, and 5 is nobody's copy; the plan took 3 for a copy of 4."""
+    h = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    h[:, 1], h[:, 3] = h[:, 0], h[:, 2]
+    reader = Samples(h, h, torch.relu, torch.eye(6), torch.arange(50) % 4 == 3)
+    planned = torch.eye(3)[torch.tensor([0, 0, 1, 2, 2, 1])].double()
+    planned[5] /= 2
+    found = read_copies(planned, torch.tensor([0, 2, 4]), [reader])
+    expected = planned.clone()
+    expected[3] = torch.tensor([0.0, 1.0, 0.0])
+    assert torch.equal(found, expected)
+    other = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))  # to another reader they are different
+    assert torch.equal(
+        read_copies(planned, torch.tensor([0, 2, 4]), [reader, Samples(other, other, *reader_of(reader))]), planned
+    )
+    dead = Samples(0 * h, 0 * h, *reader_of(reader))
+    assert torch.equal(read_copies(planned, torch.tensor([0, 2, 4]), [dead]), planned)
+
+
+def reader_of(samples: Samples) -> tuple:
+    return samples.f, samples.metric, samples.held_out

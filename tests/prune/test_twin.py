@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import nn
 
 from intrafusion import Fusion, IntraFusionPruner, Pair, WorseThanCut
-from intrafusion.prune.twin import Comparison, count_of, held_out, varied
+from intrafusion.prune.twin import BLINDLY, Comparison, count_of, held_out, varied
 from tests.nets import randomise_
 
 
@@ -194,6 +194,16 @@ def test_an_example_that_says_nothing_is_varied():
     noise, kept = varied((torch.zeros(2, 3), torch.arange(3)))
     assert noise.std() > 0.3
     assert torch.equal(kept, torch.arange(3))
+
+
+def test_where_noise_judges_a_small_gain_is_no_gain():
+    """But a network that was only cut is as good as cut."""
+    assert not Comparison(1, 0.43, 0.5, "", BLINDLY).is_worse
+    assert not Comparison(1, 0.5, 0.5, "", BLINDLY).is_worse
+    doubtful = Comparison(1, 0.45, 0.5, "", BLINDLY)
+    assert doubtful.is_worse
+    assert "may have left this network worse than plain cutting would have" in str(doubtful.warning("paper"))
+    assert "may" not in str(Comparison(1, 0.6, 0.5, "", BLINDLY).warning("paper"))
 
 
 @pytest.mark.parametrize(("fused", "worse"), [(0.5, False), (0.515, True), (float("nan"), True), (float("inf"), True)])
