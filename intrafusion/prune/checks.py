@@ -15,6 +15,8 @@ from intrafusion.groups.reach import channels_of
 from intrafusion.groups.table import GroupTable
 from intrafusion.methods.method import Method
 from intrafusion.prune import refusals
+from intrafusion.prune.allocation import ALLOCATIONS
+from intrafusion.prune.fusion import Fusion
 from intrafusion.running import input_batches
 
 
@@ -64,6 +66,20 @@ def after_cut(value: Any) -> Callable | None:
     """As given. Raises TypeError for what cannot be called."""
     if value is not None and not callable(value):
         raise TypeError(f"after_cut is {value!r}: give a function of the network and the group that was cut")
+    return value
+
+
+def allocation(value: Any, fusion: Fusion, arguments: dict[str, Any]) -> str:
+    """As given. Raises ValueError for what does not exist, or cannot be measured."""
+    if value not in ALLOCATIONS:
+        raise ValueError(f"allocation is {value!r}: it must be one of {', '.join(map(repr, ALLOCATIONS))}")
+    if value != "equal" and fusion.is_discard:
+        raise ValueError(
+            f"allocation={value!r} measures what a fusion leaves, and fusion='discard' fuses nothing: for the same "
+            "widths, give its pruning_ratio_dict the ratios of another pruner's report.allocation"
+        )
+    if value != "equal" and arguments.get("global_pruning"):
+        raise ValueError(f"allocation={value!r} decides about the widths of groups, and so does global_pruning=True")
     return value
 
 

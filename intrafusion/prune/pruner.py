@@ -23,13 +23,15 @@ from intrafusion.groups.table import GroupTable, module_name, tabulate
 from intrafusion.history.lineage import Lineage
 from intrafusion.history.tracing import Tracing
 from intrafusion.prune import attention, checks, feeding, preparation, refusals, scoring
+from intrafusion.prune.allocation import allocate_
 from intrafusion.prune.configs import without_bias
 from intrafusion.prune.fused_group import FusedGroup, FusionError
 from intrafusion.prune.fusion import Fusion
+from intrafusion.prune.inputs import Inputs
 from intrafusion.prune.report import GroupReport, Report
 from intrafusion.prune.step import Step
 from intrafusion.prune.twin import Comparison
-from intrafusion.prune.widths import checked, pace_heads_, restrict_
+from intrafusion.prune.widths import checked, pace_heads_, restrict_, set_ratio_
 from intrafusion.running import run_model
 
 
@@ -44,10 +46,12 @@ class FusionMixin:
         heads: the attention blocks that were found, see `groups.heads.Heads`; their numbers of heads are in
             torch-pruning's `num_heads`, where the user gave none.
         keep_inputs: set it to True and `last_step.inputs` holds what the step ran on.
+        inputs: what the next step is going to run on, in the place of inputs of its own; None otherwise.
     """
 
     progress: bool = True
     keep_inputs: bool = False
+    inputs: Inputs | None = None
 
     # What the host class provides.
     model: nn.Module
@@ -79,6 +83,7 @@ class FusionMixin:
             inspect.Parameter("memory_limit", keyword, default=None, annotation="float | None"),
             inspect.Parameter("after_cut", keyword, default=None, annotation="Callable | None"),
             inspect.Parameter("widths", keyword, default=None, annotation="Mapping[str, float] | None"),
+            inspect.Parameter("allocation", keyword, default="equal", annotation="str"),
         ]
         cls.__signature__ = host.replace(parameters=[*host.parameters.values(), *ours])
 
@@ -90,6 +95,7 @@ class FusionMixin:
         memory_limit: float | None = None,
         after_cut: Callable[[nn.Module, Group], Any] | None = None,
         widths: Mapping[str, float] | None = None,
+        allocation: str = "equal",
         **kwargs: Any,
     ) -> None:
         self.fusion = Fusion.of(fusion)
@@ -99,6 +105,7 @@ class FusionMixin:
         self.calibration = checks.calibration_batches(calibration, self.fusion.method(), f"fusion={self.fusion.name!r}")
         bound = inspect.signature(super().__init__).bind(*args, **kwargs)
         checks.check_arguments(bound.arguments)
+        self.allocation = checks.allocation(allocation, self.fusion, bound.arguments)
         preparation.prepare_(bound.arguments)
         self._feed(bound.arguments)
         self.heads = find_heads(bound.arguments["model"], partial(self.run, inputs=self.example_inputs))
@@ -156,6 +163,9 @@ class FusionMixin:
 
         Raises FusionError naming the group.
         """
+        if self.allocation != "equal" and self.report.allocation is None and not self.report.groups:
+            one = partial(super().step, interactive=False)  # type: ignore[misc]
+            self.report.allocation = allocate_(self, one, self.allocation)
         if interactive:
             return super().step(interactive=True)  # type: ignore[misc]
         snapshot, mark = Snapshot(self.DG, self.model.modules(), self.state()), self.report.mark()
@@ -180,6 +190,10 @@ class FusionMixin:
             return None
         self._scores[group[0].dep.target.module, group[0].dep.handler] = score
         return score
+
+    def set_ratio(self, layer: nn.Module, ratio: float) -> None:
+        """From now on the layer's group is pruned to this ratio in the end."""
+        set_ratio_(self, layer, ratio)
 
     def manual_prune_width(
         self, layer: nn.Module, pruning_fn: Callable, pruning_ratios_or_idxs: float | list[int]
@@ -341,7 +355,9 @@ class IntraFusionPruner(FusionMixin, tp.pruner.BasePruner):
     (keyword-only) GiB of activations that are held at a time, None for as much as it takes; what is beyond lies in
     temporary files. after_cut: (keyword-only) after_cut(model, group) is called when a group has been cut, to set
     attributes of the network that hold widths; those that leave no choice are set without it. widths: (keyword-only) a
-    ratio for each kind of width that shall be cut, see `prune.widths`; all others are left alone.
+    ratio for each kind of width that shall be cut, see `prune.widths`; all others are left alone. allocation:
+    (keyword-only) "measured" moves channels between groups before the first step, at an equal total of MACs
+    ("measured-parameters": of parameters), to where their loss costs least, see `prune.allocation`.
 
     >>> pruner = IntraFusionPruner(model, example_inputs, importance, pruning_ratio=0.5, ignored_layers=[model.fc])
     >>> pruner.step()                      # or: for group in pruner.step(interactive=True): group.prune()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from intrafusion.prune.sizes import Attribute
@@ -34,17 +35,35 @@ class GroupReport:
         return self.name, f"{self.channels_before} -> {self.channels_after}", cost, self.merged, self.reason
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """ratios: of every group that took part, by the name of its first layer: the equal ones where those did better.
+    equal, measured: the relative error of the output with equal ratios and with unequal ones, on `inputs`.
+    """
+
+    ratios: Mapping[str, float]
+    equal: float
+    measured: float
+    inputs: str
+
+    def __str__(self) -> str:
+        moved = "channels were moved between groups" if self.measured < self.equal else "all groups kept their ratio"
+        errors = f"relative error of the output {self.measured:.3g}, with the ratios as they were {self.equal:.3g}"
+        return f"{moved}: {errors} (on {self.inputs})"
+
+
 @dataclass
 class Report:
     """All groups so far, in the order in which they were pruned; printing it gives a table.
 
     comparisons: of the whole network with what plain cutting would have left, one per step. attributes: those that hold
-    widths and were set during steps, by us or by the user.
+    widths and were set during steps, by us or by the user. allocation: how channels were moved between groups.
     """
 
     groups: list[GroupReport] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     attributes: list[Attribute] = field(default_factory=list)
+    allocation: Allocation | None = None
 
     def mark(self) -> tuple[int, int, int]:
         """How much has been reported."""
@@ -71,5 +90,6 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         told = [f"set {one}" for one in self.attributes]
+        told += [] if self.allocation is None else [str(self.allocation)]
         told += [f"step {one.step}: {one}" for one in self.comparisons]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *told])

@@ -110,7 +110,7 @@ class Step:
                 untied = untie_(pruner.model, {owner for table in tables for owner, _ in table.reach})
             tables = [self._pruner.table(group) for group in groups] if untied else tables
         self._inconsistent = pruner.inconsistent_groups()
-        inputs = inputs_for(pruner, method)
+        inputs = pruner.inputs or inputs_for(pruner, method)
         self.inputs = inputs.batches if pruner.keep_inputs else ()
         view = _Begun(
             pruner.DG, pruner.run, pruner.example_inputs, inputs.batches,

@@ -186,15 +186,16 @@ def says(example: Any) -> bool:
     return any(bool((value != value.flatten()[0]).any()) for value in floating)
 
 
-def held_out(batches: Sequence) -> tuple[list, list]:
+def held_out(batches: Sequence, wanted: int | None = None) -> tuple[list, list]:
     """(batches to work on, batches to judge with): of 32 inputs or more one in 32 judges, at least 4 (of 64 or more 8),
-    at most 32.
+    at most 32; or as many as are wanted.
 
     Inputs are parted along the first axis of a batch's tensors where they share one; otherwise whole batches are.
     """
     count = count_of(batches)
     least = _FEW if count >= 2 * _SHARE else _LEAST
-    wanted = min(_MOST, max(least, count // _SHARE)) if count >= _SHARE else 0
+    if wanted is None:
+        wanted = min(_MOST, max(least, count // _SHARE)) if count >= _SHARE else 0
     kept: list = list(batches)
     judges: list = []
     while wanted > 0:

@@ -71,7 +71,7 @@ def restrict_(pruner: Any, widths: Mapping[str, float]) -> None:
             pruner.ignored_layers.extend(layer for layer in layers if isinstance(layer, nn.Module))
             continue
         for layer in (*layers, *_readers(pruner, group)) if kind == "heads" else layers:
-            _set_ratio(pruner, layer, max(ratios) if kind == "heads" and not widths.get("head_dim") else ratios[-1])
+            set_ratio_(pruner, layer, max(ratios) if kind == "heads" and not widths.get("head_dim") else ratios[-1])
     _set_heads(pruner, widths)
     there = found - {"output"} | ({"head_dim"} if "heads" in found else set())
     missing = [kind for kind, ratio in widths.items() if ratio and kind not in there]
@@ -113,7 +113,8 @@ def _readers(pruner: Any, group: Group) -> list[nn.Module]:
     ]
 
 
-def _set_ratio(pruner: Any, layer: Any, ratio: float) -> None:
+def set_ratio_(pruner: Any, layer: Any, ratio: float) -> None:
+    """Give a layer its ratio as torch-pruning's `pruning_ratio_dict` does."""
     if isinstance(layer, nn.Module):
         schedule = pruner.iterative_pruning_ratio_scheduler(ratio, pruner.iterative_steps)
         pruner.pruning_ratio_dict[layer] = schedule

@@ -1,0 +1,199 @@
+"""Unequal widths: channels move between groups, at an equal total, to where their loss costs least.
+
+Every group is pruned alone, at some ratios around its own, by the very fusion of the pruner, and what that does to
+the network's output is measured on inputs that nothing was fitted to. With D_g the squared relative error that a group
+leaves, interpolated between its ratios, the new ratios are those of
+
+    min  Σ_g D_g(r_g)    so that the network costs no more than with equal ratios
+
+by one multiplier for all groups (as in rate-distortion coding); what a choice costs is counted on a network that is
+plainly cut so. Errors of groups do not add up exactly, so both are tried in the end, and equal widths stay where they
+do better. The network is put back after every try.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch_pruning as tp
+from torch import nn
+from tqdm import tqdm
+
+from intrafusion.groups.snapshot import Snapshot
+from intrafusion.groups.table import module_name
+from intrafusion.history.lineage import Lineage
+from intrafusion.prune.fused_group import FusionError
+from intrafusion.prune.inputs import Inputs, inputs_for
+from intrafusion.prune.report import Allocation
+from intrafusion.prune.twin import Judges, count_of, held_out
+
+ALLOCATIONS = ("equal", "measured", "measured-parameters")
+_GRID = 16
+"""Ratios are chosen in such parts of a group's width."""
+_SHARE = 4
+"""One input of so many judges."""
+_TRIES = 16
+
+
+@dataclass(frozen=True)
+class _Group:
+    """layers: those that torch-pruning may look a ratio up by; ratio: its own."""
+
+    name: str
+    layers: tuple[nn.Module, ...]
+    ratio: float
+
+
+def allocate_(pruner: Any, step: Callable[[], Any], allocation: str) -> Allocation | None:
+    """Give the groups of a pruner their ratios; None if there are fewer than two of them.
+
+    step: one step of the pruner. Raises FusionError for a network whose costs cannot be counted.
+    """
+    groups = list(_groups(pruner))
+    if len(groups) < 2:
+        return None
+    bench = _Bench(pruner, step, _macs if allocation == "measured" else _parameters)
+    equal = {group.name: group.ratio for group in groups}
+    curves = {}
+    for group in tqdm(groups, desc="widths", unit="group", leave=False, disable=None if pruner.progress else True):
+        levels = sorted({0.5 * group.ratio, group.ratio, min(0.5 + 0.5 * group.ratio, pruner.max_pruning_ratio)})
+        tried = [bench.fused({group: level}) for level in levels]
+        curves[group.name] = _Curve(levels, tried)
+    limit = bench.cost({group: group.ratio for group in groups})
+    ratios = _within(curves, limit, lambda found: bench.cost({group: found[group.name] for group in groups}))
+    before, after = (bench.fused({g: one[g.name] for g in groups}).error for one in (equal, ratios))
+    chosen = ratios if after < before else equal
+    for group in groups:
+        for layer in group.layers:
+            pruner.set_ratio(layer, chosen[group.name])
+    return Allocation(chosen, before, after, bench.told)
+
+
+def _groups(pruner: Any) -> Iterator[_Group]:
+    """Those that torch-pruning would cut, attention heads left out: their number is a ratio of its own."""
+    for group in pruner.all_groups():
+        root = group[0].dep.target.module
+        ratio = pruner.get_target_pruning_ratio(root, pruner.iterative_steps)
+        if ratio > 0 and not pruner.is_attention(group) and isinstance(root, nn.Module):
+            making = [item.dep.target.module for item in group if pruner.DG.is_out_channel_pruning_fn(item.dep.handler)]
+            layers = dict.fromkeys([root, *(layer for layer in making if isinstance(layer, nn.Module))])
+            yield _Group(module_name(pruner.DG, root), tuple(layers), ratio)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """The relative error of the output that a try leaves, and what the network costs then."""
+
+    error: float
+    cost: float
+
+
+class _Curve:
+    """What a group's ratio does, between and somewhat beyond the ratios [l] that were tried; nothing at ratio 0."""
+
+    def __init__(self, levels: Sequence[float], tried: Sequence[_Tried]) -> None:
+        errors = np.maximum.accumulate([one.error if math.isfinite(one.error) else 1e3 for one in tried])
+        x, y = np.array([0.0, *levels]), np.array([0.0, *errors])
+        self.ratios = np.arange(int(_GRID * (levels[-1] + 1) / 2) + 1) / _GRID
+        beyond = np.clip(self.ratios - x[-1], 0, None) * 2 * (y[-1] - y[-2]) / max(1e-9, x[-1] - x[-2])
+        self.damage = (np.interp(self.ratios, x, y) + beyond) ** 2
+        slope = np.polyfit(levels, [one.cost for one in tried], 1)[0] if len(levels) > 1 else -1.0
+        self.saved = -slope * self.ratios
+
+
+def _within(curves: Mapping[str, _Curve], limit: float, cost: Callable[[dict[str, float]], float]) -> dict[str, float]:
+    """The ratios that do the least damage of those that cost no more than `limit`."""
+
+    def at(price: float) -> dict[str, float]:
+        return {name: float(c.ratios[np.argmin(c.damage - price * c.saved)]) for name, c in curves.items()}
+
+    slopes = [c.damage[i] / c.saved[i] for c in curves.values() for i in range(1, len(c.ratios)) if c.saved[i] > 0]
+    low, high = 0.01 * min(slopes, default=1.0), 100 * max(slopes, default=1.0)
+    low, best = max(low, 1e-300), at(max(high, 1e-300))
+    for _ in range(_TRIES):
+        price = math.sqrt(low * max(high, low))
+        found = at(price)
+        if cost(found) <= limit:
+            best, high = found, price
+        else:
+            low = price
+    return best
+
+
+class _Bench:
+    """Tries ratios on the pruner's own network, which is put back. told: what is judged on, in words."""
+
+    def __init__(self, pruner: Any, step: Callable[[], Any], count: Callable[[Any], float]) -> None:
+        self._pruner, self._step, self._count = pruner, step, count
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._inputs = _parted(inputs_for(pruner, pruner.fusion.method()))
+        self.told = self._inputs.judges[0].told
+
+    def fused(self, ratios: Mapping[_Group, float]) -> _Tried:
+        """Prune the groups to these ratios, and no others."""
+        with self._trying(ratios):
+            self._step()
+            compared = self._pruner.report.comparisons
+            if not compared:
+                raise FusionError("what a group's ratio costs could not be measured: the network's outputs say nothing")
+            return _Tried(compared[-1].fused, self._count(self._pruner))
+
+    def cost(self, ratios: Mapping[_Group, float]) -> float:
+        """What the network costs when it is plainly cut so."""
+        with self._trying(ratios):
+            self._pruner.fusion = self._pruner.fusion.discarded()
+            self._step()
+            return self._count(self._pruner)
+
+    @contextmanager
+    def _trying(self, ratios: Mapping[_Group, float]) -> Iterator[None]:
+        pruner = self._pruner
+        snapshot = Snapshot(pruner.DG, pruner.model.modules(), pruner.state())
+        mark = pruner.report.mark()
+        try:
+            pruner.lineage, pruner.inputs = Lineage(pruner.DG), self._inputs
+            pruner.prune_num_heads = pruner.prune_head_dims = pruner.progress = False
+            pruner.iterative_steps, pruner.current_step, pruner.per_step_pruning_ratio = 1, 0, [0.0, 0.0]
+            pruner.pruning_ratio_dict, pruner._layer_to_scope = {}, dict(pruner._layer_to_scope)
+            for group, ratio in ratios.items():
+                for layer in group.layers:
+                    pruner.set_ratio(layer, ratio)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            snapshot.restore()
+            pruner.report.back_to(mark)
+
+
+def _parted(inputs: Inputs) -> Inputs:
+    """The same, with a quarter of the inputs to judge on where there are some."""
+    batches = inputs.own or inputs.drawn
+    wanted = (count_of(batches) + sum(count_of(one.batches) for one in inputs.judges[:1])) // _SHARE
+    if not batches or count_of(batches) <= wanted:
+        return inputs
+    kept, judges = held_out([*batches, *inputs.judges[0].batches], wanted)
+    told = f"{count_of(judges)} {'calibration' if inputs.own else 'synthetic'} inputs that were held out"
+    every = [Judges(judges, told)]
+    return Inputs(kept, inputs.drawn, every) if inputs.own else Inputs([], kept, every)
+
+
+def _parameters(pruner: Any) -> float:
+    return float(sum(parameter.numel() for parameter in pruner.model.parameters()))
+
+
+def _macs(pruner: Any) -> float:
+    try:
+        return float(tp.utils.count_ops_and_params(pruner.model, pruner.example_inputs)[0])
+    except Exception as error:
+        raise FusionError(
+            f"torch-pruning cannot count what this network costs ({type(error).__name__}: {error}): "
+            "allocation='measured-parameters' counts parameters"
+        ) from error
