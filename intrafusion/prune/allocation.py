@@ -6,9 +6,9 @@ leaves, interpolated between its ratios, the new ratios are those of
 
     min  Σ_g D_g(r_g)    so that the network costs no more than with equal ratios
 
-by one multiplier for all groups (as in rate-distortion coding); what a choice costs is counted on a network that is
-plainly cut so. Errors of groups do not add up exactly, so both are tried in the end, and equal widths stay where they
-do better. The network is put back after every try.
+by dynamic programming; what a choice really costs is counted on a network that is plainly cut so. Errors of groups do
+not add up exactly, so both are tried in the end, and equal widths stay where they do better. The network is put back
+after every try.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _GRID = 16
 """Ratios are chosen in such parts of a group's width."""
 _SHARE = 4
 """One input of so many judges."""
-_TRIES = 16
+_TRIES, _BINS = 12, 1000
 
 
 @dataclass(frozen=True)
@@ -95,35 +95,61 @@ class _Tried:
 
 
 class _Curve:
-    """What a group's ratio does, between and somewhat beyond the ratios [l] that were tried; nothing at ratio 0."""
+    """What a group's ratio does, between the ratios [l] that were tried and 0, where it does nothing."""
 
     def __init__(self, levels: Sequence[float], tried: Sequence[_Tried]) -> None:
         errors = np.maximum.accumulate([one.error if math.isfinite(one.error) else 1e3 for one in tried])
-        x, y = np.array([0.0, *levels]), np.array([0.0, *errors])
-        self.ratios = np.arange(int(_GRID * (levels[-1] + 1) / 2) + 1) / _GRID
-        beyond = np.clip(self.ratios - x[-1], 0, None) * 2 * (y[-1] - y[-2]) / max(1e-9, x[-1] - x[-2])
-        self.damage = (np.interp(self.ratios, x, y) + beyond) ** 2
+        self.ratios = np.unique([*(np.arange(math.ceil(_GRID * levels[-1])) / _GRID), levels[-1]])
+        self.damage = np.interp(self.ratios, [0.0, *levels], [0.0, *errors]) ** 2
         slope = np.polyfit(levels, [one.cost for one in tried], 1)[0] if len(levels) > 1 else -1.0
         self.saved = -slope * self.ratios
 
 
 def _within(curves: Mapping[str, _Curve], limit: float, cost: Callable[[dict[str, float]], float]) -> dict[str, float]:
-    """The ratios that do the least damage of those that cost no more than `limit`."""
+    """The ratios that do the least damage of those that cost no more than `limit`.
 
-    def at(price: float) -> dict[str, float]:
-        return {name: float(c.ratios[np.argmin(c.damage - price * c.saved)]) for name, c in curves.items()}
+    What groups save does not quite add up (two of them meet in a layer): as much more is asked for as it takes.
+    """
+    known: dict[tuple[float, ...], float] = {}
 
-    slopes = [c.damage[i] / c.saved[i] for c in curves.values() for i in range(1, len(c.ratios)) if c.saved[i] > 0]
-    low, high = 0.01 * min(slopes, default=1.0), 100 * max(slopes, default=1.0)
-    low, best = max(low, 1e-300), at(max(high, 1e-300))
+    def costs(ratios: dict[str, float]) -> float:
+        key = tuple(ratios.values())
+        if key not in known:
+            known[key] = cost(ratios)
+        return known[key]
+
+    whole = costs(dict.fromkeys(curves, 0.0))
+    low, high = 0.5 * (whole - limit), sum(float(curve.saved[-1]) for curve in curves.values())
+    best = {name: float(curve.ratios[-1]) for name, curve in curves.items()}
     for _ in range(_TRIES):
-        price = math.sqrt(low * max(high, low))
-        found = at(price)
-        if cost(found) <= limit:
-            best, high = found, price
+        asked = (low + high) / 2
+        found = least_damage(curves, asked)
+        if costs(found) <= limit:
+            best, high = found, asked
         else:
-            low = price
+            low = asked
     return best
+
+
+def least_damage(curves: Mapping[str, _Curve], asked: float) -> dict[str, float]:
+    """The ratios with the least sum of damages of those whose savings add up to `asked` (in `_BINS` parts of it)."""
+    damage = np.full(_BINS + 1, np.inf)  # of the groups so far, by what they save; all beyond is in the last place
+    damage[0] = 0.0
+    places, choices = np.arange(_BINS + 1), []
+    for curve in curves.values():
+        saved = np.floor(curve.saved * _BINS / max(asked, 1e-300) + 1e-6).clip(0, _BINS).astype(int)
+        every = np.full((len(saved), _BINS + 1), np.inf)
+        for number, (one, harm) in enumerate(zip(saved, curve.damage, strict=True)):
+            np.minimum.at(every[number], np.minimum(places + one, _BINS), damage + harm)
+        choices.append((saved, damage, every.argmin(axis=0)))
+        damage = every.min(axis=0)
+    at, found = _BINS, {}
+    for (name, curve), (saved, before, choice) in zip(reversed(curves.items()), reversed(choices), strict=True):
+        number = int(choice[at])
+        found[name] = float(curve.ratios[number])
+        below = np.arange(max(0, at - saved[number]), at + 1) if at == _BINS else np.array([at - saved[number]])
+        at = int(below[before[below].argmin()])
+    return {name: found[name] for name in curves}
 
 
 class _Bench:

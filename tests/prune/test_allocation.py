@@ -1,0 +1,181 @@
+"""Unequal widths: where channels go, that the total stays, and that trying leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from intrafusion import FusionError, IntraFusionPruner
+from intrafusion.prune.allocation import least_damage
+from tests.nets import PICO, randomise_
+
+CASE = PICO[0]
+
+
+def l1():
+    return tp.importance.GroupMagnitudeImportance(p=1)
+
+
+def first_ones(group):
+    return -torch.arange(len(group[0].idxs)).float()
+
+
+def unlike() -> nn.Sequential:
+    """Of 24 channels four are different; then 24 that all differ."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 20)).eval()
+    with torch.no_grad():
+        for parameter in (model[0].weight, model[0].bias):
+            parameter[:] = parameter[torch.arange(24) % 4]
+    return model
+
+
+def pruner_of(model, allocation="measured-parameters", fusion="calibrated", **more):
+    x = torch.randn(400, 16, generator=torch.Generator().manual_seed(1))
+    more = {"pruning_ratio": 0.5, "ignored_layers": [model[4]], **more}
+    calibration = [x] if fusion == "calibrated" else None
+    pruner = IntraFusionPruner(
+        model, x[:2], first_ones, fusion=fusion, calibration=calibration, allocation=allocation, **more
+    )  # fmt: skip
+    pruner.progress = False
+    return pruner
+
+
+def size(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("allocation", ["measured", "measured-parameters"])
+def test_channels_go_where_nothing_is_lost_and_the_total_stays(allocation):
+    model, same = unlike(), unlike()
+    pruner, equal = pruner_of(model, allocation), pruner_of(same, "equal")
+    pruner.step()
+    equal.step()
+    assert same[0].out_features == same[2].out_features == 12
+    assert model[0].out_features < 12 < model[2].out_features
+    assert size(model) <= size(same)
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(2))
+    wanted = unlike()(x)
+    assert (model(x) - wanted).norm() < 0.7 * (same(x) - wanted).norm()
+    told = pruner.report.allocation
+    assert told.measured < told.equal
+    assert "channels were moved between groups" in str(pruner.report)
+    assert equal.report.allocation is None
+
+
+def test_what_comes_out_is_what_those_ratios_give():
+    model, again = unlike(), unlike()
+    pruner = pruner_of(model)
+    pruner.step()
+    ratios = {again.get_submodule(name): ratio for name, ratio in pruner.report.allocation.ratios.items()}
+    pruner_of(again, "equal", pruning_ratio_dict=ratios).step()
+    for one, other in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    twin = unlike()
+    ratios = {twin.get_submodule(name): ratio for name, ratio in pruner.report.allocation.ratios.items()}
+    pruner_of(twin, "equal", fusion="discard", pruning_ratio_dict=ratios).step()
+    assert [p.shape for p in twin.parameters()] == [p.shape for p in model.parameters()]
+
+
+@pytest.mark.parametrize("fusion", ["calibrated", "data-free", "barycentre"])
+def test_trying_leaves_no_trace(fusion):
+    """All is tried when an interactive step begins, before anything is cut."""
+    model = CASE.model()
+    before = copy.deepcopy(model.state_dict())
+    batches = [torch.randn(64, *CASE.shape)] if fusion == "calibrated" else None
+    pruner = IntraFusionPruner(
+        model, CASE.example(), l1(), pruning_ratio=0.5, ignored_layers=CASE.ignored(model), fusion=fusion,
+        calibration=batches, allocation="measured", iterative_steps=2,
+    )  # fmt: skip
+    groups = pruner.step(interactive=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert pruner.report.allocation is not None
+    assert not pruner.report.groups
+    assert not pruner.report.comparisons
+    assert pruner.inputs is None
+    assert pruner.pruning_history() == []
+    assert pruner.iterative_steps == 2
+    assert len(pruner.per_step_pruning_ratio) == 3
+    for group in groups:
+        group.prune()
+    assert torch.isfinite(model(CASE.example())).all()
+
+
+def test_several_steps_come_to_the_ratios_of_the_first():
+    model = unlike()
+    pruner = pruner_of(model, iterative_steps=2)
+    pruner.step()
+    ratios = dict(pruner.report.allocation.ratios)
+    pruner.step()
+    assert ratios == pruner.report.allocation.ratios
+    for name, ratio in ratios.items():
+        assert model.get_submodule(name).out_features == pytest.approx(24 * (1 - ratio), abs=1)
+
+
+def test_one_group_keeps_its_ratio():
+    model = unlike()
+    pruner = pruner_of(model, ignored_layers=[model[2], model[4]])
+    pruner.step()
+    assert model[0].out_features == 12
+    assert pruner.report.allocation is None
+
+
+def test_a_group_with_a_ratio_of_its_own_begins_there():
+    model = unlike()
+    pruner = pruner_of(model, pruning_ratio_dict={model[0]: 0.75, model[2]: 0.0})
+    pruner.step()
+    assert model[0].out_features == 6
+    assert model[2].out_features == 24
+
+
+def test_costs_that_cannot_be_counted_are_an_error_with_the_way_out_and_nothing_has_changed(monkeypatch):
+    def fails(*_):
+        raise KeyError("conv9d")
+
+    model = randomise_(unlike())
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(tp.utils, "count_ops_and_params", fails)
+    with pytest.raises(FusionError, match="'measured-parameters' counts parameters"):
+        pruner_of(model, "measured").step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"allocation": "best"}, "allocation is 'best': it must be one of 'equal', 'measured'"),
+        ({"fusion": "discard"}, "fusion='discard' fuses nothing.*pruning_ratio_dict"),
+        ({"global_pruning": True}, "so does global_pruning=True"),
+    ],
+)
+def test_what_means_nothing_is_refused(more, said):
+    with pytest.raises(ValueError, match=said):
+        pruner_of(unlike(), **more)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_least_damage_is_that_of_all_choices(seed):
+    generator = np.random.default_rng(seed)
+    curves = {name: SimpleNamespace(ratios=np.arange(4) / 4) for name in "abcd"}
+    for curve in curves.values():
+        curve.damage = np.cumsum(generator.integers(0, 9, 4)).astype(float)
+        curve.saved = np.cumsum([0, *generator.integers(1, 9, 3)]).astype(float)
+    for asked in (4.0, 8.0, 10.0, 20.0):
+        choices = [
+            (sum(c.damage[i] for c, i in zip(curves.values(), one, strict=True)), one)
+            for one in itertools.product(range(4), repeat=4)
+            if sum(c.saved[i] for c, i in zip(curves.values(), one, strict=True)) >= asked
+        ]
+        if not choices:
+            continue
+        found = least_damage(curves, asked)
+        at = [int(4 * found[name]) for name in curves]
+        assert sum(c.saved[i] for c, i in zip(curves.values(), at, strict=True)) >= asked
+        assert sum(c.damage[i] for c, i in zip(curves.values(), at, strict=True)) == min(choices)[0]
