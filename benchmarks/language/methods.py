@@ -202,6 +202,7 @@ def pruned(dense: nn.Module, name: str, widths: dict[str, float], batches: list)
             widths=widths,
             fusion=entry.fusion,
             calibration=batches if entry.fusion.method().inputs == "calibration" else None,
+            allocation=entry.allocation,
         )
         pruner.progress = False
         pruner.step()
@@ -210,11 +211,12 @@ def pruned(dense: nn.Module, name: str, widths: dict[str, float], batches: list)
 
 @dataclass(frozen=True)
 class Entry:
-    """One row: choose(batches) makes the importance; data: whether the user's text is seen."""
+    """One row: choose(batches) makes the importance; data: whether text is seen; allocation: the pruner's."""
 
     choose: Callable[[list], Callable]
     fusion: Fusion
     data: bool = True
+    allocation: str = "equal"
 
 
 def _l1(_batches: list) -> Callable:
@@ -234,5 +236,7 @@ METHODS: dict[str, Entry] = {
     "calibrated, L1": Entry(_l1, Fusion.preset("calibrated")),
     "calibrated, FLAP": Entry(FLAPImportance, Fusion.preset("calibrated")),
     "calibrated": Entry(_backward, Fusion.preset("calibrated")),
+    "OSSCAR, unequal": Entry(_backward, Fusion(merge="OSSCAR"), allocation="measured-parameters"),
+    "calibrated, unequal": Entry(_backward, Fusion.preset("calibrated"), allocation="measured-parameters"),
 }
-"""By name, in the order of the table: those that see no text first, ours last."""
+"""By name, in the order of the table: those that see no text first, ours last; then with unequal widths."""

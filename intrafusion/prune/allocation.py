@@ -144,7 +144,7 @@ def least_damage(curves: Mapping[str, _Curve], asked: float) -> dict[str, float]
         choices.append((saved, damage, every.argmin(axis=0)))
         damage = every.min(axis=0)
     at, found = _BINS, {}
-    for (name, curve), (saved, before, choice) in zip(reversed(curves.items()), reversed(choices), strict=True):
+    for (name, curve), (saved, before, choice) in zip(reversed(list(curves.items())), reversed(choices), strict=True):
         number = int(choice[at])
         found[name] = float(curve.ratios[number])
         below = np.arange(max(0, at - saved[number]), at + 1) if at == _BINS else np.array([at - saved[number]])

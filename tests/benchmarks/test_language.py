@@ -69,7 +69,7 @@ def test_the_table_has_a_line_for_every_width_and_marks_the_least():
 
 
 @needs_transformers
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.allocation == "equal"])
 def test_every_method_leaves_the_widths_of_the_cut(tiny, name):
     dense, batches = tiny
     before = {key: value.clone() for key, value in dense.state_dict().items()}
@@ -82,6 +82,16 @@ def test_every_method_leaves_the_widths_of_the_cut(tiny, name):
     assert {layer.mlp.up_proj.weight.shape for layer in model.model.layers} == {(12, 8)}
     assert torch.isfinite(model(batches[0]).logits).all()
     assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.allocation != "equal"])
+def test_unequal_widths_cost_no_more_than_equal_ones(tiny, name):
+    dense, batches = tiny
+    equal, _ = pruned(dense, "calibrated", {"feed_forward": 0.5}, batches)
+    model, report = pruned(dense, name, {"feed_forward": 0.5}, batches)
+    assert sum(p.numel() for p in model.parameters()) <= sum(p.numel() for p in equal.parameters())
+    assert report.allocation is not None
 
 
 @needs_transformers
