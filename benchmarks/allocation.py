@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import time
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch_pruning as tp
 from torch import nn
@@ -60,11 +58,8 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, action="append", help="only this one (may be repeated)")
     parser.add_argument("--images", type=int, default=1000, help="unlabelled ones that methods may see")
     arguments = parser.parse_args()
-    root = os.environ.get("INTRAFUSION_DATA")
-    if not root:
-        parser.error("set INTRAFUSION_DATA to the folder that has checkpoints/ and cifar10-jpeg.tar.gz in it")
-    checkpoint = paper_parity.load(arguments.network, Path(root))
-    network = Network(arguments.network, *checkpoint, paper_parity.images(Path(root)))
+    root = paper_parity.data_folder(parser)
+    network = Network(arguments.network, *paper_parity.load(arguments.network, root), paper_parity.images(root))
     macs, parameters = count_macs(network.dense.eval(), network.example), count_parameters(network.dense)
     print("| network | removed | widths | method | accuracy | MACs | parameters | processor s |")
     print("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: |")

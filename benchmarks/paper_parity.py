@@ -82,6 +82,14 @@ def load(network: str, root: Path) -> tuple[nn.Module, list[str]]:
     return model.eval(), [pattern.format(number).rstrip(".") for number in numbers]
 
 
+def data_folder(parser: argparse.ArgumentParser) -> Path:
+    """The folder that INTRAFUSION_DATA names; the parser's error if there is none."""
+    root = os.environ.get("INTRAFUSION_DATA")
+    if not root:
+        parser.error("set INTRAFUSION_DATA to the folder that has checkpoints/ and cifar10-jpeg.tar.gz in it")
+    return Path(root)
+
+
 def images(root: Path, **settings: Any) -> Dataset:
     """CIFAR-10 in the folder that also holds the checkpoints, which may hold archives of other images too."""
     archive = root / ARCHIVE

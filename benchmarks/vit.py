@@ -11,15 +11,14 @@ half.
 from __future__ import annotations
 
 import argparse
-import os
 import time
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from benchmarks.importances import outputs, vit
 from benchmarks.language.methods import METHODS, pruned
+from benchmarks.paper_parity import data_folder
 
 KINDS = {
     "feed_forward": ("feed_forward",),
@@ -39,10 +38,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, action="append", help="only this one (may be repeated)")
     parser.add_argument("--images", type=int, default=1000, help="unlabelled ones that methods may see")
     arguments = parser.parse_args()
-    root = os.environ.get("INTRAFUSION_DATA")
-    if not root:
-        parser.error("set INTRAFUSION_DATA to the folder that has checkpoints/ and cifar10-jpeg.tar.gz in it")
-    dense, data, _ = vit(Path(root))
+    dense, data, _ = vit(data_folder(parser))
     shown = [batch for batch, _ in data.draw("train", arguments.images, seed=0)]
     test = data.split("test")
     judged = [data.normalise(test.read(part)) for part in torch.arange(len(test)).split(500)]
