@@ -184,7 +184,7 @@ class _Bench:
         snapshot = Snapshot(pruner.DG, pruner.model.modules(), pruner.state())
         mark = pruner.report.mark()
         try:
-            pruner.lineage, pruner.inputs = Lineage(pruner.DG), self._inputs
+            pruner.is_trying, pruner.lineage, pruner.inputs = True, Lineage(pruner.DG), self._inputs
             pruner.prune_num_heads = pruner.prune_head_dims = pruner.progress = False
             pruner.iterative_steps, pruner.current_step, pruner.per_step_pruning_ratio = 1, 0, [0.0, 0.0]
             pruner.pruning_ratio_dict, pruner._layer_to_scope = {}, dict(pruner._layer_to_scope)

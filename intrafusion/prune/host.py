@@ -29,6 +29,7 @@ class Host(Protocol):
     lineage: Lineage
     progress: bool
     keep_inputs: bool
+    is_trying: bool
     inputs: Any  # an `inputs.Inputs` that the step has to run on, or None
     memory_limit: float | None
     num_heads: dict

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency.group import Group
@@ -47,11 +46,13 @@ class FusionMixin:
             torch-pruning's `num_heads`, where the user gave none.
         keep_inputs: set it to True and `last_step.inputs` holds what the step ran on.
         inputs: what the next step is going to run on, in the place of inputs of its own; None otherwise.
+        is_trying: the next step is taken back afterwards, so that the config of the network does not follow it.
     """
 
     progress: bool = True
     keep_inputs: bool = False
     inputs: Inputs | None = None
+    is_trying: bool = False
 
     # What the host class provides.
     model: nn.Module
@@ -205,16 +206,11 @@ class FusionMixin:
         """
         removed: Any = pruning_ratios_or_idxs
         if isinstance(removed, float):
-            n = checks.width(self.DG, layer, pruning_fn)
             warnings.warn(
                 f"manual_prune_width reads {removed} as the fraction of channels that stays, as torch-pruning does",
                 stacklevel=2,
             )
-            full = self.DG.get_pruning_group(layer, pruning_fn, list(range(n)))
-            score = self.estimate_importance(full)
-            if score is None:
-                raise FusionError(f"group {module_name(self.DG, layer)!r}: the metric has nothing to score here")
-            removed = torch.argsort(score)[: int(n * (1 - removed))].tolist()
+            removed = scoring.least(self, layer, pruning_fn, removed)
         group = self.DG.get_pruning_group(layer, pruning_fn, [int(i) for i in removed])
         self.last_step = step = Step(self)
         for one in step.groups([group]):

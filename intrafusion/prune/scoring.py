@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch_pruning.dependency.group import Group
 
 from intrafusion.groups.batchnorm import folded
@@ -42,6 +43,15 @@ def _asked(pruner: Any, group: Group) -> Any:
         with folded(foldable_pairs(pruner.DG, group)):
             score = pruner.importance(group)
     return pruner.importance(group) if score is None else score
+
+
+def least(pruner: Any, layer: nn.Module, pruning_fn: Callable, left: float) -> list[int]:
+    """The channels with the least scores, all but the share that is left. Raises FusionError if there are no scores."""
+    n = checks.width(pruner.DG, layer, pruning_fn)
+    score = pruner.estimate_importance(pruner.DG.get_pruning_group(layer, pruning_fn, list(range(n))))
+    if score is None:
+        raise FusionError(f"group {module_name(pruner.DG, layer)!r}: the metric has nothing to score here")
+    return torch.argsort(score)[: int(n * (1 - left))].tolist()
 
 
 def chosen_now(pruner: Any, group: Group) -> Group:

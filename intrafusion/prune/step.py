@@ -204,7 +204,7 @@ class Step:
 
     def _follow_config(self) -> None:
         """A config that describes the network says its new widths, or somebody is told that it cannot."""
-        if not self.cuts:
+        if not self.cuts or self._pruner.is_trying:
             return
         changed, trouble = configs.follow(self._pruner.model, attention.numbers(self._pruner))
         self._pruner.report.attributes.extend(changed)

@@ -176,3 +176,17 @@ def test_numbers_of_heads_are_not_guessed_from_shapes(widths, tmp_path):
     IntraFusionPruner(model, images[:1], l1(), widths=widths, fusion="calibrated", calibration=[images]).step()
     assert (model.config.num_attention_heads, model.config.head_dim) == ((2, 4) if "heads" in widths else (4, 2))
     assert model.vit.layers[0].attention.q_proj.out_features == 8
+
+
+def test_a_config_knows_nothing_of_widths_that_were_only_tried():
+    torch.manual_seed(0)
+    model, tokens = llama().eval(), torch.randint(32, (64, 12))
+    before = model.config.to_dict()
+    pruner = IntraFusionPruner(
+        model, tokens[:1], l1(), widths={"feed_forward": 0.5}, fusion="calibrated", calibration=[tokens],
+        allocation="measured-parameters",
+    )  # fmt: skip
+    groups = list(pruner.step(interactive=True))
+    assert len(groups) == 2
+    assert pruner.report.allocation is not None
+    assert model.config.to_dict() == before

@@ -60,9 +60,9 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_the_signature_is_theirs_and_then_ours_by_keyword_only(ours, theirs):
     want = list(inspect.signature(theirs).parameters.values())
     have = list(inspect.signature(ours).parameters.values())
-    assert [p.name for p in have[:-5]] == [p.name for p in want]
-    assert [p.name for p in have[-5:]] == ["fusion", "calibration", "memory_limit", "after_cut", "widths"]
-    assert {p.kind for p in have[-5:]} == {inspect.Parameter.KEYWORD_ONLY}
+    assert [p.name for p in have[:-6]] == [p.name for p in want]
+    assert [p.name for p in have[-6:]] == ["fusion", "calibration", "memory_limit", "after_cut", "widths", "allocation"]
+    assert {p.kind for p in have[-6:]} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_positional_arguments_mean_what_they_mean_there():
