@@ -15,7 +15,7 @@ from intrafusion.correct.refit import set_tensor_
 from intrafusion.correct.survey import Run
 from intrafusion.groups.apply import apply_pair
 from intrafusion.groups.snapshot import Snapshot
-from intrafusion.groups.streams import Stream, stream_of
+from intrafusion.groups.streams import Stream, keeps_shift, stream_of
 from intrafusion.groups.table import GroupTable
 from intrafusion.ot import Pair
 from intrafusion.running import Levelled, evaluating, same_outputs
@@ -33,10 +33,14 @@ class Rotation:
         self, stream: Stream, moments: Mapping[str, Tensor], kept: Tensor, vectors: Tensor | None = None
     ) -> None:
         k = len(kept)
-        mean = torch.stack(list(moments.values())).mean(dim=0)
+        shifts = [_kept_shift(norm.owner) for norm, readers in stream.norms if keeps_shift(norm, readers)]
+        shifts = [s - s.mean() if stream.centred else s for s in shifts if s is not None]
+        seen = [*moments.values(), *(torch.outer(s, s) for s in shifts)]
+        mean = torch.stack(seen).sum(dim=0) / len(moments)
         directions: Tensor = torch.linalg.eigh(mean)[1].flip(1) if vectors is None else vectors
-        if stream.centred:  # one direction of the k is that of equal channels, which the norms take out
-            turned, inside = directions[:, : k - 1], _level(k)
+        if stream.centred:  # that of equal channels, which the norms take out, stays what it is: shifts may lie in it
+            turned = torch.cat([directions.new_full((len(mean), 1), len(mean) ** -0.5), directions[:, : k - 1]], dim=1)
+            inside = _equal_first(k)
         else:
             turned, inside = directions[:, :k], torch.eye(k, dtype=torch.float64)
         rows = inside @ turned.T
@@ -48,20 +52,22 @@ class Rotation:
         """Carry the norms' gains and shifts over into what reads them; the function stays the same."""
         for norm, readers in _stream(graph, table).norms:
             gain, shift = (_vector(norm.owner, name) for name in ("weight", "bias"))
+            stays = keeps_shift(norm, readers)
             for slot in readers:
                 weight = slot.owner.weight.detach().double()
-                if shift is not None and bool(shift.any()):
+                if shift is not None and bool(shift.any()) and not stays:
                     set_tensor_(slot.owner, "bias", slot.owner.bias.detach().double() + weight @ shift)
                 if gain is not None:
                     set_tensor_(slot.owner, "weight", weight * gain)
                     if change is not None:  # the new gains only make up for what fewer channels do to the norm
                         change.scaled(slot.owner, "weight", 1, gain, gain.new_ones(len(self.pair.kept)))
-            _fill_(norm.owner, 1.0)
+            _set_(norm.owner, 1.0, _kept_shift(norm.owner) if stays else None)
 
     def after_(self, graph: tp.DependencyGraph, table: GroupTable) -> None:
         """Give the norms the gains that fit fewer channels."""
-        for norm, _ in _stream(graph, table).norms:
-            _fill_(norm.owner, self._gains[norm.name])
+        for norm, readers in _stream(graph, table).norms:
+            turned = _vector(norm.owner, "bias") if keeps_shift(norm, readers) else None
+            _set_(norm.owner, self._gains[norm.name], turned)
 
 
 @torch.no_grad()
@@ -75,8 +81,10 @@ def may_be_turned(stream: Stream, graph: tp.DependencyGraph, forward: Callable[[
     if stream.centred:
         draw[:, 0] = 1.0  # the direction that the norms take out is the last one
     vectors = torch.linalg.qr(draw)[0].flip(1)
-    power = n / (n - 1 if stream.centred else n)
-    moments = {norm.name: power * torch.eye(n, dtype=torch.float64) for norm, _ in stream.norms}
+    moment = torch.eye(n, dtype=torch.float64)
+    if stream.centred:
+        moment = (moment - 1 / n) * n / (n - 1)
+    moments = {norm.name: moment for norm, _ in stream.norms}
     rotation = Rotation(stream, moments, torch.arange(n), vectors)
     snapshot = Snapshot(graph, list(graph.model.modules()))
     with evaluating(graph.model), Levelled():
@@ -116,11 +124,13 @@ def stream_moments(stream: Stream, dense: nn.Module, run: Run, batches: Sequence
     return {name: total / counts[name] for name, total in sums.items()}
 
 
-def _level(k: int) -> Tensor:
-    """[k, k - 1] orthonormal columns, each with mean 0."""
+def _equal_first(k: int) -> Tensor:
+    """[k, k] orthonormal columns, the first one equal everywhere and positive, the others with mean 0."""
     start = torch.eye(k, dtype=torch.float64)
     start[:, 0] = 1.0
-    return torch.linalg.qr(start)[0][:, 1:]
+    found = torch.linalg.qr(start)[0]
+    found[:, 0] = k**-0.5
+    return found
 
 
 def _stream(graph: tp.DependencyGraph, table: GroupTable) -> Stream:
@@ -131,12 +141,20 @@ def _stream(graph: tp.DependencyGraph, table: GroupTable) -> Stream:
     return stream
 
 
+def _kept_shift(norm: Any) -> Tensor | None:
+    """What is added to what a norm gives before its gain: [n]."""
+    gain, shift = _vector(norm, "weight"), _vector(norm, "bias")
+    return shift if gain is None or shift is None else shift / gain
+
+
 def _vector(norm: Any, name: str) -> Tensor | None:
     value = getattr(norm, name, None)
     return None if value is None else value.detach().double()
 
 
-def _fill_(norm: Any, gain: float) -> None:
-    for name, number in (("weight", gain), ("bias", 0.0)):
-        if (value := getattr(norm, name, None)) is not None:
-            set_tensor_(norm, name, torch.full_like(value, number))
+def _set_(norm: Any, gain: float, shift: Tensor | None) -> None:
+    """The same gain for all channels, and a shift, 0 if there is none."""
+    if norm.weight is not None:
+        set_tensor_(norm, "weight", torch.full_like(norm.weight, gain))
+    if getattr(norm, "bias", None) is not None:
+        set_tensor_(norm, "bias", torch.zeros_like(norm.bias) if shift is None else shift)

@@ -62,11 +62,15 @@ def stream_of(graph: tp.DependencyGraph, table: GroupTable) -> Stream | None:
         seen.update(read)
     if seen != set(readers) or sum(len(some) for _, some in found) != len(readers):
         return None
-    for norm, some in found:
-        shift = getattr(norm.owner, "bias", None)
-        if shift is not None and any(slot.owner.bias is None for slot in some):
-            return None
+    if any(keeps_shift(norm, some) and not bool(norm.owner.weight.all()) for norm, some in found):
+        return None
     return Stream(table, tuple(found), norms[0].kind.centred)  # type: ignore[attr-defined]
+
+
+def keeps_shift(norm: Slot, readers: Collection[Slot]) -> bool:
+    """Does the shift of a norm stay in it, since not all that read it could take it over as a bias?"""
+    shift = getattr(norm.owner, "bias", None)
+    return shift is not None and any(slot.owner.bias is None for slot in readers)
 
 
 def joins_normed_stream(graph: tp.DependencyGraph, layer: nn.Module) -> bool:
