@@ -32,6 +32,7 @@ from intrafusion.prune.fused_group import FusionError
 from intrafusion.prune.inputs import Inputs, inputs_for
 from intrafusion.prune.report import Allocation
 from intrafusion.prune.twin import Judges, count_of, held_out
+from intrafusion.prune.widths import set_ratio_
 
 ALLOCATIONS = ("equal", "measured", "measured-parameters")
 _GRID = 16
@@ -71,7 +72,7 @@ def allocate_(pruner: Any, step: Callable[[], Any], allocation: str) -> Allocati
     chosen = ratios if after < before else equal
     for group in groups:
         for layer in group.layers:
-            pruner.set_ratio(layer, chosen[group.name])
+            set_ratio_(pruner, layer, chosen[group.name])
     return Allocation(chosen, before, after, bench.told)
 
 
@@ -101,8 +102,7 @@ class _Curve:
         errors = np.maximum.accumulate([one.error if math.isfinite(one.error) else 1e3 for one in tried])
         self.ratios = np.unique([*(np.arange(math.ceil(_GRID * levels[-1])) / _GRID), levels[-1]])
         self.damage = np.interp(self.ratios, [0.0, *levels], [0.0, *errors]) ** 2
-        slope = np.polyfit(levels, [one.cost for one in tried], 1)[0] if len(levels) > 1 else -1.0
-        self.saved = -slope * self.ratios
+        self.saved = -np.polyfit(levels, [one.cost for one in tried], 1)[0] * self.ratios
 
 
 def _within(curves: Mapping[str, _Curve], limit: float, cost: Callable[[dict[str, float]], float]) -> dict[str, float]:
@@ -190,7 +190,7 @@ class _Bench:
             pruner.pruning_ratio_dict, pruner._layer_to_scope = {}, dict(pruner._layer_to_scope)
             for group, ratio in ratios.items():
                 for layer in group.layers:
-                    pruner.set_ratio(layer, ratio)
+                    set_ratio_(pruner, layer, ratio)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield

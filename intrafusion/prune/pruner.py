@@ -30,7 +30,7 @@ from intrafusion.prune.inputs import Inputs
 from intrafusion.prune.report import GroupReport, Report
 from intrafusion.prune.step import Step
 from intrafusion.prune.twin import Comparison
-from intrafusion.prune.widths import checked, pace_heads_, restrict_, set_ratio_
+from intrafusion.prune.widths import checked, pace_heads_, restrict_
 from intrafusion.running import run_model
 
 
@@ -77,15 +77,8 @@ class FusionMixin:
             return
         after = cls.__mro__[cls.__mro__.index(FusionMixin) + 1]
         host = inspect.signature(after)
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        ours = [
-            inspect.Parameter("fusion", keyword, default="data-free", annotation="str | Fusion"),
-            inspect.Parameter("calibration", keyword, default=None, annotation="Iterable | None"),
-            inspect.Parameter("memory_limit", keyword, default=None, annotation="float | None"),
-            inspect.Parameter("after_cut", keyword, default=None, annotation="Callable | None"),
-            inspect.Parameter("widths", keyword, default=None, annotation="Mapping[str, float] | None"),
-            inspect.Parameter("allocation", keyword, default="equal", annotation="str"),
-        ]
+        own = inspect.signature(FusionMixin.__init__).parameters.values()
+        ours = [parameter for parameter in own if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
         cls.__signature__ = host.replace(parameters=[*host.parameters.values(), *ours])
 
     def __init__(
@@ -191,10 +184,6 @@ class FusionMixin:
             return None
         self._scores[group[0].dep.target.module, group[0].dep.handler] = score
         return score
-
-    def set_ratio(self, layer: nn.Module, ratio: float) -> None:
-        """From now on the layer's group is pruned to this ratio in the end."""
-        set_ratio_(self, layer, ratio)
 
     def manual_prune_width(
         self, layer: nn.Module, pruning_fn: Callable, pruning_ratios_or_idxs: float | list[int]
