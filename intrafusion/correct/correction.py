@@ -140,8 +140,10 @@ class Correction:
         if self._touched and self._repair_ is not None:
             if self._walk is None:
                 self._walk = self._new_walk()
-            while not self._walk.is_over:
+            while not self._walk.is_at_last:  # what comes behind the last layer is nobody's input
                 self._advance()
+            if self._after_cut:
+                self._put_right()
             self._end_walk()
             track_statistics_(self.model, self.dense, self.run, self._tracked, self._norms_apart())
         self.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,13 +43,16 @@ class RowMap:
     def identity(cls, size: int) -> RowMap:
         return cls(torch.eye(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64))
 
-    @property
+    @cached_property
     def is_identity(self) -> bool:
+        """Is every output the dense network's, but for the shift?"""
         size = self.weights.shape[1]
         return len(self.weights) == size and torch.equal(self.weights, torch.eye(size).to(self.weights))
 
     def __call__(self, output: Tensor, axis: int) -> Tensor:
         """Apply to an activation whose channels are on `axis`."""
+        if self.is_identity and not self.shift.any():
+            return output
         mapped = output.movedim(axis, -1) @ self.weights.T.to(output) + self.shift.to(output)
         return mapped.movedim(-1, axis)
 

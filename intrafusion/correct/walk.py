@@ -86,8 +86,9 @@ class Walk:
         return names[self._at] if 0 <= self._at < len(names) else None
 
     @property
-    def is_over(self) -> bool:
-        return self._at >= len(self._turn)
+    def is_at_last(self) -> bool:
+        """Does it stand at the last layer, or behind it?"""
+        return self._at >= len(self._turn) - 1
 
     def stands_before(self, name: str) -> bool:
         """Has the walk still to come to a layer?"""

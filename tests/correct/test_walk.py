@@ -79,7 +79,7 @@ def test_a_walk_sees_what_the_layers_see_and_changes_nothing():
             assert torch.equal(first.output, second.output)
             assert len(first.inputs) == len(batch)
     assert names == list(layers)
-    assert walk.is_over
+    assert walk.is_at_last
     assert len(walk.sights()) == 0
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
