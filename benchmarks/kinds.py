@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from statistics import mean, stdev
 
 import torch
 import torch_pruning as tp
@@ -28,6 +29,8 @@ from intrafusion.lab.training import train_
 RATIOS = (0.3, 0.5, 0.7)
 METHODS = (("discard", 0), ("paper", 0), ("data-free", 0), ("calibrated", 64), ("calibrated", 500))
 """(preset, unlabelled images)"""
+DRAWN = ("data-free", "calibrated")
+"""What depends on the inputs that are drawn for it."""
 
 
 class InvertedResidual(nn.Module):
@@ -112,18 +115,23 @@ def trained(kind: str, data: Dataset) -> nn.Module:
     return model.eval()
 
 
-def pruned(dense: nn.Module, data: Dataset, ratio: float, preset: str, images: int) -> nn.Module:
-    """A pruned copy; the classifier, the layer that is called last, keeps its outputs."""
-    batches = [batch for batch, _ in data.draw("train", images, seed=0)] if images else None
-    l1 = tp.importance.GroupMagnitudeImportance(p=1)
+def pruned(dense: nn.Module, data: Dataset, ratio: float, preset: str, images: int, seed: int = 0) -> nn.Module:
+    """A pruned copy; the classifier, the layer that is called last, keeps its outputs. seed: of all that is drawn."""
+    batches = [batch for batch, _ in data.draw("train", images, seed=seed)] if images else None
+    l1, example = tp.importance.GroupMagnitudeImportance(p=1), torch.zeros(1, *data.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return prune(Fusion.preset(preset), dense, None, ratio, l1, torch.zeros(1, *data.shape), images=batches)
+        return prune(Fusion.preset(preset), dense, None, ratio, l1, example, images=batches, seed=seed)
+
+
+def _cell(values: list[float]) -> str:
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--seeds", type=int, default=1, help="the mean, and the spread, over so many draws of inputs")
     arguments = parser.parse_args()
     data = digits()
     names = [preset if not images else f"{preset}, {images} images" for preset, images in METHODS]
@@ -132,9 +140,15 @@ def main() -> None:
     for kind in arguments.kind or KINDS:
         dense = trained(kind, data)
         for ratio in RATIOS:
-            values = [evaluate(pruned(dense, data, ratio, *method), data, progress=False).percent for method in METHODS]
+            values = [
+                [
+                    evaluate(pruned(dense, data, ratio, *method, seed), data, progress=False).percent
+                    for seed in range(arguments.seeds if method[0] in DRAWN else 1)
+                ]
+                for method in METHODS
+            ]
             before = evaluate(dense, data, progress=False).percent
-            row = " | ".join(f"{value:.1f}" for value in values)
+            row = " | ".join(map(_cell, values))
             print(f"| {kind} | {before:.1f} | {ratio:.0%} | {row} |", flush=True)
 
 

@@ -29,6 +29,7 @@ from benchmarks.language.texts import TEXTS
 KINDS = {
     "feed_forward": ("feed_forward",),
     "heads": ("heads",),
+    "head_dim": ("head_dim",),
     "stream": ("stream",),
     "all": ("feed_forward", "heads", "stream"),
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,8 +27,11 @@ from intrafusion import (
     WandaImportance,
     method,
 )
+from intrafusion.correct.circuits import Reduction
 from intrafusion.correct.correction import LayerView
 from intrafusion.correct.streams import Rotation, stream_moments
+from intrafusion.groups.heads import Heads
+from intrafusion.groups.readings import Reading
 from intrafusion.groups.streams import stream_of
 from intrafusion.groups.table import GroupTable
 from intrafusion.methods.view import View
@@ -63,10 +66,13 @@ class _FromDense(Method):
 
     inputs = "calibration"
     plan = False
+    heads = True
+    """Are layers that read heads corrected too?"""
 
     def begin(self, view: View, tables: Sequence[GroupTable]) -> None:
         names = [slot.name for table in tables for slot in table.slots if slot.reads]
         names += [name for name, layer in view.model.named_modules() if _reads_heads(name, layer)]
+        names = [name for name in names if self.heads or not _reads_heads(name, view.model.get_submodule(name))]
         self.moments = {name: _Moments() for name in names}
         view.watch({name: moments.see for name, moments in self.moments.items()})
         self.weights = {
@@ -117,6 +123,47 @@ class Corp(_FromDense):
         shift = dense.double() @ (mean - read @ mean[kept])
         layer.weight = nn.Parameter((dense.double() @ read).to(dense))
         layer.bias = nn.Parameter((shift if layer.bias is None else layer.bias.double() + shift).to(dense))
+
+
+class RidgeLeverage(FLAPImportance):
+    """MoDeGPT's choice of units (Lin et al., ICLR 2025, type I): the largest [C (C + lambda I)^-1]_ii."""
+
+    needs_products = True
+
+    def score(self, columns: Tensor, reading: Reading) -> Tensor:
+        assert reading.products is not None
+        moments = (reading.products / reading.count).to(columns.device)
+        ridged = moments.clone()
+        ridged.diagonal().add_(RIDGE * moments.diagonal().mean())
+        return torch.linalg.solve(ridged, moments).diagonal()[:, None]
+
+
+class _Columns(Reduction):
+    """MoDeGPT, type II: columns of queries and keys are kept as they are, the largest product of their sizes first."""
+
+    def logits(self, keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        chosen = (keys.diagonal() * queries.diagonal()).topk(k).indices.sort().values
+        kept = torch.eye(len(keys)).to(keys)[chosen]
+        return kept, kept
+
+
+@method("MoDeGPT")
+class ModeGpt(_FromDense):
+    """Lin et al., ICLR 2025: units by their ridge leverage, read back by Nyström's formula (type I); inside heads,
+    columns of queries and keys (type II) and a low rank of values and output (type III). Widths as they are asked for.
+    """
+
+    samples = circuits = True
+    heads = False
+
+    def correct_(self, layer: Any, dense: Tensor, kept: Tensor, moments: _Moments) -> None:
+        products = moments.products / moments.n
+        system = products[kept][:, kept].clone()
+        system.diagonal().add_(RIDGE * system.diagonal().mean())
+        layer.weight = nn.Parameter((dense.double() @ torch.linalg.solve(system, products[kept]).T).to(dense))
+
+    def reduction(self, block: Heads, moments: Mapping[str, Tensor], kept: Tensor) -> Reduction:
+        return _Columns(block, moments, kept)
 
 
 def _kept(dense: Tensor, now: Tensor) -> Tensor:
@@ -224,6 +271,7 @@ def _l1(_batches: list) -> Callable:
 
 
 _backward = partial(ReconstructionImportance, search="backward")
+_published = partial(_backward, by_stream=False)
 METHODS: dict[str, Entry] = {
     "discard": Entry(_l1, Fusion.preset("discard"), data=False),
     "barycentre": Entry(_l1, Fusion.preset("barycentre"), data=False),
@@ -231,12 +279,13 @@ METHODS: dict[str, Entry] = {
     "FLAP": Entry(FLAPImportance, Fusion(merge="FLAP")),
     "Wanda": Entry(WandaImportance, Fusion.preset("discard")),
     "CORP": Entry(WandaImportance, Fusion(merge="CORP")),
+    "MoDeGPT": Entry(RidgeLeverage, Fusion(merge="MoDeGPT")),
     "SliceGPT": Entry(_l1, Fusion(merge="SliceGPT")),
-    "OSSCAR": Entry(_backward, Fusion(merge="OSSCAR")),
+    "OSSCAR": Entry(_published, Fusion(merge="OSSCAR")),
     "calibrated, L1": Entry(_l1, Fusion.preset("calibrated")),
     "calibrated, FLAP": Entry(FLAPImportance, Fusion.preset("calibrated")),
     "calibrated": Entry(_backward, Fusion.preset("calibrated")),
-    "OSSCAR, unequal": Entry(_backward, Fusion(merge="OSSCAR"), allocation="measured-parameters"),
+    "OSSCAR, unequal": Entry(_published, Fusion(merge="OSSCAR"), allocation="measured-parameters"),
     "calibrated, unequal": Entry(_backward, Fusion.preset("calibrated"), allocation="measured-parameters"),
 }
 """By name, in the order of the table: those that see no text first, ours last; then with unequal widths."""

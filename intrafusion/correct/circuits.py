@@ -84,13 +84,17 @@ class Reduction:
         found: dict[str, list[Tensor]] = {"queries": [], "keys": [], "values": [], "output": []}
         for head in range(block.key_heads):
             value, column = low_rank(seen[head], reads[head], k)
-            key, query = low_rank(shown[head], asked[head], k)
+            key, query = self.logits(shown[head], asked[head], k)
             found["keys"].append(key)
             found["values"].append(value)
             found["queries"] += [query * scale] * block.shared
             found["output"] += [column] * block.shared
         self._maps = found
         self._moments = {"queries": asked, "keys": shown, "values": seen}
+
+    def logits(self, keys: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """[k, r] each: what the keys and queries of a head become, of second moments [r, r]."""
+        return low_rank(keys, queries, k)
 
     def before_(self, graph: tp.DependencyGraph, table: GroupTable, change: Any = None) -> None:
         """Rewrite the channels that stay, at full size."""

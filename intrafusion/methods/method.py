@@ -19,11 +19,15 @@ One that wants to see the network is a class:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from torch import Tensor
+
+from intrafusion.correct.circuits import Reduction
 from intrafusion.correct.correction import LayerView
 from intrafusion.groups.apply import Rewrite
+from intrafusion.groups.heads import Heads
 from intrafusion.groups.table import GroupTable
 from intrafusion.ot import Pair, Plan
 
@@ -65,6 +69,13 @@ class Method:
 
     def rewrite(self, table: GroupTable, pair: Pair, view: View) -> Rewrite | None:
         """What is to be written besides the pair, if anything; averages of the network and gradients follow it."""
+
+    def reduction(self, block: Heads, moments: Mapping[str, Tensor], kept: Tensor) -> Reduction:
+        """What becomes of the channels inside of a block's heads, of which `kept` stay, if `circuits` is set.
+
+        moments: see `HeadMoments`; they are measured where `samples` or repairs are asked for.
+        """
+        return Reduction(block, moments, kept)
 
     def mixed_(self, table: GroupTable, pair: Pair, view: View) -> None:
         """Called when a pair has been written into the group's tensors, before the cut."""

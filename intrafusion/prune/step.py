@@ -269,7 +269,7 @@ class Step:
         if view.moments is None:
             correction, blocks = view.correction, list(self._heads.values())
             view.moments = HeadMoments(correction.dense, blocks, self._pruner.run, correction.batches)
-        return Reduction(block, view.moments.of(block), inside), whole
+        return self.method.reduction(block, view.moments.of(block), inside), whole
 
     def _why_not(self, group: FusedGroup, table: GroupTable, kept: Tensor) -> str:
         """Why a group can only be cut ('' if it can be fused)."""

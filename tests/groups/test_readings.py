@@ -109,3 +109,47 @@ def test_wide_layers_and_many_of_them_are_measured_as_all_others(metric, monkeyp
         monkeypatch.setattr(readings, name, value)
         for name, score in scored(METRICS[metric](x), model, x).items():
             torch.testing.assert_close(score, expected[name], atol=1e-10, rtol=0)
+
+
+class Unit(nn.Module):
+    """One feed-forward unit on a stream that a norm reads; its layers do not see how large the stream is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.down, self.head = (
+            nn.Linear(*size, bias=False) for size in ((8, 8), (8, 24), (24, 8), (8, 4))
+        )
+        self.first, self.last = nn.LayerNorm(8, eps=0.0), nn.LayerNorm(8, eps=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.last(x + self.down(torch.relu(self.up(self.first(x))))))
+
+
+@pytest.mark.parametrize("search", ["forward", "backward"])
+def test_places_where_a_stream_is_huge_do_not_decide_what_its_norms_hardly_see(search):
+    torch.manual_seed(0)
+    model, others, huge = Unit().eval(), torch.randn(6, 5, 8), torch.randn(6, 2, 8)
+
+    def score(*parts: Tensor, by_stream: bool) -> Tensor:
+        batches = list(torch.cat(parts, dim=1).split(4))
+        metric = ReconstructionImportance(batches, search=search, by_stream=by_stream)
+        return metric(group_of(model, model.up, batches[0]))
+
+    without = score(others, by_stream=True)
+    torch.testing.assert_close(score(others, 300 * huge, by_stream=True), without, atol=1e-3, rtol=1e-2)
+    assert not torch.allclose(score(others, huge, by_stream=True), without, atol=1e-2)
+    alike = score(others, huge, by_stream=False)
+    torch.testing.assert_close(score(others, 300 * huge, by_stream=False), alike, atol=1e-6, rtol=1e-4)
+
+
+def test_a_place_that_counts_twice_is_one_that_is_there_twice():
+    torch.manual_seed(0)
+    values, local = torch.randn(7, 6), torch.tensor([[0, 1], [2, 3], [4, -1]])
+    counts = torch.tensor([1, 2, 1, 3, 1, 1, 2])
+    for where in (None, local):
+        one = readings.Reading.of(values, where, products=True, counts=counts)
+        two = readings.Reading.of(values.repeat_interleave(counts, dim=0), where, products=True)
+        torch.testing.assert_close(one.covariance(), two.covariance())
+        torch.testing.assert_close(one.variances, two.variances)
+        assert one.count == two.count
