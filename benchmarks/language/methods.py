@@ -271,7 +271,6 @@ def _l1(_batches: list) -> Callable:
 
 
 _backward = partial(ReconstructionImportance, search="backward")
-_published = partial(_backward, by_stream=False)
 METHODS: dict[str, Entry] = {
     "discard": Entry(_l1, Fusion.preset("discard"), data=False),
     "barycentre": Entry(_l1, Fusion.preset("barycentre"), data=False),
@@ -281,11 +280,11 @@ METHODS: dict[str, Entry] = {
     "CORP": Entry(WandaImportance, Fusion(merge="CORP")),
     "MoDeGPT": Entry(RidgeLeverage, Fusion(merge="MoDeGPT")),
     "SliceGPT": Entry(_l1, Fusion(merge="SliceGPT")),
-    "OSSCAR": Entry(_published, Fusion(merge="OSSCAR")),
+    "OSSCAR": Entry(_backward, Fusion(merge="OSSCAR")),
     "calibrated, L1": Entry(_l1, Fusion.preset("calibrated")),
     "calibrated, FLAP": Entry(FLAPImportance, Fusion.preset("calibrated")),
     "calibrated": Entry(_backward, Fusion.preset("calibrated")),
-    "OSSCAR, unequal": Entry(_published, Fusion(merge="OSSCAR"), allocation="measured-parameters"),
+    "OSSCAR, unequal": Entry(_backward, Fusion(merge="OSSCAR"), allocation="measured-parameters"),
     "calibrated, unequal": Entry(_backward, Fusion.preset("calibrated"), allocation="measured-parameters"),
 }
 """By name, in the order of the table: those that see no text first, ours last; then with unequal widths."""

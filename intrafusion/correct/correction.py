@@ -22,7 +22,7 @@ from intrafusion.correct.tracking import track_statistics_
 from intrafusion.correct.walk import Sight, Walk
 from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.layout import mix_
-from intrafusion.groups.streams import norms_behind
+from intrafusion.groups.streams import joins_normed_stream
 from intrafusion.groups.table import GroupTable, Slot, batchnorm_of, module_name
 from intrafusion.ot import Pair
 from intrafusion.ot.rows import Samples
@@ -88,7 +88,7 @@ class Correction:
         shown = tables if survey else ()
         lean = repair_ is not None
         self._survey = Survey(self.dense, run, batches, self.layers, self._calls, shown, lean=lean, progress=progress)
-        self._normed = {name for name in self.layers if norms_behind(graph, graph.model.get_submodule(name))}
+        self._normed = {name for name in self.layers if joins_normed_stream(graph, graph.model.get_submodule(name))}
         self._rows: dict[str, RowMap] = {}
         self._walk: Walk | None = None
         self._touched = False

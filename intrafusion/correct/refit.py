@@ -21,7 +21,6 @@ from intrafusion.groups.batchnorm import read
 from intrafusion.groups.kinds.base import kind_of
 from intrafusion.groups.kinds.filters import filters_of
 from intrafusion.groups.layout import by_channel, from_channels
-from intrafusion.groups.streams import inverse_power
 from intrafusion.ot.regression import Fit, Moments, Prior, ridge
 
 _FOLDS = 2
@@ -136,10 +135,11 @@ def _through(reading: Fit, weight: Tensor) -> Prior:
 
 
 def _counts(before: Sight, axis: int) -> Tensor | None:
-    """How much each place counts."""
+    """How much each place counts: by the inverse of the stream's power there, which a norm divides by."""
     if before.other is None or before.other.shape != before.output.shape:
         return None
-    return inverse_power((before.output + before.other).movedim(axis, -1))
+    power = (before.output + before.other).movedim(axis, -1).double().square().mean(dim=-1)
+    return 1.0 / power.clamp(min=1e-6 * float(power.mean().clamp(min=1e-300)))
 
 
 def _other(before: Sight, now: Sight) -> Tensor | None:

@@ -6,7 +6,7 @@ every layer, and what it found is kept for the others, until the network changes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from intrafusion.groups.kinds.base import LayerKind, Slot, kind_of
 from intrafusion.groups.kinds.filters import Filters
 from intrafusion.groups.layout import by_channel
-from intrafusion.groups.streams import inverse_power
 from intrafusion.running import evaluating
 
 WIDEST = 4096
@@ -38,38 +37,29 @@ class Reading:
     both channels, summed over the copies. finite: False if some value was not.
     """
 
-    count: float
+    count: int
     sums: Tensor
     squares: Tensor
     products: Tensor | None
     finite: bool = True
 
     @classmethod
-    def of(
-        cls, values: Tensor, local: Tensor | None = None, *, products: bool, counts: Tensor | None = None
-    ) -> Reading:
-        """values: [places, d]; local: as in `Slot`, None if all d are to be counted as they are. counts: [places] how
-        much each counts (1).
-        """
+    def of(cls, values: Tensor, local: Tensor | None, products: bool) -> Reading:
+        """values: [places, d]; local: as in `Slot`, None if all d are to be counted as they are."""
         width = values.shape[1] if local is None else local.numel()
-        counts = values.new_ones(len(values)) if counts is None else counts
-        most = max(1, _AT_ONCE // max(1, width))
-        pieces = zip(values.split(most), counts.double().split(most), strict=True)
-        parts = [cls._of(part.double(), many, local, products) for part, many in pieces]
+        parts = [cls._of(part.double(), local, products) for part in values.split(max(1, _AT_ONCE // max(1, width)))]
         return sum(parts[1:], start=parts[0])
 
     @classmethod
-    def _of(cls, values: Tensor, counts: Tensor, local: Tensor | None, products: bool) -> Reading:
+    def _of(cls, values: Tensor, local: Tensor | None, products: bool) -> Reading:
         finite = bool(torch.isfinite(values).all())
-        total, roots = float(counts.sum()), counts.sqrt()
         if local is None:
-            values = values * roots[:, None]
             gram = values.T @ values if products else None
-            return cls(total, (roots @ values)[:, None], values.square().sum(0)[:, None], gram, finite)
+            return cls(len(values), values.sum(0)[:, None], values.square().sum(0)[:, None], gram, finite)
         local = local.to(values.device)
-        copies = values[:, local.clamp(min=0)] * (local >= 0) * roots[:, None, None]  # [places, n, m]
+        copies = values[:, local.clamp(min=0)] * (local >= 0)  # [places, n, m]
         gram = torch.einsum("snm,skm->nk", copies, copies) if products else None
-        return cls(total, torch.tensordot(roots, copies, 1), copies.square().sum(0), gram, finite)
+        return cls(len(values), copies.sum(0), copies.square().sum(0), gram, finite)
 
     def __add__(self, other: Reading) -> Reading:
         products = None
@@ -132,19 +122,12 @@ class Readings:
     _asked: int = 0
 
     def of(
-        self,
-        model: nn.Module,
-        run: Callable[[Any], Any],
-        batches: Callable[[], Iterable],
-        readers: Sequence[Slot],
-        normed: Callable[[nn.Module], Collection[nn.Module]] | None = None,
+        self, model: nn.Module, run: Callable[[Any], Any], batches: Callable[[], Iterable], readers: Sequence[Slot]
     ) -> list[Reading]:
         """One reading per slot, in the coordinates of its group; the same object where two read the very same.
 
         run: calls the network on one batch. The first pass measures all layers, as does every later one after one that
         was of use to several groups: where each group is scored on a network of its own, only its layers are measured.
-        normed: of a layer, the norms that alone read the stream which its output is added to: what it reads at each
-        place counts by the stream's inverse power there, as errors do.
 
         Raises ValueError, naming the layer, if what it reads is not finite or it is never reached.
         """
@@ -158,7 +141,7 @@ class Readings:
         self._asked += 1
         missing = [slot for slot in readers if not self._holds(slot)]
         if missing:
-            self._measure(model, run, batches(), missing, everything, normed or (lambda _layer: ()))
+            self._measure(model, run, batches(), missing, everything)
         found: dict[tuple, Reading] = {}
         result = []
         for slot in readers:
@@ -185,13 +168,7 @@ class Readings:
         return reading if narrow else reading.at(slot.local)
 
     def _measure(
-        self,
-        model: nn.Module,
-        run: Callable,
-        batches: Iterable,
-        missing: Sequence[Slot],
-        everything: bool,
-        normed: Callable[[nn.Module], Collection[nn.Module]],
+        self, model: nn.Module, run: Callable, batches: Iterable, missing: Sequence[Slot], everything: bool
     ) -> None:
         wanted: dict[str, _Layer] = {}
         for slot in missing:
@@ -207,8 +184,7 @@ class Readings:
                         continue
                     room -= layer.width**2
                 wanted[name] = layer
-        desk = _Desk(self.products, {name: set(normed(layer.owner)) for name, layer in wanted.items()})
-        totals = _passed(model, run, batches, wanted, desk)
+        totals = _passed(model, run, batches, wanted, self.products)
         narrow = {slot.name: _key(slot) for slot in missing if self._is_narrow(slot)}
         for name, reading in totals.items():
             if name in narrow:
@@ -251,16 +227,15 @@ def _from(name: str, layers: list[tuple[str, _Layer]]) -> list[tuple[str, _Layer
 
 @torch.no_grad()
 def _passed(
-    model: nn.Module, run: Callable, batches: Iterable, layers: dict[str, _Layer], desk: _Desk
+    model: nn.Module, run: Callable, batches: Iterable, layers: dict[str, _Layer], products: bool
 ) -> dict[str, Reading]:
     """One pass over the batches; a layer that is never reached is not in the result."""
+    desk = _Desk(products)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for name, layer in layers.items():
             hook = partial(desk.read, name=name, layer=layer)
             stack.callback(layer.owner.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        for norm in desk.norms:
-            stack.callback(norm.register_forward_pre_hook(desk.norm, with_kwargs=True).remove)
         for batch in batches:
             run(batch)
             desk.settle()
@@ -268,49 +243,22 @@ def _passed(
 
 
 class _Desk:
-    """Counts what layers read; layers that read one tensor one after the other, as projections do, are counted once.
+    """Counts what layers read; layers that read one tensor one after the other, as projections do, are counted once."""
 
-    streams: for each layer the norms of which one will read the stream that it adds to: it is counted then.
-    """
-
-    def __init__(self, products: bool, streams: Mapping[str, Collection[nn.Module]]) -> None:
-        self._products, self._streams = products, streams
+    def __init__(self, products: bool) -> None:
+        self._products = products
         self._sums: dict[tuple[str, ...], Reading] = {}
         self._last: tuple | None = None
         self._names: list[str] = []
-        self._waiting: dict[str, tuple[Tensor, _Layer]] = {}
-
-    @property
-    def norms(self) -> set[nn.Module]:
-        return set().union(*self._streams.values())
 
     def read(self, _module: nn.Module, args: tuple, kwargs: dict, *, name: str, layer: _Layer) -> None:
-        value = _first(args, kwargs)
+        value = args[0] if args else next(iter(kwargs.values()))
         axis = layer.kind.channel_axis
-        if self._streams[name]:
-            self._count(name)
-            self._waiting[name] = value.clone(), layer
-            return
         if layer.local is not None or value.is_inference() or not self._is_last(value, axis):
-            self._settle()
-            self._now = Reading.of(by_channel(value, axis), layer.local, products=self._products)
+            self.settle()
+            self._now = Reading.of(by_channel(value, axis), layer.local, self._products)
             self._last = None if layer.local is not None or value.is_inference() else (value, value._version, axis)
         self._names.append(name)
-
-    def norm(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A norm reads a stream: what has just been added to it is counted."""
-        for name in [name for name in self._waiting if module in self._streams[name]]:
-            self._count(name, _first(args, kwargs))
-
-    def _count(self, name: str, stream: Tensor | None = None) -> None:
-        """Count what a layer that waits has read, by the stream [..., d] if its places are known to be the same."""
-        if name not in self._waiting:
-            return
-        value, layer = self._waiting.pop(name)
-        axis, counts = layer.kind.channel_axis, None
-        if stream is not None and stream.movedim(axis, -1).shape[:-1] == value.movedim(axis, -1).shape[:-1]:
-            counts = inverse_power(stream.movedim(axis, -1)).flatten()
-        self._add((name,), Reading.of(by_channel(value, axis), layer.local, products=self._products, counts=counts))
 
     def _is_last(self, value: Tensor, axis: int) -> bool:
         """Is it the tensor that was read last, in the same way, and not written to since?"""
@@ -320,19 +268,11 @@ class _Desk:
         return value is tensor and value._version == version and axis % value.dim() == before % value.dim()
 
     def settle(self) -> None:
-        """The pass is over."""
-        self._settle()
-        for name in list(self._waiting):
-            self._count(name)
-
-    def _settle(self) -> None:
         """What was read last goes to all that have read it."""
         if self._names:
-            self._add(tuple(self._names), self._now)
+            key = tuple(self._names)
+            self._sums[key] = self._sums[key] + self._now if key in self._sums else self._now
         self._last, self._names = None, []
-
-    def _add(self, names: tuple[str, ...], reading: Reading) -> None:
-        self._sums[names] = self._sums[names] + reading if names in self._sums else reading
 
     def totals(self) -> dict[str, Reading]:
         found: dict[str, Reading] = {}
@@ -340,10 +280,6 @@ class _Desk:
             for name in names:
                 found[name] = found[name] + reading if name in found else reading
         return found
-
-
-def _first(args: tuple, kwargs: dict) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _fingerprint(model: nn.Module) -> tuple:

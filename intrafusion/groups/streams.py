@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from torch import Tensor, nn
+from torch import nn
 from torch_pruning import ops
 
 from intrafusion.groups.kinds.base import Slot, kind_of
@@ -73,16 +73,10 @@ def keeps_shift(norm: Slot, readers: Collection[Slot]) -> bool:
     return shift is not None and any(slot.owner.bias is None for slot in readers)
 
 
-def norms_behind(graph: tp.DependencyGraph, layer: nn.Module) -> set[Any]:
-    """The norms over the channels that read what the output of a layer is added to, if nothing else does."""
+def joins_normed_stream(graph: tp.DependencyGraph, layer: nn.Module) -> bool:
+    """Is the output of a layer added to something that is only read through norms over the channels?"""
     met, added = _first_layers(graph, layer)
-    return met if added and all(isinstance(kind_of(module), (LayerNorm, RMSNorm)) for module in met) else set()
-
-
-def inverse_power(stream: Tensor) -> Tensor:
-    """How much an error at each place of a stream [..., d] counts, float64 [...]: a norm divides it by the power."""
-    power = stream.double().square().mean(dim=-1)
-    return 1.0 / power.clamp(min=1e-6 * float(power.mean().clamp(min=1e-300)))
+    return added and bool(met) and all(isinstance(kind_of(module), (LayerNorm, RMSNorm)) for module in met)
 
 
 def untie_(model: nn.Module, owners: Collection[Any]) -> bool:

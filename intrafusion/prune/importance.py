@@ -21,7 +21,6 @@ from intrafusion.groups.kinds.base import Slot
 from intrafusion.groups.layout import gather
 from intrafusion.groups.readings import Reading, Readings
 from intrafusion.groups.statistics import activation_of, expected_covariances
-from intrafusion.groups.streams import norms_behind
 from intrafusion.groups.table import GroupTable, tabulate
 from intrafusion.ot.choice import RIDGE, RIDGE_LEAST, SEARCHES, reconstruction_scores
 from intrafusion.running import does_not_run, evaluating, input_batches, run_model, to_device
@@ -42,9 +41,7 @@ class ReconstructionImportance:
     from all and drops the one that costs least when the readers are refitted to the others (OSSCAR); its scores are
     those of the picks in reverse. ridge: of `backward`, what is added to the variance of each channel, as a share of
     it; more where inputs are few. (Exchanging channels afterwards, OSSCAR's local search, is for one width; scores are
-    for all.) by_stream: where the readers add to a residual stream that only norms read, each place of the inputs
-    counts by the inverse of the stream's power there, which the norms divide by: some tokens of language models, the
-    first above all, have streams a hundred times as large as others. False: all places count alike.
+    for all.)
 
     A score is the share of its group's error that the channel's pick removes (see `ot.choice`): scores of one group sum
     to 1 and fall in the order of the picks, so that any ratio keeps the first picks. Global pruning compares shares: it
@@ -69,13 +66,12 @@ class ReconstructionImportance:
         *,
         search: str = "forward",
         ridge: float = RIDGE,
-        by_stream: bool = True,
     ) -> None:
         if search not in SEARCHES:
             raise ValueError(f"search is {search!r}: it must be one of {', '.join(SEARCHES)}")
         if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not RIDGE_LEAST <= ridge < float("inf"):
             raise ValueError(f"ridge is {ridge!r}: it must be a number from {RIDGE_LEAST} on")
-        self._inputs = None if batches is None else _Inputs(batches, forward_fn, products=True, by_stream=by_stream)
+        self._inputs = None if batches is None else _Inputs(batches, forward_fn, products=True)
         self._search, self._ridge = search, float(ridge)
 
     @torch.no_grad()
@@ -303,16 +299,9 @@ def _device(graph: tp.DependencyGraph) -> torch.device:
 class _Inputs:
     """The batches of an importance, and what a network was found to read on them."""
 
-    def __init__(
-        self,
-        batches: Iterable,
-        forward_fn: Callable | None = None,
-        *,
-        products: bool = False,
-        by_stream: bool = False,
-    ) -> None:
+    def __init__(self, batches: Iterable, forward_fn: Callable | None = None, products: bool = False) -> None:
         self._batches, self._forward_fn = input_batches(batches, _NAME), forward_fn
-        self._readings, self._by_stream = Readings(products), by_stream
+        self._readings = Readings(products)
 
     def on(self, graph: tp.DependencyGraph) -> Iterator[Any]:
         """The batches, one after the other on the network's device."""
@@ -323,8 +312,7 @@ class _Inputs:
         return _Runner(graph.model, self._forward_fn)
 
     def readings(self, graph: tp.DependencyGraph, readers: Sequence[Slot]) -> list[Reading]:
-        normed = partial(norms_behind, graph) if self._by_stream else None
-        return self._readings.of(graph.model, self.runner(graph), lambda: self.on(graph), readers, normed)
+        return self._readings.of(graph.model, self.runner(graph), lambda: self.on(graph), readers)
 
 
 class _Runner:

@@ -8,7 +8,7 @@ import torch_pruning as tp
 from torch import nn
 
 from intrafusion.groups.kinds.base import torch_pruners
-from intrafusion.groups.streams import norms_behind
+from intrafusion.groups.streams import joins_normed_stream
 from tests.nets import PICO
 
 
@@ -36,14 +36,14 @@ def graph_of(model: nn.Module, x: torch.Tensor) -> tp.DependencyGraph:
 def test_what_is_added_to_a_stream_that_norms_read_is_found(norm):
     model = PreNorm(norm, "norms")
     graph = graph_of(model, torch.randn(2, 5, 8))
-    found = [name for name, layer in model.named_modules() if norms_behind(graph, layer)]
+    found = [name for name, layer in model.named_modules() if joins_normed_stream(graph, layer)]
     assert found == ["stem", "a", "b"]
 
 
 def test_not_where_a_layer_reads_the_stream_itself():
     model = PreNorm(nn.LayerNorm, "the head")
     graph = graph_of(model, torch.randn(2, 5, 8))
-    assert not any(norms_behind(graph, layer) for layer in model.modules())
+    assert not any(joins_normed_stream(graph, layer) for layer in model.modules())
 
 
 @pytest.mark.parametrize("case", PICO, ids=lambda case: case.name)
@@ -52,4 +52,4 @@ def test_batchnorms_are_no_such_norms(case):
     if case.name == "mlp":
         pytest.skip("it has a stream of its own")
     graph = graph_of(model, case.example())
-    assert not any(norms_behind(graph, layer) for layer in model.modules())
+    assert not any(joins_normed_stream(graph, layer) for layer in model.modules())
