@@ -1,22 +1,25 @@
 """Token sequences for a language model that came without any: the model writes them itself.
 
-A sequence is a fixed point of x_t = F^-1(u_t | x_<t), with F the distribution that the model gives for the next token
-and u_t uniform numbers that stay as they are: after k passes over whole sequences the first k tokens are exact samples
-of the model, as after k steps of ordinary generation, and the others are drawn from what the pass before wrote. So the
-number of passes does not grow with the length, and a network that takes one length only can be asked too.
+A model that can `generate` (those of transformers) does that: it remembers what it has read, so that all of its text
+costs about as much as one pass. Of any other one, a sequence is a fixed point of x_t = F^-1(u_t | x_<t), with F the
+distribution that the model gives for the next token and u_t uniform numbers that stay as they are: after k passes over
+whole sequences the first k tokens behind the first are exact samples of the model, and the others are not (a model
+is surprised by them: 4.0 nats where its own text has 1.4). So such sequences are as long as there are passes, if the
+network takes shorter ones than its example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from intrafusion.running import evaluating, leaves, map_tensors
+from intrafusion.running import evaluating, leaves, map_tensors, repeatable
 
 Run = Callable[[nn.Module, Any], Any]
 
@@ -25,6 +28,8 @@ _TOKENS, _FEWEST, _MOST = 2**14, 16, 500
 """As many sequences as make that many tokens, between the two."""
 _LOGITS = 2**25
 """So many numbers a batch's logits are."""
+_NEVER = -1
+"""The token that ends a text is one like others: another one may begin behind it."""
 
 
 def sequence_count(ids: Tensor) -> int:
@@ -74,25 +79,64 @@ def sequences(
     length = ids.shape[1]
     with torch.no_grad(), evaluating(model):
         vocabulary = _vocabulary(model, example, ids, run)
+        tokens = torch.randint(vocabulary, (count, length), generator=generator).to(ids)
         each = min(count, max(1, _LOGITS // (length * max(1, vocabulary))))
-        starts = range(0, count, each)
-        bar = tqdm(total=len(starts), desc="synthetic text", delay=2, leave=False, disable=None if progress else True)
-        found = []
-        with bar:
-            for start in starts:
-                size = min(each, count - start)
-                tokens = torch.randint(vocabulary, (size, length), generator=generator).to(ids)
-                numbers = torch.rand(size, length, generator=generator).to(ids.device)
-                for _ in range(min(length - 1, _PASSES)):
-                    logits = _logits(run(model, _with(example, ids, tokens)), tokens, vocabulary)
-                    assert logits is not None
-                    again = torch.cat([tokens[:, :1], _next(logits[:, :-1], numbers[:, 1:]).to(ids)], dim=1)
-                    done, tokens = torch.equal(again, tokens), again
-                    if done:
-                        break
-                found.append(_with(example, ids, tokens))
-                bar.update()
-    return found
+        written = _generated(model, tokens)
+        if written is not None:
+            return [_with(example, ids, some) for some in written.split(each)]
+        shown = partial(_shown, model, example, ids, run)
+        exact = _exact(shown, tokens, vocabulary)
+        pieces = length // exact
+        tokens = tokens[:, : pieces * exact].reshape(-1, exact)
+        parts = tokens.split(each * pieces)
+        bar = tqdm(parts, desc="synthetic text", delay=2, leave=False, disable=None if progress else True)
+        return [_with(example, ids, _drawn(shown, part, vocabulary, generator)) for part in bar]
+
+
+def _shown(model: nn.Module, example: Any, ids: Tensor, run: Run, tokens: Tensor) -> Any:
+    return run(model, _with(example, ids, tokens))
+
+
+def _generated(model: Any, tokens: Tensor) -> Tensor | None:
+    """Sequences [n, T] that begin as `tokens` do, by the model's own `generate`; None if it has none, or fails."""
+    if not callable(getattr(model, "generate", None)) or not getattr(model, "can_generate", bool)():
+        return None
+    start, more = tokens[:, :1].long(), tokens.shape[1] - 1
+    try:
+        with repeatable(tokens):
+            written = model.generate(
+                start, attention_mask=torch.ones_like(start), do_sample=True, num_beams=1, temperature=1.0, top_k=0,
+                top_p=1.0, max_new_tokens=more, eos_token_id=_NEVER, pad_token_id=0, use_cache=True,
+            )  # fmt: skip
+    except Exception:  # whatever its config or its cache does not allow
+        return None
+    return written.to(tokens) if isinstance(written, Tensor) and written.shape == tokens.shape else None
+
+
+def _exact(logits_of: Callable[[Tensor], Any], tokens: Tensor, vocabulary: int) -> int:
+    """How long sequences are all of whose tokens can be drawn from the model; as long as `tokens`, if it must be."""
+    length = tokens.shape[1]
+    if length > _PASSES + 1:
+        try:
+            short = tokens[:1, : _PASSES + 1]
+            if _logits(logits_of(short), short, vocabulary) is not None:
+                return _PASSES + 1
+        except Exception:  # it takes one length only
+            pass
+    return length
+
+
+def _drawn(logits_of: Callable[[Tensor], Any], tokens: Tensor, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """The same for any model, in at most `_PASSES` passes over whole sequences."""
+    numbers = torch.rand(tokens.shape, generator=generator).to(tokens.device)
+    for _ in range(min(tokens.shape[1] - 1, _PASSES)):
+        logits = _logits(logits_of(tokens), tokens, vocabulary)
+        assert logits is not None
+        again = torch.cat([tokens[:, :1], _next(logits[:, :-1], numbers[:, 1:]).to(tokens)], dim=1)
+        done, tokens = torch.equal(again, tokens), again
+        if done:
+            break
+    return tokens
 
 
 def _next(logits: Tensor, numbers: Tensor) -> Tensor:
@@ -103,7 +147,11 @@ def _next(logits: Tensor, numbers: Tensor) -> Tensor:
 
 def _with(example: Any, ids: Tensor, tokens: Tensor) -> Any:
     """The example with other tokens, and masks of ones of their shape."""
-    return map_tensors(example, lambda value: tokens if value is ids else value[:1].expand_as(tokens).clone())
+
+    def other(value: Tensor) -> Tensor:
+        return tokens if value is ids else value[:1, : tokens.shape[1]].expand_as(tokens).clone()
+
+    return map_tensors(example, other)
 
 
 def _vocabulary(model: nn.Module, example: Any, ids: Tensor, run: Run) -> int:

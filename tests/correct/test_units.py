@@ -147,17 +147,46 @@ TOKENS = {"ids": lambda t: (t,), "with a mask": lambda t: {"input_ids": t, "atte
 
 
 @pytest.mark.parametrize("name", TOKENS)
-def test_a_language_model_writes_what_it_would_write_one_token_after_the_other(name):
-    model, example = language_model(False), TOKENS[name](torch.zeros(2, 12, dtype=torch.long))
-    batches = drawn(model, example, count=400)
+@pytest.mark.parametrize("length", [12, 150])
+def test_a_language_model_writes_what_it_would_write_one_token_after_the_other(name, length):
+    model, example = language_model(False), TOKENS[name](torch.zeros(2, length, dtype=torch.long))
+    batches = drawn(model, example, count=4800 // length)
     tokens = torch.cat([b["input_ids"] if isinstance(b, dict) else b[0] for b in batches])
-    assert tokens.shape == (400, 12)
+    assert tokens.numel() == pytest.approx(4800, rel=0.1)
+    assert tokens.shape[1] == min(length, 49)
     logits = model(tokens)["logits"]
     given = logits[:, :-1].log_softmax(-1)
     said = -given.gather(-1, tokens[:, 1:, None]).mean().item()
     entropy = -(given.exp() * given).sum(-1).mean().item()
     assert said == pytest.approx(entropy, abs=0.06)  # as surprised as by its own text
     assert entropy < 0.95 * math.log(23)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_model_that_can_generate_writes_whole_texts(name):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, eos_token_id=3
+    )
+    model, example = transformers.LlamaForCausalLM(config).eval(), TOKENS[name](torch.zeros(2, 80, dtype=torch.long))
+    for parameter in model.parameters():
+        parameter.data.mul_(8)
+    state = torch.get_rng_state()
+    batches = drawn(model, example, count=60)
+    assert torch.equal(torch.get_rng_state(), state)
+    tokens, again = (
+        torch.cat([b["input_ids"] if isinstance(b, dict) else b[0] for b in some])
+        for some in (batches, drawn(model, example, count=60))
+    )
+    assert torch.equal(tokens, again)
+    assert tokens.shape == (60, 80)
+    given = model(tokens).logits[:, :-1].log_softmax(-1)
+    entropy = -(given.exp() * given).sum(-1)
+    said = -given.gather(-1, tokens[:, 1:, None])[..., 0]
+    for part in (slice(0, 40), slice(40, None)):
+        assert said[:, part].mean().item() == pytest.approx(entropy[:, part].mean().item(), abs=0.06)
+    assert entropy.mean() < 0.95 * math.log(23)
 
 
 @pytest.mark.parametrize("gated", [False, True])
