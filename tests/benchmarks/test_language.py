@@ -68,6 +68,16 @@ def test_the_table_has_a_line_for_every_width_and_marks_the_least():
     assert both == "| m-0 | all | 30% | 1.000 | **3.000** |  |"
 
 
+def test_the_table_marks_what_the_sequences_do_not_tell_from_the_least():
+    losses_of = {"discard": [2.0, 3.0, 4.0], "CORP": [1.0, 2.3, 3.0], "calibrated": [1.0, 2.0, 3.2]}
+    rows = [
+        {"row": f"m-0/heads/0.3/{name}/64x128", "documentation": sum(each) / 3, "documentation, each": each}
+        for name, each in losses_of.items()
+    ]
+    *_, line = table(rows, "documentation")
+    assert line == "| m-0 | heads | 30% |  | 3.000 | **2.100** | **2.067** |"
+
+
 @needs_transformers
 @pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.allocation == "equal"])
 def test_every_method_leaves_the_widths_of_the_cut(tiny, name):
