@@ -23,6 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from intrafusion.ot.blocks import backward, forward
+
 _EXHAUSTED = 1e-9
 """A channel with less than this share of its variance left is a combination of the chosen ones, up to rounding."""
 _STRICT = 1e-12
@@ -33,7 +35,11 @@ RIDGE, RIDGE_LEAST = 1e-2, 1e-10
 
 
 def reconstruction_scores(
-    covariances: Sequence[Tensor], metrics: Sequence[Tensor], search: str = "forward", ridge: float = RIDGE
+    covariances: Sequence[Tensor],
+    metrics: Sequence[Tensor],
+    search: str = "forward",
+    ridge: float = RIDGE,
+    blocks: int | None = None,
 ) -> Tensor:
     """[n] float64 scores; the k best channels are the first k picks of the greedy choice, for every k.
 
@@ -41,35 +47,43 @@ def reconstruction_scores(
     made for all readers, each rebuilds its own view of the channels. (A covariance that is given several times, as the
     same object, costs what one costs.) search: `forward` picks the best channel first, `backward` drops the worst
     first: its picks are the drops, last one first. ridge: of `backward`, what is added to the variance of every
-    channel, as a share of it.
+    channel, as a share of it. blocks: so many blocks of n / blocks channels each are chosen whole (see `ot.blocks`),
+    and the channels of one share its score.
 
     The score of a pick is the share of the readers' error, sum tr(M D), that it removes. Where a pick removes more than
     an earlier one, as two channels can that are of use only together, the picks share what they remove; scores so fall
     with every pick, and sum to 1. A channel that the picks before explain gets next to nothing (at most n·1e-12: enough
     to keep all scores different; `backward`: and its part of the ridge).
 
-    Raises ValueError for covariances or metrics that are not finite, another search, or a ridge that is no positive
-    number.
+    Raises ValueError for covariances or metrics that are not finite, another search, a ridge that is no positive
+    number, or blocks that are not of one size.
     """
     if search not in SEARCHES:
         raise ValueError(f"search is {search!r}: it must be one of {', '.join(SEARCHES)}")
     if not RIDGE_LEAST <= ridge < float("inf"):
         raise ValueError(f"ridge is {ridge!r}: it must be a number from {RIDGE_LEAST} on")
     left, metric = _by_covariance(covariances, metrics)
+    if blocks is not None and (blocks < 1 or left.shape[1] % blocks):
+        raise ValueError(f"{left.shape[1]} channels are not {blocks} blocks of one size")
     if not (torch.isfinite(left).all() and torch.isfinite(metric).all()):
         raise ValueError("the covariance of the channels, or the weights that read them, are not finite")
-    if search == "forward":
-        order, removed = _greedy(left, metric)
-        total = (left * metric).sum()
-    else:
-        order, removed = _backward(left, metric, ridge)
+    total = (left * metric).sum()
+    if search == "backward":
+        hessian, metric = _standardised(left, metric, ridge)
+        if blocks is None:
+            order, removed = _backward(hessian, metric, ridge)
+        else:
+            order, removed = backward(_inverse(hessian), metric, blocks)
         total = removed.sum()
+    else:
+        order, removed = _greedy(left, metric) if blocks is None else forward(left, metric, blocks)
     shares = _falling((removed / total.clamp(min=1e-300)).tolist())
     n = len(order)
     scores = torch.zeros(n, dtype=torch.float64, device=left.device)
     ramp = _STRICT * torch.arange(n, 0, -1, dtype=torch.float64, device=left.device)
     scores[order] = torch.tensor(shares, dtype=torch.float64, device=left.device) + ramp
-    return scores
+    size = left.shape[1] // n
+    return (scores / size).repeat_interleave(size)
 
 
 def _greedy(left: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,19 +133,19 @@ def _by_covariance(covariances: Sequence[Tensor], metrics: Sequence[Tensor]) -> 
     return torch.stack(list(different.values())), torch.stack([sums[one] for one in different])
 
 
-def _backward(cov: Tensor, metric: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Pick order [n], the last drop first, and what each drop costs [n]. cov, metric: [readers, n, n].
-
-    Channels are counted in units of their spread, so that the ridge is the same share of each.
-    """
-    n, device = cov.shape[1], cov.device
+def _standardised(cov: Tensor, metric: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """H and G [readers, n, n] with channels in units of their spread, so that the ridge is the same share of each."""
     spread = cov.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
     inverse = torch.where(spread > 0, 1.0 / torch.where(spread > 0, spread, 1.0), 0.0)
     hessian = cov * inverse[:, :, None] * inverse[:, None, :]
     hessian.diagonal(dim1=1, dim2=2).fill_(1.0 + ridge)  # of a constant too: it costs nothing, as nobody reads it
-    metric = metric * spread[:, :, None] * spread[:, None, :]
+    return hessian, metric * spread[:, :, None] * spread[:, None, :]
+
+
+def _backward(hessian: Tensor, metric: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Pick order [n], the last drop first, and what each drop costs [n]. hessian, metric: [readers, n, n]."""
     dropped, costs = [], []
-    left = torch.arange(n, device=device)
+    left = torch.arange(hessian.shape[1], device=hessian.device)
     while len(left):
         state = _refitted(hessian, metric, left)
         least = len(left) // 2 if len(left) > _PANEL else 0  # afresh at every halving: rounding does not pile up

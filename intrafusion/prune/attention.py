@@ -29,6 +29,15 @@ def present(pruner: Any) -> dict[str, Heads]:
     }
 
 
+def whole_heads(pruner: Any, group: Group) -> int:
+    """How many heads a full group is, of which only whole ones may go; 0 if it is no such group."""
+    found, layers = pruner._is_atten_group(group)
+    if not found or not pruner.prune_num_heads or pruner.prune_head_dims:
+        return 0
+    heads = max(pruner.num_heads[layer] for layer in layers)
+    return heads if pruner.get_target_head_pruning_ratio(layers[0]) > 0 and len(group[0].idxs) % heads == 0 else 0
+
+
 def numbers(pruner: Any) -> list[tuple[int, int, int]]:
     """(heads, heads of keys and values, width of a head) of every block."""
     return [(block.heads, block.key_heads, block.dim) for block in present(pruner).values()]

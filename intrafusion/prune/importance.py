@@ -58,6 +58,8 @@ class ReconstructionImportance:
 
     sees_activations = True
     """Batch-norms are accounted for: the folded network would score the same, but cannot be run."""
+    takes_blocks = True
+    """Heads that go whole are scored whole."""
 
     def __init__(
         self,
@@ -75,8 +77,8 @@ class ReconstructionImportance:
         self._search, self._ridge = search, float(ridge)
 
     @torch.no_grad()
-    def __call__(self, group: Group) -> Tensor:
-        """[n] float64 scores of the root channels of a full group."""
+    def __call__(self, group: Group, blocks: int | None = None) -> Tensor:
+        """[n] float64 scores of the root channels of a full group. blocks: they go in so many blocks of equal size."""
         graph, table = _table(group)
         readers = [slot for slot in table.slots if slot.reads]
         device = _device(graph)
@@ -88,7 +90,7 @@ class ReconstructionImportance:
             of = {id(reading): reading.covariance().to(device) for reading in dict.fromkeys(readings)}
             covariances = [of[id(reading)] for reading in readings]
         try:
-            return reconstruction_scores(covariances, metrics, self._search, self._ridge)
+            return reconstruction_scores(covariances, metrics, self._search, self._ridge, blocks)
         except ValueError as error:
             raise ValueError(f"while scoring group {table.name!r}: {error}") from error
 

@@ -11,7 +11,7 @@ from torch_pruning.dependency.group import Group
 
 from intrafusion.groups.batchnorm import folded
 from intrafusion.groups.table import foldable_pairs, module_name
-from intrafusion.prune import checks, refusals
+from intrafusion.prune import attention, checks, refusals
 from intrafusion.prune.fused_group import FusionError
 
 
@@ -39,6 +39,8 @@ def score_of(pruner: Any, group: Group) -> Tensor | str:
 
 def _asked(pruner: Any, group: Group) -> Any:
     score = None
+    if getattr(pruner.importance, "takes_blocks", False) and (heads := attention.whole_heads(pruner, group)):
+        return pruner.importance(group, blocks=heads)
     if pruner.fusion.score_on == "folded" and not getattr(pruner.importance, "sees_activations", False):
         with folded(foldable_pairs(pruner.DG, group)):
             score = pruner.importance(group)

@@ -6,7 +6,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from intrafusion import IntraFusionPruner
+from intrafusion import IntraFusionPruner, ReconstructionImportance
 from intrafusion.groups.heads import blocks_of, find_heads, heads_by_layer, opaque
 
 
@@ -161,6 +161,33 @@ def test_the_heads_that_stay_are_those_that_were_kept():
         columns = dense[f"blocks.{number}.o_proj.weight"].unflatten(1, (4, 4))[:, kept]
         assert torch.equal(block.o_proj.weight.unflatten(1, (2, 4)), columns)
         assert torch.equal(block.k_proj.weight, dense[f"blocks.{number}.k_proj.weight"])
+
+
+@pytest.mark.parametrize("search", ["forward", "backward"])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_whole_heads_are_scored_whole_and_one_that_another_makes_up_for_goes(shared, search):
+    torch.manual_seed(0)
+    model = Network(blocks=1, heads=4, shared=shared, dim=4).eval()
+    block = model.blocks[0]
+    with torch.no_grad():  # heads 0 and 1, of one key where keys are shared, attend alike and give the same
+        block.q_proj.weight[4:8], block.q_proj.bias[4:8] = block.q_proj.weight[:4], block.q_proj.bias[:4]
+        if shared == 1:
+            for layer in (block.k_proj, block.v_proj):
+                layer.weight[4:8], layer.bias[4:8] = layer.weight[:4], layer.bias[:4]
+        block.o_proj.weight[:, 4:8].mul_(5)  # large, and not needed
+    x = torch.randn(64, 6, 5)
+    metric = ReconstructionImportance([x], search=search)
+    pruner = IntraFusionPruner(model, x, metric, widths={"heads": 0.25}, fusion="calibrated", calibration=[x])
+    (group,) = (group for group in pruner.all_groups() if pruner.is_attention(group))
+    pruner.current_step = 1  # before the first one, no head is to go
+    scores = pruner.estimate_importance(pruner._downstream_node_as_root_if_attention(group)).unflatten(0, (4, 4))
+    assert torch.equal(scores, scores[:, :1].expand(4, 4))
+    assert int(scores[:, 0].argmin()) in (0, 1)
+    pruner.current_step = 0
+    dense = model(x).detach()
+    pruner.step()
+    if shared == 1:  # otherwise a head of each key goes
+        assert float((model(x).detach() - dense).norm() / dense.norm()) < 1e-3
 
 
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from intrafusion.ot import choice
 from intrafusion.ot.choice import SEARCHES, reconstruction_scores
@@ -55,6 +56,53 @@ def test_backward_drops_are_those_of_explicit_refits(readers, ridge):
         kept.remove(dropped[-1])
     assert scores.argsort().tolist() == [*dropped, *kept]
     assert scores.sum().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("readers", [1, 2])
+def test_blocks_are_chosen_by_explicit_least_squares(readers, search):
+    size, blocks = 3, 5
+    n = size * blocks
+    covs, metrics = [covariance(n, n + 3) for _ in range(readers)], [covariance(n, 4) for _ in range(readers)]
+    scores = reconstruction_scores(covs, metrics, search, 1e-9, blocks=blocks)
+    assert torch.equal(scores, scores[::size].repeat_interleave(size))
+    assert scores.sum().item() == pytest.approx(1.0)
+
+    def error(kept: list[int]) -> float:
+        channels = [block * size + i for block in kept for i in range(size)]
+        return sum(left_over(cov, metric, channels) for cov, metric in zip(covs, metrics, strict=True))
+
+    order: list[int] = []
+    for _ in range(blocks - 1):
+        rest = [block for block in range(blocks) if block not in order]
+        if search == "forward":
+            order.append(min(rest, key=lambda block: error([*order, block])))
+        else:
+            order.append(min(rest, key=lambda block: error([one for one in rest if one != block])))
+    assert scores[::size].argsort(descending=search == "forward").tolist()[:-1] == order
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_blocks_of_one_channel_are_channels(search):
+    cov, metric = covariance(12, 20), covariance(12, 4)
+    alone, blocks = (reconstruction_scores([cov], [metric], search, blocks=count) for count in (None, 12))
+    torch.testing.assert_close(blocks, alone)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_of_blocks_that_are_rotations_of_each_other_one_is_enough(search):
+    torch.manual_seed(0)
+    turned = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
+    mixing = torch.cat([torch.eye(6, dtype=torch.float64), F.pad(turned, (0, 3))])  # the third is the first one, turned
+    cov, metric = covariance(6, 20), covariance(9, 4)
+    scores = reconstruction_scores([mixing @ cov @ mixing.T], [metric], search, 1e-9, blocks=3)[::3]
+    assert int(scores.argmin()) in (0, 2)
+    assert scores.min() < 1e-6 * scores.sum()
+
+
+def test_blocks_of_two_sizes_are_refused():
+    with pytest.raises(ValueError, match="9 channels are not 4 blocks"):
+        reconstruction_scores([covariance(9, 12)], [covariance(9, 4)], blocks=4)
 
 
 def test_blocks_change_nothing_but_the_time(monkeypatch):
