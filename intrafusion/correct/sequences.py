@@ -10,7 +10,7 @@ network takes shorter ones than its example.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -26,6 +26,8 @@ Run = Callable[[nn.Module, Any], Any]
 _PASSES = 48
 _TOKENS, _FEWEST, _MOST = 2**14, 16, 500
 """As many sequences as make that many tokens, between the two."""
+_ENOUGH = 2**17
+"""Beside so many tokens of the user's own a model writes none."""
 _LOGITS = 2**25
 """So many numbers a batch's logits are."""
 _NEVER = -1
@@ -37,16 +39,31 @@ def sequence_count(ids: Tensor) -> int:
     return min(_MOST, max(_FEWEST, _TOKENS // ids.shape[1]))
 
 
+def count_beside(model: nn.Module, ids: Tensor, batches: Sequence) -> int:
+    """How many sequences like `ids` a model writes beside the user's own text: as many tokens as that, or `_TOKENS`.
+
+    What the model has learnt is wider than a text of one kind, and a correction holds for what it has seen. None where
+    there is text enough, or the model cannot `generate`, so that writing costs more than a pass.
+    """
+    found = [ids for batch in batches for ids in leaves(batch) if isinstance(ids, Tensor) and _may_be_ids(ids)]
+    own = sum(some.numel() for some in found if not _is_mask(some))
+    return min(own, _TOKENS) // ids.shape[1] if own < _ENOUGH and _can_generate(model) else 0
+
+
 def token_ids(example: Any) -> Tensor | None:
     """The integers [B, T] of an example that has nothing else but masks of ones; None if there is more, or less."""
     tensors = [leaf for leaf in leaves(example) if isinstance(leaf, Tensor)]
-    ids = [t for t in tensors if t.dtype in (torch.int64, torch.int32) and t.dim() == 2 and not _is_mask(t)]
+    ids = [t for t in tensors if _may_be_ids(t) and not _is_mask(t)]
     others = [t for t in tensors if all(t is not found for found in ids)]
-    if not ids and len(tensors) == 1 and tensors[0].dtype in (torch.int64, torch.int32) and tensors[0].dim() == 2:
+    if not ids and len(tensors) == 1 and _may_be_ids(tensors[0]):
         return tensors[0]  # ones, but no mask of anything
     if len(ids) != 1 or not all(_is_mask(t) and t.shape == ids[0].shape for t in others):
         return None
     return ids[0]
+
+
+def _may_be_ids(value: Tensor) -> bool:
+    return value.dtype in (torch.int64, torch.int32) and value.dim() == 2
 
 
 def _is_mask(value: Tensor) -> bool:
@@ -99,7 +116,7 @@ def _shown(model: nn.Module, example: Any, ids: Tensor, run: Run, tokens: Tensor
 
 def _generated(model: Any, tokens: Tensor) -> Tensor | None:
     """Sequences [n, T] that begin as `tokens` do, by the model's own `generate`; None if it has none, or fails."""
-    if not callable(getattr(model, "generate", None)) or not getattr(model, "can_generate", bool)():
+    if not _can_generate(model):
         return None
     start, more = tokens[:, :1].long(), tokens.shape[1] - 1
     try:
@@ -111,6 +128,10 @@ def _generated(model: Any, tokens: Tensor) -> Tensor | None:
     except Exception:  # whatever its config or its cache does not allow
         return None
     return written.to(tokens) if isinstance(written, Tensor) and written.shape == tokens.shape else None
+
+
+def _can_generate(model: Any) -> bool:
+    return callable(getattr(model, "generate", None)) and bool(getattr(model, "can_generate", bool)())
 
 
 def _exact(logits_of: Callable[[Tensor], Any], tokens: Tensor, vocabulary: int) -> int:

@@ -18,7 +18,7 @@ from torch_pruning import ops
 from tqdm import tqdm
 
 from intrafusion.correct.images import dead_leaves
-from intrafusion.correct.sequences import sequence_count, sequences, token_ids, why_not
+from intrafusion.correct.sequences import count_beside, sequence_count, sequences, token_ids, why_not
 from intrafusion.correct.units import Units
 from intrafusion.running import copy_of, described, evaluating, leaves, map_tensors
 
@@ -49,11 +49,12 @@ def synthetic_count(model: nn.Module, example: Any, batches: Sequence = ()) -> i
     """How many synthetic inputs a correction of the network should be run on, beside the user's own batches.
 
     Few real images say less about a layer with many inputs than many synthetic ones; together they say most. So they
-    are filled up, but only where synthetic inputs can be trusted: images, for a network with batch-norms to match.
+    are filled up, but only where synthetic inputs can be trusted: images, for a network with batch-norms to match, and
+    what a language model writes itself.
     """
     ids = token_ids(example)
     if ids is not None:
-        return 0 if batches else sequence_count(ids)
+        return count_beside(model, ids, batches) if batches else sequence_count(ids)
     image = next(filter(_is_input, _tensors(example)), None)
     count = 0
     if image is not None:

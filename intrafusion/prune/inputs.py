@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from intrafusion.correct.sequences import token_ids
 from intrafusion.correct.synthetic import NoSyntheticInputs, synthetic_count, synthetic_inputs
 from intrafusion.methods.method import Method
 from intrafusion.prune.fused_group import FusionError
@@ -37,26 +38,29 @@ def inputs_for(pruner: Host, method: Method) -> Inputs:
 
     Raises FusionError if the method wants synthetic inputs and the network does not run on any.
     """
+    device = next(pruner.model.parameters()).device
     own = list(pruner.calibration) if method.inputs == "calibration" else []
-    count = 0
+    count, example = 0, pruner.example_inputs
     if method.inputs == "synthetic" or (own and method.fills_up):
-        count = synthetic_count(pruner.model, pruner.example_inputs, own)
+        if own and token_ids(own[0]) is not None:
+            example = to_device(own[0], device)  # texts as long as the user's own
+        count = synthetic_count(pruner.model, example, own)
     drawn: list[Any] = []
     if count:
         try:
             drawn = synthetic_inputs(
-                pruner.model, pruner.example_inputs, pruner.run,
+                pruner.model, example, pruner.run,
                 count=count, seed=pruner.fusion.seed, progress=pruner.progress,
             )  # fmt: skip
         except NoSyntheticInputs as error:
-            raise FusionError(f"no synthetic inputs: {error}. {_WAY_OUT}") from error
+            if not own:
+                raise FusionError(f"no synthetic inputs: {error}. {_WAY_OUT}") from error
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             if not own:
                 raise FusionError(
                     f"the network does not run on batches of synthetic inputs shaped like its example ({error}). "
                     f"{_WAY_OUT}"
                 ) from error
-    device = next(pruner.model.parameters()).device
     own, drawn = ([to_device(batch, device) for batch in batches] for batches in (merged(own), drawn))
     return _parted(own, drawn, pruner.example_inputs)
 

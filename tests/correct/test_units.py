@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from intrafusion import FusionError, IntraFusionPruner
 from intrafusion.correct.synthetic import NoSyntheticInputs, synthetic_count, synthetic_inputs
 from intrafusion.correct.units import Units
+from intrafusion.prune.inputs import inputs_for
 
 
 def call(model, inputs):
@@ -162,16 +163,21 @@ def test_a_language_model_writes_what_it_would_write_one_token_after_the_other(n
     assert entropy < 0.95 * math.log(23)
 
 
-@pytest.mark.parametrize("name", TOKENS)
-def test_a_model_that_can_generate_writes_whole_texts(name):
+def llama():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, eos_token_id=3
     )
-    model, example = transformers.LlamaForCausalLM(config).eval(), TOKENS[name](torch.zeros(2, 80, dtype=torch.long))
+    model = transformers.LlamaForCausalLM(config).eval()
     for parameter in model.parameters():
         parameter.data.mul_(8)
+    return model
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_model_that_can_generate_writes_whole_texts(name):
+    model, example = llama(), TOKENS[name](torch.zeros(2, 80, dtype=torch.long))
     state = torch.get_rng_state()
     batches = drawn(model, example, count=60)
     assert torch.equal(torch.get_rng_state(), state)
@@ -187,6 +193,23 @@ def test_a_model_that_can_generate_writes_whole_texts(name):
     for part in (slice(0, 40), slice(40, None)):
         assert said[:, part].mean().item() == pytest.approx(entropy[:, part].mean().item(), abs=0.06)
     assert entropy.mean() < 0.95 * math.log(23)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_beside_a_users_text_a_model_writes_as_much_of_its_own(name, monkeypatch):
+    model, given = llama(), TOKENS[name]
+    own = [given(torch.randint(4, 23, (3, 20))), given(torch.randint(4, 23, (3, 20)))]
+    example = given(torch.zeros(1, 8, dtype=torch.long))
+    pruner = IntraFusionPruner(
+        model, example, tp.importance.GroupMagnitudeImportance(p=1), widths={"feed_forward": 0.5}, calibration=own,
+        fusion="calibrated",
+    )  # fmt: skip
+    inputs = inputs_for(pruner, pruner.fusion.method())
+    tokens = torch.cat([batch["input_ids"] if isinstance(batch, dict) else batch[0] for batch in inputs.drawn])
+    assert tokens.shape == (6, 20)  # as long as the texts, not as the example
+    assert synthetic_count(language_model(False), example, own) == 0  # it would take many passes
+    monkeypatch.setattr("intrafusion.correct.sequences._ENOUGH", 120)
+    assert synthetic_count(model, own[0], own) == 0
 
 
 @pytest.mark.parametrize("gated", [False, True])
