@@ -213,8 +213,7 @@ class Correction:
         for name, weights in inside.items():
             if name in self.layers:
                 old = self._rows.get(name) or RowMap.identity(weights.shape[1])
-                weights = weights.cpu()
-                self._rows[name] = RowMap(weights @ old.weights, weights @ old.shift)
+                self._rows[name] = old.then(weights.cpu())
         carrier = shift_carrier(table)
         kept = pair.kept.cpu()
         for slot in table.slots:
@@ -227,7 +226,7 @@ class Correction:
             if pair.shift is not None and slot is carrier:
                 moved[slot.local[:, 0][kept]] = pair.shift.cpu()
             left = _left(slot, kept)
-            self._rows[slot.name] = RowMap(mapped[left] @ old.weights, mapped[left] @ old.shift + moved[left])
+            self._rows[slot.name] = old.then(mapped[left], moved[left])
 
 
 def layers_of(graph: tp.DependencyGraph) -> dict[str, str]:

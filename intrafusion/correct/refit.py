@@ -49,6 +49,11 @@ class RowMap:
         size = self.weights.shape[1]
         return len(self.weights) == size and torch.equal(self.weights, torch.eye(size).to(self.weights))
 
+    def then(self, maps: Tensor, moved: Tensor | float = 0.0) -> RowMap:
+        """These outputs [k], mapped once more, by maps [j, k], and moved by [j]."""
+        weights = maps if self.is_identity else maps @ self.weights
+        return RowMap(weights, maps @ self.shift + moved)
+
     def __call__(self, output: Tensor, axis: int) -> Tensor:
         """Apply to an activation whose channels are on `axis`."""
         if self.is_identity and not self.shift.any():
