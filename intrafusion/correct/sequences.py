@@ -123,7 +123,8 @@ def _generated(model: Any, tokens: Tensor) -> Tensor | None:
         with repeatable(tokens):
             written = model.generate(
                 start, attention_mask=torch.ones_like(start), do_sample=True, num_beams=1, temperature=1.0, top_k=0,
-                top_p=1.0, max_new_tokens=more, eos_token_id=_NEVER, pad_token_id=0, use_cache=True,
+                top_p=1.0, repetition_penalty=1.0, max_new_tokens=more, eos_token_id=_NEVER, pad_token_id=0,
+                use_cache=True,
             )  # fmt: skip
     except Exception:  # whatever its config or its cache does not allow
         return None
