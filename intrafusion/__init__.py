@@ -20,6 +20,7 @@ if _TYPE_CHECKING:
         ReconstructionImportance,
         WandaImportance,
     )
+    from intrafusion.prune.inputs import synthetic_batches
     from intrafusion.prune.pruner import IntraFusionPruner
     from intrafusion.prune.report import GroupReport, Report
     from intrafusion.prune.siblings import (
@@ -77,6 +78,7 @@ __all__ = [
     "recenter_batchnorms_",
     "register_norm",
     "save",
+    "synthetic_batches",
     "transfer_optimizer_state",
 ]
 
@@ -110,6 +112,7 @@ _HOME = {
         "export",
     ),
     "training.optimizer_state": ("transfer_optimizer_state",),
+    "prune.inputs": ("synthetic_batches",),
     "prune.pruner": ("IntraFusionPruner",),
     "prune.siblings": (
         "IntraFusionBNScalePruner",

@@ -26,6 +26,7 @@ from intrafusion import (
     ReconstructionImportance,
     WandaImportance,
     method,
+    synthetic_batches,
 )
 from intrafusion.correct.circuits import Reduction
 from intrafusion.correct.correction import LayerView
@@ -245,7 +246,7 @@ def pruned(dense: nn.Module, name: str, widths: dict[str, float], batches: list)
         pruner = IntraFusionPruner(
             model,
             batches[0][:1],
-            entry.choose(batches),
+            entry.choose(dense, batches),
             widths=widths,
             fusion=entry.fusion,
             calibration=batches if entry.fusion.method().inputs == "calibration" else None,
@@ -258,31 +259,42 @@ def pruned(dense: nn.Module, name: str, widths: dict[str, float], batches: list)
 
 @dataclass(frozen=True)
 class Entry:
-    """One row: choose(batches) makes the importance; data: whether text is seen; allocation: the pruner's."""
+    """One row: choose(network, batches) makes the importance; data: whether text is seen; allocation: the pruner's."""
 
-    choose: Callable[[list], Callable]
+    choose: Callable[[nn.Module, list], Callable]
     fusion: Fusion
     data: bool = True
     allocation: str = "equal"
 
 
-def _l1(_batches: list) -> Callable:
+def _seeing(metric: Callable[[list], Callable]) -> Callable[[nn.Module, list], Callable]:
+    return lambda _network, batches: metric(batches)
+
+
+def _l1(_network: nn.Module, _batches: list) -> Callable:
     return tp.importance.GroupMagnitudeImportance(p=1)
 
 
-_backward = partial(ReconstructionImportance, search="backward")
+def _on_own_text(network: nn.Module, batches: list) -> Callable:
+    """Text that the network writes; of the batches, the length is looked at."""
+    return ReconstructionImportance(synthetic_batches(network, batches[0][:1], seed=1), search="backward")
+
+
+_flap, _wanda = _seeing(FLAPImportance), _seeing(WandaImportance)
+_backward = _seeing(partial(ReconstructionImportance, search="backward"))
 METHODS: dict[str, Entry] = {
     "discard": Entry(_l1, Fusion.preset("discard"), data=False),
     "barycentre": Entry(_l1, Fusion.preset("barycentre"), data=False),
     "data-free": Entry(_l1, Fusion.preset("data-free"), data=False),
-    "FLAP": Entry(FLAPImportance, Fusion(merge="FLAP")),
-    "Wanda": Entry(WandaImportance, Fusion.preset("discard")),
-    "CORP": Entry(WandaImportance, Fusion(merge="CORP")),
-    "MoDeGPT": Entry(RidgeLeverage, Fusion(merge="MoDeGPT")),
+    "data-free, own text": Entry(_on_own_text, Fusion.preset("data-free"), data=False),
+    "FLAP": Entry(_flap, Fusion(merge="FLAP")),
+    "Wanda": Entry(_wanda, Fusion.preset("discard")),
+    "CORP": Entry(_wanda, Fusion(merge="CORP")),
+    "MoDeGPT": Entry(_seeing(RidgeLeverage), Fusion(merge="MoDeGPT")),
     "SliceGPT": Entry(_l1, Fusion(merge="SliceGPT")),
     "OSSCAR": Entry(_backward, Fusion(merge="OSSCAR")),
     "calibrated, L1": Entry(_l1, Fusion.preset("calibrated")),
-    "calibrated, FLAP": Entry(FLAPImportance, Fusion.preset("calibrated")),
+    "calibrated, FLAP": Entry(_flap, Fusion.preset("calibrated")),
     "calibrated": Entry(_backward, Fusion.preset("calibrated")),
     "OSSCAR, unequal": Entry(_backward, Fusion(merge="OSSCAR"), allocation="measured-parameters"),
     "calibrated, unequal": Entry(_backward, Fusion.preset("calibrated"), allocation="measured-parameters"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from torch import nn
 
 from intrafusion.correct.sequences import token_ids
 from intrafusion.correct.synthetic import NoSyntheticInputs, synthetic_count, synthetic_inputs
@@ -11,7 +15,7 @@ from intrafusion.methods.method import Method
 from intrafusion.prune.fused_group import FusionError
 from intrafusion.prune.host import Host
 from intrafusion.prune.twin import BLINDLY, ROUGHLY, Judges, count_of, held_out, says, varied
-from intrafusion.running import merged, to_device
+from intrafusion.running import input_batches, merged, run_model, to_device
 
 _WAY_OUT = (
     "Give fusion='calibrated' with calibration=<batches of your own>, or fusion='paper' or 'discard', which need none"
@@ -77,3 +81,24 @@ def _parted(own: list[Any], drawn: list[Any], example: Any) -> Inputs:
     if not own and says(example):  # what the user has is nearer to this than to noise, or to what is drawn
         every.append(Judges([example], "the example inputs", ROUGHLY))
     return Inputs(kept, drawn, every) if own else Inputs([], kept, every)
+
+
+def synthetic_batches(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    forward_fn: Callable | None = None,
+    count: int | None = None,
+    seed: int = 0,
+) -> list[Any]:
+    """Unlabelled inputs for a network that came without any, as `data-free` makes them: for importances, for measuring.
+
+    Images that the batch-norms know, text that a language model writes itself, otherwise noise in the example's units
+    (`docs/method.md`). Tuples or dictionaries of tensors, as the network takes them, some inputs each.
+
+    example_inputs, forward_fn: as the pruner takes them. count: how many inputs (as many as `data-free` takes).
+    Raises NoSyntheticInputs, a ValueError, for what cannot be drawn, and TypeError for an example without a tensor.
+    """
+    (example,) = input_batches([example_inputs], "example_inputs")
+    run = partial(run_model, forward_fn=forward_fn)
+    return synthetic_inputs(model, example, run, count=count, seed=seed, progress=False)

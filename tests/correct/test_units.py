@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn import functional as F
 
-from intrafusion import FusionError, IntraFusionPruner
+from intrafusion import FusionError, IntraFusionPruner, ReconstructionImportance, synthetic_batches
 from intrafusion.correct.synthetic import NoSyntheticInputs, synthetic_count, synthetic_inputs
 from intrafusion.correct.units import Units
 from intrafusion.prune.inputs import inputs_for
@@ -119,6 +119,23 @@ def test_lists_of_images_are_drawn_as_lists():
         assert {image.shape for images in given for image in images} == {(3, 9, 9)}
         assert min(image.min().item() for images in given for image in images) >= 0
         assert synthetic_count(nn.Identity(), example) > 20
+
+
+@pytest.mark.parametrize("as_pruners_take_it", [lambda x: x, lambda x: (x,), lambda x: {"input": x}])
+def test_synthetic_batches_are_those_of_data_free_for_anybody(as_pruners_take_it):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2)).eval()
+    example = torch.rand(1, 3, 8, 8)
+    model(example)
+    batches = synthetic_batches(model, as_pruners_take_it(example), count=40, seed=3)
+    given = torch.cat([batch["input"] if isinstance(batch, dict) else batch[0] for batch in batches])
+    assert given.shape == (40, 3, 8, 8)
+    assert torch.equal(given, torch.cat([batch[0] for batch in synthetic_batches(model, example, count=40, seed=3)]))
+    metric = ReconstructionImportance(batches)
+    pruner = IntraFusionPruner(model, example, metric, pruning_ratio=0.5, ignored_layers=[model[4]], fusion="discard")
+    pruner.step()
+    assert model[0].out_channels == 4
+    with pytest.raises(TypeError, match="example_inputs batch 0 is a str"):
+        synthetic_batches(model, "cat.png")
 
 
 class Chain(nn.Module):
