@@ -20,7 +20,6 @@ if _TYPE_CHECKING:
         ReconstructionImportance,
         WandaImportance,
     )
-    from intrafusion.prune.inputs import synthetic_batches
     from intrafusion.prune.pruner import IntraFusionPruner
     from intrafusion.prune.report import GroupReport, Report
     from intrafusion.prune.siblings import (
@@ -78,7 +77,6 @@ __all__ = [
     "recenter_batchnorms_",
     "register_norm",
     "save",
-    "synthetic_batches",
     "transfer_optimizer_state",
 ]
 
@@ -112,7 +110,6 @@ _HOME = {
         "export",
     ),
     "training.optimizer_state": ("transfer_optimizer_state",),
-    "prune.inputs": ("synthetic_batches",),
     "prune.pruner": ("IntraFusionPruner",),
     "prune.siblings": (
         "IntraFusionBNScalePruner",

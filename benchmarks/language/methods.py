@@ -26,7 +26,6 @@ from intrafusion import (
     ReconstructionImportance,
     WandaImportance,
     method,
-    synthetic_batches,
 )
 from intrafusion.correct.circuits import Reduction
 from intrafusion.correct.correction import LayerView
@@ -37,6 +36,7 @@ from intrafusion.groups.streams import stream_of
 from intrafusion.groups.table import GroupTable
 from intrafusion.methods.view import View
 from intrafusion.ot import selection_pair
+from intrafusion.prune.inputs import synthetic_batches
 from intrafusion.prune.report import Report
 
 RIDGE = 1e-2

@@ -11,10 +11,10 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn import functional as F
 
-from intrafusion import FusionError, IntraFusionPruner, ReconstructionImportance, synthetic_batches
+from intrafusion import FusionError, IntraFusionPruner, ReconstructionImportance
 from intrafusion.correct.synthetic import NoSyntheticInputs, synthetic_count, synthetic_inputs
 from intrafusion.correct.units import Units
-from intrafusion.prune.inputs import inputs_for
+from intrafusion.prune.inputs import inputs_for, synthetic_batches
 
 
 def call(model, inputs):
