@@ -275,8 +275,8 @@ def _l1(_network: nn.Module, _batches: list) -> Callable:
     return tp.importance.GroupMagnitudeImportance(p=1)
 
 
-def _on_own_text(network: nn.Module, batches: list) -> Callable:
-    """Text that the network writes; of the batches, the length is looked at."""
+def _on_own_inputs(network: nn.Module, batches: list) -> Callable:
+    """Inputs that are made for the network, text that it writes; of the batches, only the shape is looked at."""
     return ReconstructionImportance(synthetic_batches(network, batches[0][:1], seed=1), search="backward")
 
 
@@ -286,7 +286,7 @@ METHODS: dict[str, Entry] = {
     "discard": Entry(_l1, Fusion.preset("discard"), data=False),
     "barycentre": Entry(_l1, Fusion.preset("barycentre"), data=False),
     "data-free": Entry(_l1, Fusion.preset("data-free"), data=False),
-    "data-free, own text": Entry(_on_own_text, Fusion.preset("data-free"), data=False),
+    "data-free, own inputs": Entry(_on_own_inputs, Fusion.preset("data-free"), data=False),
     "FLAP": Entry(_flap, Fusion(merge="FLAP")),
     "Wanda": Entry(_wanda, Fusion.preset("discard")),
     "CORP": Entry(_wanda, Fusion(merge="CORP")),

@@ -45,8 +45,8 @@ def count_beside(model: nn.Module, ids: Tensor, batches: Sequence) -> int:
     What the model has learnt is wider than a text of one kind, and a correction holds for what it has seen. None where
     there is text enough, or the model cannot `generate`, so that writing costs more than a pass.
     """
-    found = [ids for batch in batches for ids in leaves(batch) if isinstance(ids, Tensor) and _may_be_ids(ids)]
-    own = sum(some.numel() for some in found if not _is_mask(some))
+    given = [leaf for batch in batches for leaf in leaves(batch) if isinstance(leaf, Tensor) and _may_be_ids(leaf)]
+    own = sum(tokens.numel() for tokens in given if not _is_mask(tokens))
     return min(own, _TOKENS) // ids.shape[1] if own < _ENOUGH and _can_generate(model) else 0
 
 
@@ -92,7 +92,10 @@ def why_not(model: nn.Module, example: Any, ids: Tensor, run: Run) -> str:
 def sequences(
     model: nn.Module, example: Any, ids: Tensor, run: Run, *, count: int, generator: torch.Generator, progress: bool
 ) -> list[Any]:
-    """Batches of inputs like the example, with tokens that the model has drawn. The first token is any of them."""
+    """Batches of inputs like the example, with tokens that the model has drawn. The first token is any of them.
+
+    count: of sequences as long as the example's; as many tokens in more of them, where they have to be shorter.
+    """
     length = ids.shape[1]
     with torch.no_grad(), evaluating(model):
         vocabulary = _vocabulary(model, example, ids, run)
