@@ -28,7 +28,18 @@ KINDS = {
     "feed_forward+head_dim": ("feed_forward", "head_dim"),
     "all": ("feed_forward", "head_dim", "stream"),
 }
-SHOWN = ("discard", "barycentre", "data-free", "FLAP", "CORP", "OSSCAR", "SliceGPT", "calibrated, L1", "calibrated")
+SHOWN = (
+    "discard",
+    "barycentre",
+    "data-free",
+    "FLAP",
+    "CORP",
+    "MoDeGPT",
+    "OSSCAR",
+    "SliceGPT",
+    "calibrated, L1",
+    "calibrated",
+)
 
 
 def main() -> None:

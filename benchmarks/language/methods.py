@@ -97,7 +97,7 @@ class _FromDense(Method):
 
 
 def _reads_heads(name: str, layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) and name.rpartition(".")[2] in ("o_proj", "out_proj")
+    return isinstance(layer, nn.Linear) and name.rpartition(".")[2] in ("o_proj", "out_proj", "proj")
 
 
 @method("FLAP")
