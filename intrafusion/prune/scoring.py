@@ -31,10 +31,24 @@ def score_of(pruner: Any, group: Group) -> Tensor | str:
         return "each channel is a chunk of its own, of which torch-pruning removes none"
     if score is None:
         return "the metric has nothing to score here"
+    if isinstance(score, Tensor) and score.dim() == 1 and len(score) > n:
+        score = _asked(pruner, _longest_last(group))
     problem = checks.importance_problem(score, n)
     if problem:
         raise FusionError(f"{where}: {problem}")
     return score.detach()
+
+
+def _longest_last(group: Group) -> Group:
+    """The group with its layers by how many of their channels are in it.
+
+    torch-pruning's importances give as many scores as the first layer that they look at has channels in the group. That
+    is too many where it reads the channels twice, behind a concat, and the layers before it have nothing to score.
+    """
+    ordered = Group()
+    ordered._DG = group._DG
+    ordered._group = [group[0], *sorted(group[1:], key=lambda item: len(item.idxs))]
+    return ordered
 
 
 def _asked(pruner: Any, group: Group) -> Any:

@@ -167,3 +167,18 @@ def test_a_stream_that_is_seen_otherwise_is_not_turned(cls):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert stream is None or not may_be_turned(stream, graph, lambda network: list(tensors_in(network(ids()))))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Summed(Residual):
+    """A width that two streams must have in common, seen only when both are cut."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.scores(self.last(self.tokens(tokens).reshape(*tokens.shape, len(self.last.weight) + 1)))
+
+
+def test_a_stream_of_a_network_that_does_not_run_yet_is_not_turned():
+    model = residual(nn.RMSNorm)
+    graph = pruner_of(model, "discard", 0.0).DG
+    stream = stream_of(graph, tabulate(graph, model.down[0], tp.prune_linear_out_channels))
+    model.__class__ = Summed
+    assert not may_be_turned(stream, graph, lambda network: list(tensors_in(network(ids()))))

@@ -96,6 +96,8 @@ class Filters(LayerKind):
 
         averaged: the filters are gains on channels that are mixed already.
         """
+        if not len(rows.places):  # channels that are tied to each other are never mixed, and have several places here
+            return
         layer, bn = slot.owner, slot.partner
         old = draft.now(layer, "weight")
         weight = to_channels(old, slot.axis, slot.chunks)
