@@ -22,7 +22,7 @@ from benchmarks import paper_parity
 from benchmarks.rivals.cells import Network
 from intrafusion import IntraFusionPruner
 from intrafusion.lab.measure import count_macs, count_parameters, hits
-from intrafusion.prune.allocation import ALLOCATIONS
+from intrafusion.prune.checks import ALLOCATIONS
 
 METHODS = ("calibrated", "data-free")
 

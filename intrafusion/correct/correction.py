@@ -127,6 +127,8 @@ class Correction:
 
     def cut(self, table: GroupTable, pair: Pair, inside: Mapping[str, Tensor] | None = None) -> None:
         """A group has been mixed by `pair` and cut. inside: what outputs of its layers stand for, [left, full]."""
+        if self._repair_ is None:
+            return
         self._touched = True
         self._note(table, pair, inside or {})
         self._survey.forget(table)

@@ -113,6 +113,22 @@ def sequences(
         return [_with(example, ids, _drawn(shown, part, vocabulary, generator)) for part in bar]
 
 
+def scores_of(model: nn.Module, example: Any, run: Run) -> Callable[[Any], Tensor] | None:
+    """What finds a score for every token of a vocabulary, [B, T, V], among a network's outputs; None if there is none.
+
+    example: inputs like those that the outputs will come from.
+    """
+    ids = token_ids(example)
+    if ids is None:
+        return None
+    with torch.no_grad(), evaluating(model):
+        vocabulary = _vocabulary(model, example, ids, run)
+        if _logits(run(model, example), ids, vocabulary) is None:
+            return None
+
+    return lambda outputs: next(o for o in leaves(outputs) if isinstance(o, Tensor) and o.shape[2:] == (vocabulary,))
+
+
 def _shown(model: nn.Module, example: Any, ids: Tensor, run: Run, tokens: Tensor) -> Any:
     return run(model, _with(example, ids, tokens))
 

@@ -15,9 +15,10 @@ from intrafusion.groups.reach import channels_of
 from intrafusion.groups.table import GroupTable
 from intrafusion.methods.method import Method
 from intrafusion.prune import refusals
-from intrafusion.prune.allocation import ALLOCATIONS
 from intrafusion.prune.fusion import Fusion
 from intrafusion.running import input_batches
+
+ALLOCATIONS = ("equal", "measured", "measured-parameters")
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:

@@ -217,7 +217,7 @@ class FusionMixin:
         seen, first = set(), len(self.report.groups)
         self._quiet = True
         try:
-            for group in step.groups(self._chosen()):
+            for group in step.groups(self.chosen()):
                 root = group[0].dep
                 seen.add((root.target.module, root.handler))
                 yield group
@@ -229,7 +229,7 @@ class FusionMixin:
                 self._note(name, n, reason="torch-pruning removes none of its channels, or could not leave one")
         self._warn([group for group in self.report.groups[first:] if group.merged == "selection" and group.reason])
 
-    def _chosen(self) -> Iterator[Group]:
+    def chosen(self) -> Iterator[Group]:
         """What torch-pruning chooses to cut."""
         before, cut = dict(self.num_heads), set()
         for group in super()._prune():  # type: ignore[misc]

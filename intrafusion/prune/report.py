@@ -38,17 +38,19 @@ class GroupReport:
 @dataclass(frozen=True)
 class Allocation:
     """ratios: of every group that took part, by the name of its first layer: the equal ones where those did better.
-    equal, measured: the relative error of the output with equal ratios and with unequal ones, on `inputs`.
+    equal, measured: what the network's output lost with equal ratios and with unequal ones, on `inputs`, by `measure`:
+        the relative error of the output, or of a language model KL(before | now) of the next token in nats.
     """
 
     ratios: Mapping[str, float]
     equal: float
     measured: float
     inputs: str
+    measure: str = "relative error of the output"
 
     def __str__(self) -> str:
         moved = "channels were moved between groups" if self.measured < self.equal else "all groups kept their ratio"
-        errors = f"relative error of the output {self.measured:.3g}, with the ratios as they were {self.equal:.3g}"
+        errors = f"{self.measure} {self.measured:.3g}, with the ratios as they were {self.equal:.3g}"
         return f"{moved}: {errors} (on {self.inputs})"
 
 

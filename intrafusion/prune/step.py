@@ -45,7 +45,7 @@ from intrafusion.running import copy_of
 _REDUCED = "queries with keys, and values with the output, become their best product of that rank"
 
 
-class _Begun(View):
+class Begun(View):
     """What a method sees, and what its result will be compared with; it lives as long as some group may be pruned."""
 
     twin: Twin
@@ -62,23 +62,29 @@ class Step:
             free when the step is over. The same holds for the copy of the dense network and all activations.
     """
 
-    def __init__(self, pruner: Host) -> None:
+    def __init__(self, pruner: Host, method: Method | None = None) -> None:
+        """method: another one than the pruner's settings describe."""
         checks.check_finite(pruner.model)
         self._pruner = pruner
         self.settings = pruner.fusion
-        self.method: Method = self.settings.method()
+        self.method: Method = method or self.settings.method()
         self.cuts: tuple[GroupCut, ...] = ()
         self.lineage: Lineage = pruner.lineage
         self.inputs: Sequence = ()
-        self._held: Callable[[], _Begun | None] = lambda: None
+        self._held: Callable[[], Begun | None] = lambda: None
         self._inconsistent: frozenset[str] = frozenset()
         self._at_once = False
         self._heads = attention.present(pruner)
         run = partial(pruner.run, pruner.model, pruner.example_inputs)
         self._sizes = Sizes(pruner.model, run, pruner.num_heads, pruner.DG.module2node)
 
+    def going_on_with(self, view: Begun | None) -> Step:
+        """See what another step of the same network has looked at, which was taken back."""
+        self._held = lambda: view
+        return self
+
     @property
-    def view(self) -> _Begun | None:
+    def view(self) -> Begun | None:
         """What the method sees, as long as some group may still be pruned; None also for plain cutting."""
         return self._held()
 
@@ -96,7 +102,7 @@ class Step:
         self.finish()
         self._at_once = True  # whoever kept a group, and prunes it now, wants the rest put right at once
 
-    def begin(self, groups: Sequence[Group]) -> _Begun | None:
+    def begin(self, groups: Sequence[Group]) -> Begun | None:
         """Look at the network before it changes: a method is shown all groups that may be cut. None for plain cutting.
 
         Who holds what it returns, as groups do, keeps the step going; the step itself does not.
@@ -112,7 +118,7 @@ class Step:
         self._inconsistent = pruner.inconsistent_groups()
         inputs = pruner.inputs or inputs_for(pruner, method)
         self.inputs = inputs.batches if pruner.keep_inputs else ()
-        view = _Begun(
+        view = Begun(
             pruner.DG, pruner.run, pruner.example_inputs, inputs.batches,
             importance=pruner.score_of, seed=self.settings.seed, progress=pruner.progress,
         )  # fmt: skip

@@ -131,15 +131,15 @@ class Twin:
             return None
         dense = self._dense
         try:
-            wanted = [_outputs(dense, judges.batches, run) for judges in self._judges]
-            given = [_outputs(fused, judges.batches, run) for judges in self._judges]
+            wanted = [outputs_on(dense, judges.batches, run) for judges in self._judges]
+            given = [outputs_on(fused, judges.batches, run) for judges in self._judges]
             self._cut_(dense, fused)
-            plain = [_outputs(dense, judges.batches, run) for judges in self._judges]
+            plain = [outputs_on(dense, judges.batches, run) for judges in self._judges]
         except Exception:  # a twin that does not run says nothing about the network that does
             return None
         found = []
         for judges, dense_gave, fused_gave, cut_gave in zip(self._judges, wanted, given, plain, strict=True):
-            ours, cut = _distance(fused_gave, dense_gave), _distance(cut_gave, dense_gave)
+            ours, cut = distance(fused_gave, dense_gave), distance(cut_gave, dense_gave)
             if ours is not None and cut is not None:
                 found.append(Comparison(step, ours, cut, judges.told, judges.margin))
         return next((one for one in found if one.is_worse), found[0] if found else None)
@@ -238,7 +238,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, (int, float, str)) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
-def _outputs(network: nn.Module, batches: Iterable, run: Callable[[nn.Module, Any], Any]) -> list[list[Tensor]]:
+def outputs_on(network: nn.Module, batches: Iterable, run: Callable[[nn.Module, Any], Any]) -> list[list[Tensor]]:
     with evaluating(network):
         return [
             [_sampled(value) for value in tensors_in(run(network, batch)) if value.is_floating_point()]
@@ -254,7 +254,7 @@ def _sampled(value: Tensor) -> Tensor:
     return value.flatten()[:: step + 1 - step % 2].clone()  # an odd step goes through all columns of an even width
 
 
-def _distance(given: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]]) -> float | None:
+def distance(given: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]]) -> float | None:
     """|given - wanted| / |wanted| over all tensors that have the same shape; None if there are none."""
     pairs = [
         (a.double(), b.double())

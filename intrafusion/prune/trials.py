@@ -1,0 +1,164 @@
+"""What cutting some groups to some ratios does: tried on the pruner's own network, which is put back."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intrafusion.correct.sequences import scores_of
+from intrafusion.groups.snapshot import Snapshot
+from intrafusion.history.lineage import Lineage
+from intrafusion.methods.read_back import ReadBack
+from intrafusion.prune.fused_group import FusedGroup, FusionError
+from intrafusion.prune.inputs import Inputs, inputs_for
+from intrafusion.prune.step import Begun, Step
+from intrafusion.prune.twin import Judges, count_of, distance, held_out, outputs_on
+from intrafusion.prune.widths import set_ratio_
+from intrafusion.running import evaluating
+
+_SHARE = 4
+"""One input of so many judges."""
+_NUMBERS = 2**26
+"""So many scores of tokens are compared."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a try does to the output, in units that add up, and what the network costs then."""
+
+    damage: float
+    cost: float
+
+
+class Bench:
+    """pruner: whose network is tried on. step: one step of it. count: what a pruner's network costs.
+
+    told: what is judged on, in words. measure, shown: what is measured there, in words, and a damage in its units.
+    """
+
+    def __init__(self, pruner: Any, step: Callable[[], Any], count: Callable[[Any], float]) -> None:
+        self._pruner, self._step, self._count = pruner, step, count
+        self._method = pruner.fusion.method()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._inputs = _parted(inputs_for(pruner, self._method))
+        judges = self._inputs.judges[0]
+        self.told = judges.told
+        self._judged = _Judged(pruner.model, judges.batches, pruner.run)
+        self.measure, self.shown = self._judged.measure, self._judged.shown
+        self._view: Begun | None = None
+
+    def fused(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> Tried:
+        """Prune the groups of these layers to these ratios, and no others."""
+        with self._trying(ratios):
+            self._step()
+            return self._tried()
+
+    def alone(self, layers: tuple[nn.Module, ...], ratio: float) -> Tried:
+        """The same of one group; for a method that looks at inputs nothing but the group's readers is put right.
+
+        All groups were then looked at in one pass, which the first try makes.
+        """
+        if self._method.inputs == "none":
+            return self.fused({layers: ratio})
+        pruner, method = self._pruner, ReadBack(self._method.inputs)
+        if self._view is None:
+            with self._trying({}):
+                self._view = Step(pruner, method).begin(list(pruner.all_groups()))
+        with self._trying({layers: ratio}):
+            pruner.current_step = 1
+            step = Step(pruner, method).going_on_with(self._view)
+            for group in pruner.chosen():
+                FusedGroup.wrap(pruner.as_it_is(group), step, self._view).prune()
+            return self._tried()
+
+    def cost(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> float:
+        """What the network costs when it is plainly cut so."""
+        with self._trying(ratios):
+            self._pruner.fusion = self._pruner.fusion.discarded()
+            self._step()
+            return self._count(self._pruner)
+
+    def _tried(self) -> Tried:
+        return Tried(self._judged.damage(self._pruner.model), self._count(self._pruner))
+
+    @contextmanager
+    def _trying(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> Iterator[None]:
+        pruner = self._pruner
+        snapshot = Snapshot(pruner.DG, pruner.model.modules(), pruner.state())
+        mark = pruner.report.mark()
+        try:
+            pruner.is_trying, pruner.lineage, pruner.inputs = True, Lineage(pruner.DG), self._inputs
+            pruner.prune_num_heads = pruner.prune_head_dims = pruner.progress = False
+            pruner.iterative_steps, pruner.current_step, pruner.per_step_pruning_ratio = 1, 0, [0.0, 0.0]
+            pruner.pruning_ratio_dict, pruner._layer_to_scope = {}, dict(pruner._layer_to_scope)
+            for layers, ratio in ratios.items():
+                for layer in layers:
+                    set_ratio_(pruner, layer, ratio)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            snapshot.restore()
+            pruner.report.back_to(mark)
+
+
+class _Judged:
+    """How far a network's outputs are from what it gave before, on some batches.
+
+    Of a language model that is the divergence of what it expects to come next, KL(before | now) in nats a token; of
+    any other network the square of its outputs' relative error.
+    """
+
+    def __init__(
+        self, network: nn.Module, batches: Sequence[Any], run: Callable[[nn.Module, Any], list[Tensor]]
+    ) -> None:
+        self._batches, self._run = batches, run
+        self._scores = scores_of(network, batches[0], run)
+        self.measure = "relative error of the output" if self._scores is None else "divergence of the next token"
+        self._wanted: Any = outputs_on(network, batches, run) if self._scores is None else list(self._said(network))
+
+    def damage(self, network: nn.Module) -> float:
+        """Raises FusionError where the outputs say nothing."""
+        if self._scores is None:
+            error = distance(outputs_on(network, self._batches, self._run), self._wanted)
+            if error is None:
+                raise FusionError("what a group's ratio costs could not be measured: the network's outputs say nothing")
+            return error**2
+        found = [
+            (before.exp() * (before - now)).sum(dim=1)
+            for before, now in zip(self._wanted, self._said(network), strict=True)
+        ]
+        return float(torch.cat(found).mean())
+
+    def shown(self, damage: float) -> float:
+        """In the units of `measure`."""
+        return math.sqrt(damage) if self._scores is None else damage
+
+    def _said(self, network: nn.Module) -> Iterator[Tensor]:
+        """[P, V] the logarithms of what a language model expects, at places spread over every batch."""
+        assert self._scores is not None
+        with torch.no_grad(), evaluating(network):
+            for batch in self._batches:
+                scores = self._scores(self._run(network, batch)).flatten(0, 1)
+                step = scores.numel() * len(self._batches) // _NUMBERS + 1
+                yield scores[step - 1 :: step].float().log_softmax(dim=1)
+
+
+def _parted(inputs: Inputs) -> Inputs:
+    """The same, with a quarter of the inputs to judge on where there are some."""
+    batches = inputs.own or inputs.drawn
+    wanted = (count_of(batches) + sum(count_of(one.batches) for one in inputs.judges[:1])) // _SHARE
+    if not batches or count_of(batches) <= wanted:
+        return inputs
+    kept, judges = held_out([*batches, *inputs.judges[0].batches], wanted)
+    told = f"{count_of(judges)} {'calibration' if inputs.own else 'synthetic'} inputs that were held out"
+    every = [Judges(judges, told)]
+    return Inputs(kept, inputs.drawn, every) if inputs.own else Inputs([], kept, every)
