@@ -28,7 +28,7 @@ from intrafusion.groups.table import module_name
 from intrafusion.prune.fused_group import FusionError
 from intrafusion.prune.report import Allocation
 from intrafusion.prune.trials import Bench, Tried
-from intrafusion.prune.widths import set_ratio_
+from intrafusion.prune.widths import kind_of_group, set_ratio_
 
 _GRID = 16
 """Ratios are chosen in such parts of a group's width."""
@@ -74,11 +74,11 @@ def allocate_(pruner: Any, step: Callable[[], Any], allocation: str) -> Allocati
 
 
 def _groups(pruner: Any) -> Iterator[_Group]:
-    """Those that torch-pruning would cut, attention heads left out: their number is a ratio of its own."""
+    """Those that torch-pruning would cut. Attention heads and residual streams keep the ratios that they have."""
     for group in pruner.all_groups():
         root = group[0].dep.target.module
         ratio = pruner.get_target_pruning_ratio(root, pruner.iterative_steps)
-        if ratio > 0 and not pruner.is_attention(group) and isinstance(root, nn.Module):
+        if ratio > 0 and isinstance(root, nn.Module) and kind_of_group(pruner, group) not in ("heads", "stream"):
             making = [item.dep.target.module for item in group if pruner.DG.is_out_channel_pruning_fn(item.dep.handler)]
             layers = dict.fromkeys([root, *(layer for layer in making if isinstance(layer, nn.Module))])
             yield _Group(module_name(pruner.DG, root), tuple(layers), ratio)

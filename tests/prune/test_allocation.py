@@ -14,6 +14,7 @@ from torch import nn
 
 from intrafusion import FusionError, IntraFusionPruner
 from intrafusion.prune.allocation import least_damage
+from tests.correct.test_streams import WIDTH, ids, residual
 from tests.nets import PICO, randomise_
 
 CASE = PICO[0]
@@ -133,6 +134,26 @@ def test_a_group_with_a_ratio_of_its_own_begins_there():
     pruner.step()
     assert model[0].out_features == 6
     assert model[2].out_features == 24
+
+
+def test_feed_forward_widths_of_a_language_model_are_moved_by_what_it_expects_next_and_its_stream_is_not():
+    model = residual(nn.RMSNorm)
+    with torch.no_grad():
+        model.scores.weight *= 5
+        for parameter in model.up[1].parameters():  # 4 of 16 units are different
+            parameter[:] = parameter[torch.arange(16) % 4]
+    widths = {"feed_forward": 0.5, "stream": 0.25}
+    pruner = IntraFusionPruner(
+        model, ids(1), l1(), widths=widths, fusion="calibrated", calibration=[ids()], allocation="measured-parameters",
+        ignored_layers=[model.scores],
+    )  # fmt: skip
+    pruner.step()
+    told = pruner.report.allocation
+    assert set(told.ratios) == {"up.0", "up.1"}
+    assert told.measure == "divergence of the next token"
+    assert 0 <= told.measured < told.equal
+    assert model.up[0].out_features > 8 > model.up[1].out_features >= 4
+    assert model.last.weight.shape == (WIDTH * 3 // 4,)
 
 
 def test_costs_that_cannot_be_counted_are_an_error_with_the_way_out_and_nothing_has_changed(monkeypatch):
