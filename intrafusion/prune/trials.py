@@ -54,6 +54,7 @@ class Bench:
         self._judged = _Judged(pruner.model, judges.batches, pruner.run)
         self.measure, self.shown = self._judged.measure, self._judged.shown
         self._view: Begun | None = None
+        self._importance = _Remembered(pruner.importance)
 
     def fused(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> Tried:
         """Prune the groups of these layers to these ratios, and no others."""
@@ -99,6 +100,8 @@ class Bench:
             pruner.prune_num_heads = pruner.prune_head_dims = pruner.progress = False
             pruner.iterative_steps, pruner.current_step, pruner.per_step_pruning_ratio = 1, 0, [0.0, 0.0]
             pruner.pruning_ratio_dict, pruner._layer_to_scope = {}, dict(pruner._layer_to_scope)
+            if not pruner.fusion.rescore:  # otherwise a group is scored again when others have been cut
+                pruner.importance = self._importance
             for layers, ratio in ratios.items():
                 for layer in layers:
                     set_ratio_(pruner, layer, ratio)
@@ -108,6 +111,24 @@ class Bench:
         finally:
             snapshot.restore()
             pruner.report.back_to(mark)
+
+
+class _Remembered:
+    """An importance that is asked once for the scores of every group: the network is the same in every try."""
+
+    def __init__(self, importance: Any) -> None:
+        self._importance = importance
+        self._known: dict[tuple, Any] = {}
+
+    def __call__(self, group: Any, **options: Any) -> Any:
+        root = group[0].dep
+        key = (root.target.module, root.handler, len(group[0].idxs))
+        if key not in self._known:
+            self._known[key] = self._importance(group, **options)
+        return self._known[key]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._importance, name)
 
 
 class _Judged:

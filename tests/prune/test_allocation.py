@@ -40,10 +40,10 @@ def unlike() -> nn.Sequential:
 
 def pruner_of(model, allocation="measured-parameters", fusion="calibrated", **more):
     x = torch.randn(400, 16, generator=torch.Generator().manual_seed(1))
-    more = {"pruning_ratio": 0.5, "ignored_layers": [model[4]], **more}
+    more = {"pruning_ratio": 0.5, "ignored_layers": [model[4]], "importance": first_ones, **more}
     calibration = [x] if fusion == "calibrated" else None
     pruner = IntraFusionPruner(
-        model, x[:2], first_ones, fusion=fusion, calibration=calibration, allocation=allocation, **more
+        model, x[:2], fusion=fusion, calibration=calibration, allocation=allocation, **more
     )  # fmt: skip
     pruner.progress = False
     return pruner
@@ -118,6 +118,19 @@ def test_several_steps_come_to_the_ratios_of_the_first():
     assert ratios == pruner.report.allocation.ratios
     for name, ratio in ratios.items():
         assert model.get_submodule(name).out_features == pytest.approx(24 * (1 - ratio), abs=1)
+
+
+def test_groups_are_scored_once_for_all_tries_and_once_for_the_step():
+    model, asked = unlike(), []
+
+    def metric(group):
+        asked.append(group[0].dep.target.module)
+        return first_ones(group)
+
+    pruner = pruner_of(model, importance=metric)
+    pruner.step()
+    assert pruner.report.allocation is not None
+    assert sorted(map(asked.count, (model[0], model[2]))) == [2, 2]
 
 
 def test_one_group_keeps_its_ratio():
