@@ -6,14 +6,14 @@ import copy
 import hashlib
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from benchmarks.imagenet import network
-from benchmarks.imagenet.rows import DENSE, Removal, Row
+from benchmarks.imagenet.rows import DENSE, MEASURED, Removal, Row
 from benchmarks.rivals import grail  # noqa: F401  it is registered
 from intrafusion import Fusion, IntraFusionPruner
 from intrafusion.lab.data.dataset import Dataset
@@ -40,12 +40,17 @@ class Bench:
     named: Tensor
     calibration: Sequence[Tensor]
     commit: str
+    _measured: dict[Removal, Mapping[str, float]] = field(default_factory=dict)
 
     def measure(self, removal: Removal, method: str, ratio: float, seed: int = 0) -> Row:
         """Prune a copy of the network and let the other half of the images judge it."""
         model, kept, wall, processor = copy.deepcopy(self.dense), "", time.perf_counter(), time.process_time()
         if method != DENSE:
-            kept = self._prune(model, removal, replace(FUSIONS[method], seed=seed), ratio)
+            ratios = self._ratios(removal, ratio) if method in MEASURED else None
+            if method == "discard, measured widths":  # the pruning alone, as for the others
+                wall, processor = time.perf_counter(), time.process_time()
+            fusion = replace(FUSIONS[MEASURED.get(method, method)], seed=seed)
+            kept = self._prune(model, removal, fusion, ratio, ratios)
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
         named = network.named_classes(model, self.data)
         right = (named == self.data.split("test").labels).numpy()
@@ -54,14 +59,32 @@ class Bench:
             count_macs(model, network.example()), kept, round(wall, 1), round(processor, 1), self.commit,
         )  # fmt: skip
 
-    def _prune(self, model: nn.Module, removal: Removal, fusion: Fusion, ratio: float) -> str:
-        """Prune in place; a digest of the channels that stay."""
+    def _ratios(self, removal: Removal, ratio: float) -> Mapping[str, float]:
+        """What `calibrated` measures; the step that follows is taken again by whoever asked."""
+        if removal not in self._measured:
+            model = copy.deepcopy(self.dense)
+            pruner = self._pruner(model, removal, FUSIONS["calibrated"], ratio, allocation="measured")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pruner.step(interactive=True)
+            self._measured[removal] = pruner.report.allocation.ratios
+        return self._measured[removal]
+
+    def _pruner(self, model: nn.Module, removal: Removal, fusion: Fusion, ratio: float, **more) -> IntraFusionPruner:
         pruner = IntraFusionPruner(
             model, network.example(), tp.importance.GroupMagnitudeImportance(p=1), pruning_ratio=ratio,
-            ignored_layers=network.left_alone(model, removal.groups), fusion=fusion,
-            calibration=self.calibration if fusion.method().inputs == "calibration" else None, memory_limit=_MEMORY,
+            ignored_layers=network.left_alone(model, removal.groups), fusion=fusion, memory_limit=_MEMORY,
+            calibration=self.calibration if fusion.method().inputs == "calibration" else None, **more,
         )  # fmt: skip
         pruner.progress = False
+        return pruner
+
+    def _prune(
+        self, model: nn.Module, removal: Removal, fusion: Fusion, ratio: float, ratios: Mapping[str, float] | None
+    ) -> str:
+        """Prune in place; a digest of the channels that stay. ratios: of every group, by its first layer's name."""
+        unequal = {model.get_submodule(name): one for name, one in (ratios or {}).items()}
+        pruner = self._pruner(model, removal, fusion, ratio, pruning_ratio_dict=unequal or None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that fusing can be worse than cutting is what the table shows
             pruner.step()

@@ -13,7 +13,9 @@ import numpy as np
 from benchmarks.rivals.rows import pack, unpack
 
 DENSE = "dense"
-METHODS = ("discard", "paper, same channels", "paper", "GRAIL", "data-free", "calibrated")
+MEASURED = {"calibrated, measured widths": "calibrated", "discard, measured widths": "discard"}
+"""Methods with the ratios that `calibrated` measures, at the MACs of equal ones."""
+METHODS = ("discard", "paper, same channels", "paper", "GRAIL", "data-free", "calibrated", *MEASURED)
 """In the order of the table; `discard` is the twin of all but `paper`, which scores channels its own way."""
 
 
@@ -74,7 +76,12 @@ def wanted(removals: Sequence[Removal], methods: Sequence[str]) -> Iterator[tupl
     """The dense network, then removal by removal every method."""
     yield Removal("none", 0.0), DENSE
     for removal in removals:
-        yield from ((removal, method) for method in METHODS if method in methods)
+        yield from ((removal, method) for method in of(removal) if method in methods)
+
+
+def of(removal: Removal) -> tuple[str, ...]:
+    """The methods of a removal: ratios are measured where MACs are what is given."""
+    return tuple(method for method in METHODS if removal.macs or method not in MEASURED)
 
 
 def append(path: Path, row: Row) -> None:

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch_pruning as tp
 
-from benchmarks.imagenet.rows import DENSE, METHODS, REMOVALS, Removal, Row
+from benchmarks.imagenet.rows import DENSE, REMOVALS, Removal, Row, of
 
 _NORMAL = 1.959964
 
@@ -32,7 +32,7 @@ def report(rows: Mapping[tuple[Removal, str], Row], command: str) -> str:
         "or 90. Nothing was chosen on the images that judge. Seconds of one thread of the processor.",
         _lines(rows, dense),
     ]
-    missing = [str(removal) for removal in REMOVALS if any((removal, method) not in rows for method in METHODS)]
+    missing = [str(removal) for removal in REMOVALS if any((removal, method) not in rows for method in of(removal))]
     if missing:
         parts.append(f"Not measured, or not with every method: {', '.join(missing)}.")
     return "\n\n".join(parts) + "\n"
@@ -45,19 +45,21 @@ def _lines(rows: Mapping[tuple[Removal, str], Row], dense: Row) -> str:
     ]
     order = sorted(REMOVALS, key=lambda removal: (removal.groups, removal.macs, abs(removal.amount - removal.macs)))
     for removal in order:
-        found = [rows[removal, method] for method in METHODS if (removal, method) in rows]
+        found = [rows[removal, method] for method in of(removal) if (removal, method) in rows]
         best = max((row.right.sum() for row in found), default=0)
         for index, row in enumerate(found):
             sizes = f"{row.macs / dense.macs:.0%} | {row.params / dense.params:.0%}"
             ratio = f" ({row.ratio:.1%} of the channels)" if removal.macs else ""
-            start = f"| {removal}{ratio} | {sizes} |" if index == 0 else "|  |  |  |"
+            same = index > 0 and (row.macs, row.params) == (found[index - 1].macs, found[index - 1].params)
+            start = f"| {'' if index else f'{removal}{ratio}'} | {' | ' if same else sizes} |"
             top1 = f"**{_percent(row.right)}**" if row.right.sum() == best else _percent(row.right)
             lines.append(f"{start} {_shown(row.method)} | {top1} | {_percent(row.agrees)} | {row.processor:.0f} |")
     return "\n".join(lines)
 
 
 def _shown(method: str) -> str:
-    return f"`{method}`" if method in ("data-free", "calibrated") else method
+    name, comma, rest = method.partition(", ")
+    return f"`{name}`{comma}{rest}" if name in ("data-free", "calibrated") else method
 
 
 def _percent(hits: np.ndarray) -> str:
