@@ -57,7 +57,7 @@ def allocate_(pruner: Any, step: Callable[[], Any], allocation: str) -> Allocati
     curves = {}
     for group in tqdm(groups, desc="widths", unit="group", leave=False, disable=None if pruner.progress else True):
         levels = sorted({0.5 * group.ratio, group.ratio, min(0.5 + 0.5 * group.ratio, pruner.max_pruning_ratio)})
-        tried = [bench.alone(group.layers, level) for level in levels]
+        tried = [bench.tried({group.layers: level}) for level in levels]
         curves[group.name] = _Curve(levels, tried)
 
     def every(ratios: Mapping[str, float]) -> dict[tuple[nn.Module, ...], float]:
@@ -65,7 +65,7 @@ def allocate_(pruner: Any, step: Callable[[], Any], allocation: str) -> Allocati
 
     limit = bench.cost(every(equal))
     ratios = _within(curves, limit, lambda found: bench.cost(every(found)))
-    before, after = (bench.fused(every(one)).damage for one in (equal, ratios))
+    before, after = (bench.tried(every(one)).damage for one in (equal, ratios))
     chosen = ratios if after < before else equal
     for group in groups:
         for layer in group.layers:

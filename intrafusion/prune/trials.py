@@ -56,29 +56,25 @@ class Bench:
         self._view: Begun | None = None
         self._importance = _Remembered(pruner.importance)
 
-    def fused(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> Tried:
-        """Prune the groups of these layers to these ratios, and no others."""
-        with self._trying(ratios):
-            self._step()
-            return self._tried()
+    def tried(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> Tried:
+        """Prune the groups of these layers to these ratios, and no others.
 
-    def alone(self, layers: tuple[nn.Module, ...], ratio: float) -> Tried:
-        """The same of one group; for a method that looks at inputs nothing but the group's readers is put right.
-
-        All groups were then looked at in one pass, which the first try makes.
+        Under a method that looks at inputs nothing but their readers is put right: all groups were looked at in one
+        pass, which the first try makes.
         """
-        if self._method.inputs == "none":
-            return self.fused({layers: ratio})
-        pruner, method = self._pruner, ReadBack(self._method.inputs)
-        if self._view is None:
+        pruner, looks = self._pruner, self._method.inputs
+        if looks != "none" and self._view is None:
             with self._trying({}):
-                self._view = Step(pruner, method).begin(list(pruner.all_groups()))
-        with self._trying({layers: ratio}):
-            pruner.current_step = 1
-            step = Step(pruner, method).going_on_with(self._view)
-            for group in pruner.chosen():
-                FusedGroup.wrap(pruner.as_it_is(group), step, self._view).prune()
-            return self._tried()
+                self._view = Step(pruner, ReadBack(looks)).begin(list(pruner.all_groups()))
+        with self._trying(ratios):
+            if looks == "none":
+                self._step()
+            else:
+                pruner.current_step = 1
+                step = Step(pruner, ReadBack(looks)).going_on_with(self._view)
+                for group in pruner.chosen():
+                    FusedGroup.wrap(pruner.as_it_is(group), step, self._view).prune()
+            return Tried(self._judged.damage(pruner.model), self._count(pruner))
 
     def cost(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> float:
         """What the network costs when it is plainly cut so."""
@@ -86,9 +82,6 @@ class Bench:
             self._pruner.fusion = self._pruner.fusion.discarded()
             self._step()
             return self._count(self._pruner)
-
-    def _tried(self) -> Tried:
-        return Tried(self._judged.damage(self._pruner.model), self._count(self._pruner))
 
     @contextmanager
     def _trying(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> Iterator[None]:
