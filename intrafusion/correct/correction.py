@@ -58,7 +58,8 @@ class Correction:
     groups that are going to be cut. repair_: puts one layer right. tracked: inputs whose statistics the batch-norms get
     that no layer is refitted with (all, if none are given). after_cut: whether that is done when the layer's
     own group has been cut, or before. unbiased: layers that must not get a bias. survey: whether samples are going to
-    be asked for. memory: how many bytes of activations may be held at a time; what is beyond lies in files.
+    be asked for; sources: whether to choose rows on them. memory: how many bytes of activations may be held at a time;
+    what is beyond lies in files.
 
     The dense network is a copy, taken now. Memory holds two networks and what their passes will still read.
     """
@@ -75,6 +76,7 @@ class Correction:
         unbiased: Collection[str] = (),
         after_cut: bool = False,
         survey: bool = True,
+        sources: bool = True,
         memory: int | None = None,
         progress: bool = True,
     ) -> None:
@@ -86,8 +88,10 @@ class Correction:
         self._calls = visits(self.dense, run, batches[0], partners)
         self.layers = {name: partners[name] for name in self._calls}
         shown = tables if survey else ()
-        lean = repair_ is not None
-        self._survey = Survey(self.dense, run, batches, self.layers, self._calls, shown, lean=lean, progress=progress)
+        self._survey = Survey(
+            self.dense, run, batches, self.layers, self._calls, shown,
+            lean=repair_ is not None, sources=sources, progress=progress,
+        )  # fmt: skip
         self._normed = {name for name in self.layers if joins_normed_stream(graph, graph.model.get_submodule(name))}
         self._rows: dict[str, RowMap] = {}
         self._walk: Walk | None = None

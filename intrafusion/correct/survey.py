@@ -67,7 +67,8 @@ class Survey:
     """Samples of what the readers of `tables` see in a network.
 
     layers, calls: in the order of `visits`, and what that says. lean: what the first layer of a group gives will be
-    told to `samples`, and is not kept.
+    told to `samples`, and is not kept. sources: whether rows are going to be chosen; otherwise only what is read is
+    kept, not what it was made of.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Survey:
         tables: Iterable[GroupTable],
         *,
         lean: bool = False,
+        sources: bool = True,
         progress: bool = False,
     ) -> None:
         self._network = network
@@ -95,7 +97,14 @@ class Survey:
             told = first if lean else ""
             mixed = [slot.name for slot in table.slots if slot.makes_channels]
             readers = [
-                _Reader(slot, table.n, len(batches) * calls[slot.name], told if calls[slot.name] == 1 else "", mixed)
+                _Reader(
+                    slot,
+                    table.n,
+                    len(batches) * calls[slot.name],
+                    told if calls[slot.name] == 1 else "",
+                    mixed,
+                    sources,
+                )
                 for slot in _readers_of(table, order)
             ]
             self._readers[table.name] = readers
@@ -158,6 +167,7 @@ class _Reader:
     expected: int
     told: str
     mixed: Sequence[str]
+    sources: bool = True
     calls: Sequence[Call] = ()
     way: tuple | None = None
     makers: set[str] = field(default_factory=set)
@@ -189,9 +199,11 @@ class _Reader:
         self.makers.add(maker)
         self.movable &= tape.mixtures.keeps(before, self.mixed)
         self.places.append((window, chosen))
-        if not self.told or maker != self.told:
-            self.z.append(window.inputs(before, chosen))
         self.h.append(window.output(inputs, chosen))
+        if not self.sources:
+            self.z, self.calls, self.movable = self.h, (), False
+        elif not self.told or maker != self.told:
+            self.z.append(window.inputs(before, chosen))
 
     def reading(self, network: nn.Module, outputs: Sequence[Tensor] = ()) -> Reading:
         """outputs: of the maker in the pruned network, or nothing."""

@@ -24,7 +24,7 @@ class ReadBack(Method):
     """inputs: what it is shown, `synthetic` or `calibration`."""
 
     samples = True
-    plan = False
+    sources = plan = False
 
     def __init__(self, inputs: str) -> None:
         self.inputs = inputs

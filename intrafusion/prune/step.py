@@ -127,7 +127,7 @@ class Step:
             view.correction = Correction(
                 pruner.DG, pruner.run, inputs.batches, tables, repair_, tracked=inputs.own or inputs.drawn,
                 unbiased=pruner.unbiased,
-                after_cut=method.after_cut, survey=method.samples, progress=pruner.progress,
+                after_cut=method.after_cut, survey=method.samples, sources=method.sources, progress=pruner.progress,
                 memory=None if pruner.memory_limit is None else int(pruner.memory_limit * 2**30),
             )  # fmt: skip
         dense = copy_of(pruner.model) if view.correction is None else view.correction.dense
