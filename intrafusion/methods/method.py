@@ -47,7 +47,7 @@ class Method:
         inputs: one of `INPUTS`.
         fills_up: whether few inputs of the user's own are filled up with synthetic ones.
         samples: whether `View.samples` is asked for (they cost one pass of the dense network).
-        sources: whether samples also say what that was made of, to choose rows on.
+        sources: whether samples say what a reader's inputs were made of as well, to choose rows on.
         after_cut: whether `repair_` is called for a layer when its own group has been cut, or before.
         circuits: whether the channels inside of attention heads are rewritten before some are cut, and what reads the
             heads is put right, so that cutting them is more than that.
