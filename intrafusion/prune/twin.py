@@ -239,7 +239,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def outputs_on(network: nn.Module, batches: Iterable, run: Callable[[nn.Module, Any], Any]) -> list[list[Tensor]]:
-    with evaluating(network):
+    """What a network gives on every batch: its tensors with numbers that have a fraction, large ones sampled."""
+    with torch.no_grad(), evaluating(network):
         return [
             [_sampled(value) for value in tensors_in(run(network, batch)) if value.is_floating_point()]
             for batch in batches
