@@ -47,11 +47,12 @@ def _lines(rows: Mapping[tuple[Removal, str], Row], dense: Row) -> str:
     for removal in order:
         found = [rows[removal, method] for method in of(removal) if (removal, method) in rows]
         best = max((row.right.sum() for row in found), default=0)
+        before = ""
         for index, row in enumerate(found):
             sizes = f"{row.macs / dense.macs:.0%} | {row.params / dense.params:.0%}"
             ratio = f" ({row.ratio:.1%} of the channels)" if removal.macs else ""
-            same = index > 0 and (row.macs, row.params) == (found[index - 1].macs, found[index - 1].params)
-            start = f"| {'' if index else f'{removal}{ratio}'} | {' | ' if same else sizes} |"
+            start = f"| {'' if index else f'{removal}{ratio}'} | {' | ' if sizes == before else sizes} |"
+            before = sizes
             top1 = f"**{_percent(row.right)}**" if row.right.sum() == best else _percent(row.right)
             lines.append(f"{start} {_shown(row.method)} | {top1} | {_percent(row.agrees)} | {row.processor:.0f} |")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from intrafusion.correct.correction import LayerView
+from intrafusion.correct.descent import descend_
 from intrafusion.correct.refit import can_refit, match_statistics_, refit_
 from intrafusion.correct.streams import Rotation, may_be_turned, stream_moments
 from intrafusion.groups.apply import Rewrite, shift_carrier
@@ -22,12 +23,14 @@ from intrafusion.ot.rows import best_rows, read_back, read_copies
 
 
 class Refit(Method):
-    """start: the method, a rule for example, whose pair the rows start from. inputs: `synthetic` or `calibration`."""
+    """start: the method, a rule for example, whose pair the rows start from. inputs: `synthetic` or `calibration`.
+    descent: so many steps by all layers together follow the last refit.
+    """
 
     samples = fills_up = circuits = True
 
-    def __init__(self, start: Method, inputs: str) -> None:
-        self.start, self.inputs = start, inputs
+    def __init__(self, start: Method, inputs: str, descent: int = 0) -> None:
+        self.start, self.inputs, self.descent = start, inputs, descent
 
     @property
     def label(self) -> str:
@@ -81,6 +84,11 @@ class Refit(Method):
             refit_(layer.layer, layer.norm, layer.dense, layer.dense_norm, sights, rows, **may)
         elif layer.norm is not None:
             match_statistics_(layer.layer, layer.norm, layer.sights, layer.rows)
+
+    def end_(self, view: View) -> None:
+        if self.descent:
+            how = {"order": view.order, "progress": view.progress}
+            descend_(view.model, view.dense, view.run, view.batches, self.descent, **how)
 
 
 def _inside_classes(rows: Tensor, table: GroupTable, plan: Plan) -> Tensor:

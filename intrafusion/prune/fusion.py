@@ -37,6 +37,8 @@ class Fusion:
         itself goes with `none` only.
     rescore: with local pruning, score each group on the network as it is when its turn comes (published), instead of
         all of them on the network before the step (torch-pruning). How many channels go does not change.
+    descent: with `calibrated`, so many steps of descent by all layers together, towards what the dense network gives,
+        after the last refit: minutes instead of seconds.
     seed: for k-means and the Gaussian mixture.
 
     Raises ValueError, naming the field and what is allowed, for any other value.
@@ -51,6 +53,7 @@ class Fusion:
     score_on: str = "model"
     correct: str = "none"
     rescore: bool = False
+    descent: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +66,12 @@ class Fusion:
         object.__setattr__(self, "features", _checked_features(self.features))
         if not isinstance(self.rescore, bool):
             raise ValueError(f"Fusion.rescore is {self.rescore!r}: it must be True or False")
+        if not isinstance(self.descent, int) or isinstance(self.descent, bool) or self.descent < 0:
+            raise ValueError(f"Fusion.descent is {self.descent!r}: it must be a number of steps, 0 or more")
+        if self.descent and self.correct != "calibrated":
+            raise ValueError(
+                f"Fusion.descent is {self.descent}: it goes with correct='calibrated', not {self.correct!r}"
+            )
         method = self._merging()
         if self.correct != "none" and (method.inputs != "none" or method.repairs):
             raise ValueError(
@@ -103,7 +112,8 @@ class Fusion:
         """A new object of the method that these settings describe, for one pruning step."""
         if self.correct == "none":
             return self._merging()
-        return Refit(self._merging(), "calibration" if self.correct == "calibrated" else "synthetic")
+        inputs = "calibration" if self.correct == "calibrated" else "synthetic"
+        return Refit(self._merging(), inputs, descent=self.descent)
 
     @property
     def is_discard(self) -> bool:
@@ -118,7 +128,7 @@ class Fusion:
 
     def discarded(self) -> Fusion:
         """The same scoring, nothing merged."""
-        return replace(self, merge="selection", correct="none")
+        return replace(self, merge="selection", correct="none", descent=0)
 
     @property
     def name(self) -> str:

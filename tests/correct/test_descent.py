@@ -1,0 +1,136 @@
+"""All layers together, towards what the dense network gives, after the last refit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from intrafusion import Fusion, FusionError, IntraFusionPruner
+from tests.nets import randomise_
+
+CALIBRATED = {"merge": "barycentre", "cost": "l2", "correct": "calibrated"}
+
+
+class Residual(nn.Module):
+    """A stream of 8 channels with two blocks; only what is inside of these is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.inner = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12)) for _ in range(2))
+        self.outer = nn.ModuleList(nn.Conv2d(12, 8, 3, padding=1) for _ in range(2))
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            x = (x + outer(inner(x).relu())).relu()
+        return self.head(x)
+
+
+def first_ones(group):
+    return -torch.arange(len(group[0].idxs)).float()
+
+
+def pruned(descent: int):
+    torch.manual_seed(0)
+    model = randomise_(Residual()).eval()
+    dense, x = copy.deepcopy(model), torch.randn(128, 3, 8, 8)
+    pruner = pruner_of(model, x, descent)
+    pruner.step()
+    return dense, model, pruner
+
+
+def pruner_of(model, x, descent):
+    pruner = IntraFusionPruner(
+        model, x[:2], first_ones, pruning_ratio=0.5, ignored_layers=[model.stem, *model.outer, model.head],
+        fusion=Fusion(**CALIBRATED, descent=descent), calibration=[x[:60], x[60:]],
+    )  # fmt: skip
+    pruner.progress = False
+    return pruner
+
+
+def error(dense, model):
+    x = torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        return float((model(x) - dense(x)).norm() / dense(x).norm())
+
+
+def test_on_other_inputs_the_network_is_nearer_to_the_dense_one_than_without():
+    dense, refitted, _ = pruned(0)
+    _, model, pruner = pruned(60)
+    assert error(dense, model) < 0.97 * error(dense, refitted)
+    assert [p.shape for p in model.parameters()] == [p.shape for p in refitted.parameters()]
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert {group.merged for group in pruner.report.fused} == {"calibrated"}
+
+
+def test_where_no_step_is_better_the_refitted_network_stays(monkeypatch):
+    monkeypatch.setattr("intrafusion.correct.descent._RATE", 10.0)
+    _, refitted, _ = pruned(0)
+    _, model, _ = pruned(3)
+    for value, other in zip(model.state_dict().values(), refitted.state_dict().values(), strict=True):
+        assert torch.equal(value, other)
+
+
+def test_statistics_and_what_is_frozen_stay():
+    _, refitted, _ = pruned(0)
+    torch.manual_seed(0)
+    model = randomise_(Residual()).eval()
+    model.head.bias.requires_grad_(False)
+    model.head.weight.grad = given = torch.ones_like(model.head.weight)
+    pruner_of(model, torch.randn(128, 3, 8, 8), 20).step()
+    assert not model.head.bias.requires_grad
+    assert torch.equal(model.head.weight.grad, given)
+    for (name, value), other in zip(model.named_buffers(), refitted.buffers(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_a_descent_that_fails_leaves_the_network_as_it_was(monkeypatch):
+    torch.manual_seed(0)
+    model = randomise_(Residual()).eval()
+    before = copy.deepcopy(model.state_dict())
+    pruner = pruner_of(model, torch.randn(128, 3, 8, 8), 20)
+    steps = torch.optim.Adam.step
+
+    def fails(self, *args):
+        steps(self, *args)
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(torch.optim.Adam, "step", fails)
+    with pytest.raises(FusionError, match="no more"):
+        pruner.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_networks_that_read_tokens_descend_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 12)).eval()
+    dense, ids = copy.deepcopy(model), torch.randint(12, (64, 9))
+    pruner = IntraFusionPruner(
+        model, ids[:1], first_ones, pruning_ratio=0.5, ignored_layers=[model[0], model[3]], calibration=[ids],
+        fusion=Fusion(**CALIBRATED, descent=50),
+    )  # fmt: skip
+    pruner.progress = False
+    pruner.step()
+    assert model[1].out_features == 8
+    with torch.no_grad():
+        assert float((model(ids) - dense(ids)).norm() / dense(ids).norm()) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"descent": -1, "correct": "calibrated"}, "Fusion.descent is -1: it must be a number of steps"),
+        ({"descent": True, "correct": "calibrated"}, "Fusion.descent is True"),
+        ({"descent": 10}, "goes with correct='calibrated', not 'none'"),
+        ({"descent": 10, "correct": "data-free"}, "goes with correct='calibrated'"),
+    ],
+)
+def test_what_means_nothing_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Fusion(merge="barycentre", **settings)
