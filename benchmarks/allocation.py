@@ -4,7 +4,8 @@
 
 L1 importance, no fine-tuning, accuracy on the 10,000 test images. `equal` has the same ratio in every group. The other
 widths are measured on 1,000 unlabelled training images (`data-free`: on synthetic ones) by the method of the row; the
-plain cut gets the widths of the row above it.
+plain cut gets the widths of the rows above it. `--descent 1000` adds what so many steps of all layers together make of
+`calibrated`, with the same widths, channels and images.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import copy
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch_pruning as tp
 from torch import nn
 
 from benchmarks import paper_parity
 from benchmarks.rivals.cells import Network
-from intrafusion import IntraFusionPruner
+from intrafusion import Fusion, IntraFusionPruner
 from intrafusion.lab.measure import count_macs, count_parameters, hits
 from intrafusion.prune.checks import ALLOCATIONS
 
@@ -28,7 +30,7 @@ METHODS = ("calibrated", "data-free")
 
 
 def pruned(
-    network: Network, ratios: Mapping[str, float], fusion: str, allocation: str, images: int
+    network: Network, ratios: Mapping[str, float], fusion: Fusion, allocation: str, images: int
 ) -> tuple[nn.Module, Mapping[str, float]]:
     """A pruned copy, and the ratio of every group by the name of its first layer."""
     model = copy.deepcopy(network.dense).eval()
@@ -43,7 +45,7 @@ def pruned(
             pruning_ratio_dict={model.get_submodule(name): ratio for name, ratio in ratios.items()},
             ignored_layers=[m for name, m in model.named_modules() if isinstance(m, others) and name not in ratios],
             fusion=fusion,
-            calibration=network.images(images, 0) if fusion == "calibrated" else None,
+            calibration=network.images(images, 0) if fusion.method().inputs == "calibration" else None,
             allocation=allocation,
         )
         pruner.step()
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--network", choices=("ResNet-20", "VGG11-BN"), default="ResNet-20")
     parser.add_argument("--ratio", type=float, action="append", help="default 0.5 0.7 (may be repeated)")
     parser.add_argument("--method", choices=METHODS, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--descent", type=int, default=0, help="so many steps of descent behind `calibrated` too")
     parser.add_argument("--images", type=int, default=1000, help="unlabelled ones that methods may see")
     arguments = parser.parse_args()
     root = paper_parity.data_folder(parser)
@@ -67,9 +70,14 @@ def main() -> None:
         for fusion in arguments.method or METHODS:
             for allocation in ALLOCATIONS:
                 ratios: Mapping[str, float] = dict.fromkeys(network.roots or (), ratio)
-                for method, asked in ((fusion, allocation), ("discard", "equal")):
+                tried = {fusion: Fusion.preset(fusion)}
+                if arguments.descent and fusion == "calibrated":
+                    tried[f"calibrated, {arguments.descent} steps"] = replace(tried[fusion], descent=arguments.descent)
+                tried["discard"] = Fusion.preset("discard")
+                for method, settings in tried.items():
                     began = time.process_time()
-                    model, ratios = pruned(network, ratios, method, asked, arguments.images)
+                    asked = allocation if method == fusion else "equal"
+                    model, ratios = pruned(network, ratios, settings, asked, arguments.images)
                     seconds = time.process_time() - began
                     accuracy = hits(model, network.data, progress=False).double().mean().item() * 100
                     left = count_macs(model, network.example) / macs, count_parameters(model) / parameters
