@@ -40,7 +40,8 @@ class Tried:
 class Bench:
     """pruner: whose network is tried on. step: one step of it. count: what a pruner's network costs.
 
-    told: what is judged on, in words. measure, shown: what is measured there, in words, and a damage in its units.
+    inputs: that a method sees, and those that judge. told: what is judged on, in words. measure, shown: what is
+    measured there, in words, and a damage in its units.
     """
 
     def __init__(self, pruner: Any, step: Callable[[], Any], count: Callable[[Any], float]) -> None:
@@ -48,8 +49,9 @@ class Bench:
         self._method = pruner.fusion.method()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._inputs = _parted(inputs_for(pruner, self._method))
-        judges = self._inputs.judges[0]
+            inputs = inputs_for(pruner, self._method)
+            self.inputs = _parted(inputs, _most(pruner, inputs.own or inputs.drawn))
+        judges = self.inputs.judges[0]
         self.told = judges.told
         self._judged = _Judged(pruner.model, judges.batches, pruner.run)
         self.measure, self.shown = self._judged.measure, self._judged.shown
@@ -89,7 +91,7 @@ class Bench:
         snapshot = Snapshot(pruner.DG, pruner.model.modules(), pruner.state())
         mark = pruner.report.mark()
         try:
-            pruner.is_trying, pruner.lineage, pruner.inputs = True, Lineage(pruner.DG), self._inputs
+            pruner.is_trying, pruner.lineage, pruner.inputs = True, Lineage(pruner.DG), self.inputs
             pruner.prune_num_heads = pruner.prune_head_dims = pruner.progress = False
             pruner.iterative_steps, pruner.current_step, pruner.per_step_pruning_ratio = 1, 0, [0.0, 0.0]
             pruner.pruning_ratio_dict, pruner._layer_to_scope = {}, dict(pruner._layer_to_scope)
@@ -166,13 +168,25 @@ class _Judged:
                 yield scores[step - 1 :: step].float().log_softmax(dim=1)
 
 
-def _parted(inputs: Inputs) -> Inputs:
-    """The same, with a quarter of the inputs to judge on where there are some."""
-    batches = inputs.own or inputs.drawn
-    wanted = (count_of(batches) + sum(count_of(one.batches) for one in inputs.judges[:1])) // _SHARE
-    if not batches or count_of(batches) <= wanted:
+@torch.no_grad()
+def _most(pruner: Any, batches: Sequence[Any]) -> int | None:
+    """How many inputs give as many scores of tokens as are compared; None of a network that gives no such scores."""
+    scores = scores_of(pruner.model, batches[0], pruner.run) if batches else None
+    if scores is None:
+        return None
+    with evaluating(pruner.model):
+        numbers = scores(pruner.run(pruner.model, batches[0])).numel()
+    return max(1, _NUMBERS * count_of(batches[:1]) // numbers)
+
+
+def _parted(inputs: Inputs, most: int | None) -> Inputs:
+    """The same, with a quarter of the inputs to judge on where there are some, at most so many."""
+    batches, judges = inputs.own or inputs.drawn, inputs.judges[0].batches
+    every = list(batches) if judges is batches else [*batches, *judges]  # few inputs judge what was fitted to them
+    wanted = min(count_of(every) // _SHARE, most or count_of(every))
+    if not batches or not wanted:
         return inputs
-    kept, judges = held_out([*batches, *inputs.judges[0].batches], wanted)
-    told = f"{count_of(judges)} {'calibration' if inputs.own else 'synthetic'} inputs that were held out"
-    every = [Judges(judges, told)]
-    return Inputs(kept, inputs.drawn, every) if inputs.own else Inputs([], kept, every)
+    kept, held = held_out(every, wanted)
+    told = f"{count_of(held)} {'calibration' if inputs.own else 'synthetic'} inputs that were held out"
+    judged = [Judges(held, told)]
+    return Inputs(kept, inputs.drawn, judged) if inputs.own else Inputs([], kept, judged)

@@ -14,6 +14,7 @@ from torch import nn
 
 from intrafusion import FusionError, IntraFusionPruner
 from intrafusion.prune.allocation import least_damage
+from intrafusion.prune.trials import Bench
 from tests.correct.test_streams import WIDTH, ids, residual
 from tests.nets import PICO, randomise_
 
@@ -131,6 +132,23 @@ def test_groups_are_scored_once_for_all_tries_and_once_for_the_step():
     pruner.step()
     assert pruner.report.allocation is not None
     assert sorted(map(asked.count, (model[0], model[2]))) == [2, 2]
+
+
+@pytest.mark.parametrize(("count", "held"), [(8, 2), (100, 25)])
+def test_what_judges_the_tries_is_not_fitted_to(count, held):
+    """Nor where a step has too few inputs to hold any out."""
+    model, x = unlike(), torch.randn(count, 16, generator=torch.Generator().manual_seed(1))
+    pruner = IntraFusionPruner(
+        model, x[:2], first_ones, pruning_ratio=0.5, ignored_layers=[model[4]], fusion="calibrated", calibration=[x],
+        allocation="measured",
+    )  # fmt: skip
+    bench = Bench(pruner, lambda: None, lambda _: 0.0)
+    given = [
+        torch.cat([batch[0] for batch in batches]) for batches in (bench.inputs.own, bench.inputs.judges[0].batches)
+    ]
+    assert [len(some) for some in given] == [count - held, held]
+    assert not (given[0][:, None] == given[1][None]).all(dim=2).any()
+    assert bench.told == f"{held} calibration inputs that were held out"
 
 
 def test_one_group_keeps_its_ratio():
