@@ -67,7 +67,9 @@ class Bench:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 pruner.step(interactive=True)
-            self._measured[removal] = pruner.report.allocation.ratios
+            found = pruner.report.allocation
+            assert found is not None
+            self._measured[removal] = found.ratios
         return self._measured[removal]
 
     def _pruner(self, model: nn.Module, removal: Removal, fusion: Fusion, ratio: float, **more) -> IntraFusionPruner:
