@@ -6,12 +6,13 @@ network's, and what is read of every channel width that was not cut:
 
     min over all weights   |y - y_dense|^2 / |y_dense|^2  +  mean over those readers  |x - x_dense|^2 / |x_dense|^2
 
-Batch-norms keep their statistics and nothing is dropped. An eighth of the inputs judges; the weights that did best
-there stay, the refitted ones if none did better. (Reconstruction by blocks: Li et al., BRECQ, ICLR 2021.)
+Batch-norms keep their statistics and nothing is dropped. An eighth of the user's own inputs judges; the weights that
+did best there stay, the refitted ones if none did better. (Reconstruction by blocks: Li et al., BRECQ, ICLR 2021.)
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -33,34 +34,41 @@ def descend_(
     network: nn.Module,
     dense: nn.Module,
     run: Run,
-    batches: Sequence,
+    own: Sequence,
+    drawn: Sequence,
     steps: int,
     *,
     order: Sequence[str],
     progress: bool,
 ) -> None:
-    """Move those weights of the pruned network that may be trained.
+    """Move those weights of the pruned network that may be trained; a warning says so where there is nothing to move.
 
-    run: calls a network on one of the batches. order: layers by name, in the order of the forward pass.
+    run: calls a network on a batch. own, drawn: batches that the user gave, and synthetic ones; the former judge too.
+    order: layers by name, in the order of the forward pass.
     """
-    fitted, judges = _parted(batches)
-    names = _boundaries(network, dense, order)
+    fitted, judges = _parted(own, drawn)
+    names = _behind_the_first_cut(network, dense, order)
     weights = [p for p in network.parameters() if p.requires_grad and p.is_floating_point()]
+    coarse = {str(p.dtype) for p in weights if torch.finfo(p.dtype).bits < 32}
+    if coarse or not weights:
+        what = f"the weights are {', '.join(sorted(coarse))}" if coarse else "no weights may be trained"
+        warnings.warn(f"{what}: descent has left them as the refit did", stacklevel=2)
+        return
     gradients = [weight.grad for weight in weights]
     for weight in weights:  # who remembers the network holds the old tensors
         weight.data, weight.grad = weight.data.clone(), None
 
-    def seen(model: nn.Module, batch: Any) -> list[Tensor]:
+    def seen(model: nn.Module, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
         with _inputs_of(model, names) as found:
             outputs = list(tensors_in(run(model, batch)))
-        outputs = [value for value in outputs if value.is_floating_point()]
-        return [torch.cat([value.flatten() for value in outputs]), *(found[name] for name in names if name in found)]
+        return outputs, [found[name] for name in names if name in found]
 
     def loss(batch: Any) -> Tensor:
         with torch.no_grad():
             wanted = seen(dense, batch)
-        errors = [_relative(a, b) for a, b in zip(seen(network, batch), wanted, strict=True)]
-        return errors[0] + (sum(errors[1:], errors[0] * 0) / max(1, len(errors) - 1))
+        outputs, inputs = (list(_errors(*sides)) for sides in zip(seen(network, batch), wanted, strict=True))
+        zero = torch.zeros((), device=weights[0].device)
+        return sum(outputs, zero) / max(1, len(outputs)) + sum(inputs, zero) / max(1, len(inputs))
 
     @torch.no_grad()
     def judged() -> float:
@@ -77,31 +85,33 @@ def descend_(
         hidden = None if progress else True
         for step in tqdm(range(steps), desc="descent", unit="step", delay=2, leave=False, disable=hidden):
             optimizer.zero_grad()
-            loss(fitted[step % len(fitted)]).backward()
+            now = loss(fitted[step % len(fitted)])
+            if not now.requires_grad:
+                warnings.warn("no output has a gradient: descent has left the weights as the refit did", stacklevel=2)
+                break
+            now.backward()
             optimizer.step()
             schedule.step()
-            if (step + 1) % every == 0 or step + 1 == steps:
-                now = judged()
-                if now < best:
-                    best, kept = now, [weight.data.clone() for weight in weights]
+            if ((step + 1) % every == 0 or step + 1 == steps) and (left := judged()) < best:
+                best, kept = left, [weight.data.clone() for weight in weights]
     for weight, value, gradient in zip(weights, kept, gradients, strict=True):
         weight.data, weight.grad = value, gradient
 
 
-def _relative(given: Tensor, wanted: Tensor) -> Tensor:
-    return (given - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12)
+def _errors(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The squared relative error of every tensor that has kept its shape, where the wanted one is finite."""
+    for now, before in zip(given, wanted, strict=True):
+        if now.shape == before.shape and now.is_floating_point() and now.numel():
+            known = before.isfinite()
+            difference, power = (torch.where(known, v, 0.0).square().sum() for v in (now - before, before))
+            yield difference / power.clamp(min=1e-12)
 
 
-def _boundaries(network: nn.Module, dense: nn.Module, order: Sequence[str]) -> list[str]:
-    """Layers behind the first cut that read as many channels as before, by name."""
-    changed, found = False, []
-    for name in order:
-        now, before = network.get_submodule(name), dense.get_submodule(name)
-        same = now.weight.shape[1:] == before.weight.shape[1:]  # type: ignore[union-attr]
-        if changed and same and not isinstance(now, nn.Embedding):
-            found.append(name)
-        changed |= now.weight.shape != before.weight.shape  # type: ignore[union-attr]
-    return found
+def _behind_the_first_cut(network: nn.Module, dense: nn.Module, order: Sequence[str]) -> list[str]:
+    """Layers that may read something else than before, by name."""
+    shapes = [(network.get_submodule(name).weight.shape, dense.get_submodule(name).weight.shape) for name in order]
+    first = next((number for number, (now, before) in enumerate(shapes) if now != before), len(order))
+    return [name for name in order[first + 1 :] if not isinstance(network.get_submodule(name), nn.Embedding)]
 
 
 @contextmanager
@@ -120,18 +130,26 @@ def _inputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Ten
         yield found
 
 
-def _parted(batches: Sequence) -> tuple[list[Any], list[Any]]:
-    """(batches of at most `_EACH` inputs to learn from, those that judge). Of a single input both are that one."""
-    parts: list[Any] = []
-    for batch in batches:
-        sizes = {len(value) for value in tensors_in(batch) if value.dim()}
+def _parted(own: Sequence, drawn: Sequence) -> tuple[list[Any], list[Any]]:
+    """(batches of at most `_EACH` inputs to learn from, those that judge).
+
+    An eighth of every batch judges, or of small ones every eighth; what there is judges itself where that is less.
+    """
+    fitted: list[Any] = []
+    judges: list[Any] = []
+    for number, batch in enumerate(own):
+        sizes = {len(value) if value.dim() else 0 for value in tensors_in(batch)}
         count = sizes.pop() if len(sizes) == 1 else 1
-        starts = range(0, count, _EACH)
-        parts += (
-            [map_tensors(batch, lambda v, a=a: v[a : a + _EACH] if v.dim() else v) for a in starts]
-            if count > 1
-            else [batch]
-        )
-    judges = parts[_SHARE - 1 :: _SHARE] or parts[-1:]
-    fitted = [part for i, part in enumerate(parts) if i % _SHARE != _SHARE - 1]
-    return (fitted if len(fitted) < len(parts) else fitted[:-1] or parts), judges
+        held = count // _SHARE
+        if held:
+            judges += _pieces(batch, count - held, count)
+            fitted += _pieces(batch, 0, count - held)
+        else:
+            (judges if number % _SHARE == _SHARE - 1 else fitted).append(batch)
+    return [*fitted, *drawn], judges or fitted
+
+
+def _pieces(batch: Any, start: int, end: int) -> list[Any]:
+    """Inputs from `start` to `end` of a batch, at most `_EACH` at a time."""
+    ranges = [(a, min(a + _EACH, end)) for a in range(start, end, _EACH)]
+    return [map_tensors(batch, lambda value, a=a, b=b: value[a:b]) for a, b in ranges]

@@ -88,7 +88,7 @@ class Refit(Method):
     def end_(self, view: View) -> None:
         if self.descent:
             how = {"order": view.order, "progress": view.progress}
-            descend_(view.model, view.dense, view.run, view.batches, self.descent, **how)
+            descend_(view.model, view.dense, view.run, view.own, view.drawn, self.descent, **how)
 
 
 def _inside_classes(rows: Tensor, table: GroupTable, plan: Plan) -> Tensor:

@@ -19,7 +19,8 @@ class View:
     """One pruning step, seen by its method.
 
     graph: torch-pruning's dependency graph; model: the network, as it is by now; run: calls a network on one batch;
-    example: the example inputs; batches: the inputs that the method asked for, () if none; seed: for what is drawn.
+    example: the example inputs; batches: the inputs that the method asked for, the user's `own` and synthetic ones that
+    were `drawn`, [] if none; seed: for what is drawn.
     """
 
     def __init__(
@@ -27,14 +28,16 @@ class View:
         graph: tp.DependencyGraph,
         run: Run,
         example: Any,
-        batches: Sequence = (),
+        own: Sequence = (),
+        drawn: Sequence = (),
         *,
         importance: Callable[[GroupTable], Tensor | None] = lambda table: None,
         seed: int = 0,
         progress: bool = False,
     ) -> None:
         self.graph, self.model, self.run, self.example = graph, graph.model, run, example
-        self.batches, self.seed, self.progress = batches, seed, progress
+        self.own, self.drawn, self.batches = own, drawn, [*own, *drawn]
+        self.seed, self.progress = seed, progress
         self._importance = importance
         self._order: list[str] | None = None
         self.correction: Correction | None = None

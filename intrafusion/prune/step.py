@@ -49,6 +49,7 @@ class Begun(View):
     """What a method sees, and what its result will be compared with; it lives as long as some group may be pruned."""
 
     twin: Twin
+    inconsistent: frozenset[str]
     moments: HeadMoments | None = None
 
 
@@ -78,9 +79,9 @@ class Step:
         run = partial(pruner.run, pruner.model, pruner.example_inputs)
         self._sizes = Sizes(pruner.model, run, pruner.num_heads, pruner.DG.module2node)
 
-    def going_on_with(self, view: Begun | None) -> Step:
+    def going_on_with(self, view: Begun) -> Step:
         """See what another step of the same network has looked at, which was taken back."""
-        self._held = lambda: view
+        self._held, self._inconsistent = lambda: view, view.inconsistent
         return self
 
     @property
@@ -119,7 +120,7 @@ class Step:
         inputs = pruner.inputs or inputs_for(pruner, method)
         self.inputs = inputs.batches if pruner.keep_inputs else ()
         view = Begun(
-            pruner.DG, pruner.run, pruner.example_inputs, inputs.batches,
+            pruner.DG, pruner.run, pruner.example_inputs, inputs.own, inputs.drawn,
             importance=pruner.score_of, seed=self.settings.seed, progress=pruner.progress,
         )  # fmt: skip
         if method.repairs or method.samples:
@@ -131,7 +132,7 @@ class Step:
                 memory=None if pruner.memory_limit is None else int(pruner.memory_limit * 2**30),
             )  # fmt: skip
         dense = copy_of(pruner.model) if view.correction is None else view.correction.dense
-        view.twin = Twin(dense, inputs.judges)
+        view.twin, view.inconsistent = Twin(dense, inputs.judges), self._inconsistent
         method.begin(view, tables)
         self._held = weakref.ref(view)
         return view

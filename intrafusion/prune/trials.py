@@ -69,14 +69,22 @@ class Bench:
             with self._trying({}):
                 self._view = Step(pruner, ReadBack(looks)).begin(list(pruner.all_groups()))
         with self._trying(ratios):
-            if looks == "none":
+            if self._view is None:
                 self._step()
             else:
                 pruner.current_step = 1
                 step = Step(pruner, ReadBack(looks)).going_on_with(self._view)
                 for group in pruner.chosen():
                     FusedGroup.wrap(pruner.as_it_is(group), step, self._view).prune()
-            return Tried(self._judged.damage(pruner.model), self._count(pruner))
+            try:
+                damage = self._judged.damage(pruner.model)
+            except FusionError:
+                raise
+            except RuntimeError as error:
+                names = [name for name, module in pruner.model.named_modules() if any(module in one for one in ratios)]
+                where = f"while trying ratios of {', '.join(names[:3])}"
+                raise FusionError(f"{where}: the network does not run with its new widths: {error}") from error
+            return Tried(damage, self._count(pruner))
 
     def cost(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> float:
         """What the network costs when it is plainly cut so."""
@@ -117,7 +125,7 @@ class _Remembered:
 
     def __call__(self, group: Any, **options: Any) -> Any:
         root = group[0].dep
-        key = (root.target.module, root.handler, len(group[0].idxs))
+        key = (root.target.module, root.handler, *(len(item.idxs) for item in group))
         if key not in self._known:
             self._known[key] = self._importance(group, **options)
         return self._known[key]
@@ -149,7 +157,7 @@ class _Judged:
                 raise FusionError("what a group's ratio costs could not be measured: the network's outputs say nothing")
             return error**2
         found = [
-            (before.exp() * (before - now)).sum(dim=1)
+            torch.where(before.isfinite(), before.exp() * (before - now), 0.0).sum(dim=1)
             for before, now in zip(self._wanted, self._said(network), strict=True)
         ]
         return float(torch.cat(found).mean())

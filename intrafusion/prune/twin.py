@@ -256,9 +256,11 @@ def _sampled(value: Tensor) -> Tensor:
 
 
 def distance(given: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]]) -> float | None:
-    """|given - wanted| / |wanted| over all tensors that have the same shape; None if there are none."""
+    """|given - wanted| / |wanted| over all tensors that have the same shape, where the latter is finite; None if there
+    are none, or nothing is wanted.
+    """
     pairs = [
-        (a.double(), b.double())
+        (torch.where(known := b.isfinite(), a.double(), 0.0), torch.where(known, b.double(), 0.0))
         for each, other in zip(given, wanted, strict=True)
         for a, b in zip(each, other, strict=False)
         if a.shape == b.shape and a.numel()

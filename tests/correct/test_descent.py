@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from intrafusion import Fusion, FusionError, IntraFusionPruner
+from intrafusion.correct.descent import _parted
 from tests.nets import randomise_
 
 CALIBRATED = {"merge": "barycentre", "cost": "l2", "correct": "calibrated"}
@@ -105,6 +106,78 @@ def test_a_descent_that_fails_leaves_the_network_as_it_was(monkeypatch):
     with pytest.raises(FusionError, match="no more"):
         pruner.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Outputs(nn.Module):
+    """Gives what is cut as well, beside integers and what is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        y = self.b(h)
+        return h, y.masked_fill(torch.arange(5) == 4, float("-inf")), y.argmax(1)
+
+
+def depthwise():
+    middle = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+    return nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), middle, nn.ReLU(), nn.Conv2d(16, 5, 1))
+
+
+def transposed():
+    return nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.ConvTranspose2d(16, 5, 2, stride=2))
+
+
+@pytest.mark.filterwarnings("ignore:1 of the groups could only be cut", "ignore:.*than plain cutting would have")
+@pytest.mark.parametrize(("make", "shape"), [(depthwise, (3, 8, 8)), (transposed, (3, 8, 8)), (Outputs, (6,))])
+def test_widths_that_change_elsewhere_are_not_compared(make, shape):
+    left = {}
+    for steps in (0, 20):
+        torch.manual_seed(0)
+        model, x = make().eval(), torch.randn(96, *shape)
+        kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+        last = [module for module in model.modules() if isinstance(module, kinds)][-1]
+        pruner = IntraFusionPruner(
+            model, x[:2], first_ones, pruning_ratio=0.5, ignored_layers=[last], calibration=[x],
+            fusion=Fusion(**CALIBRATED, descent=steps),
+        )  # fmt: skip
+        pruner.progress = False
+        pruner.step()
+        left[steps] = list(model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(left[0], left[20], strict=True))
+
+
+@pytest.mark.parametrize("stop", ["half", "frozen", "no gradient"])
+def test_where_there_is_nothing_to_move_the_refitted_network_stays_and_a_warning_says_so(stop):
+    model = Residual().eval()
+    x = torch.randn(128, 3, 8, 8)
+    if stop == "half":
+        model, x = model.bfloat16(), x.bfloat16()
+    pruner = pruner_of(model, x, 5)
+    if stop == "frozen":
+        model.requires_grad_(False)
+    if stop == "no gradient":
+        model.forward = torch.no_grad()(model.forward)
+    said = {
+        "half": "are torch.bfloat16",
+        "frozen": "no weights may be trained",
+        "no gradient": "no output has a gradient",
+    }
+    with pytest.warns(UserWarning, match=said[stop]):
+        pruner.step()
+    with torch.no_grad():
+        assert model(x).isfinite().all()
+
+
+def test_what_judges_is_the_users_own():
+    fitted, judges = _parted([torch.zeros(40, 2), torch.zeros(3, 2)], [torch.ones(64, 2)] * 9)
+    assert [len(part) for part in judges] == [5]
+    assert sorted(len(part) for part in fitted) == [3, 3, 32] + [64] * 9
+    assert not any(part.any() for part in judges)
+    one = [torch.zeros(1, 2)]
+    assert _parted(one, []) == (one, one)
 
 
 def test_networks_that_read_tokens_descend_too():

@@ -10,7 +10,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from intrafusion import PRESETS, IntraFusionPruner
+from intrafusion import PRESETS, Fusion, IntraFusionPruner
 from intrafusion.groups.apply import apply_pair
 from intrafusion.groups.table import tabulate
 from intrafusion.ot import Pair
@@ -90,3 +90,17 @@ def test_tied_channels_are_read_anew_where_they_stay():
     for name in changed:
         at = [1, 5]
         assert torch.equal(model.state_dict()[name][:, at], before[name][:, at] / 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*than its discarded twin")
+def test_their_widths_can_be_measured_on_the_folded_network():
+    model, x, pruner = pruner_of("discard")
+    fusion = Fusion(merge="barycentre", cost="l2", score_on="folded")
+    pruner = IntraFusionPruner(
+        model, x, pruner.importance, pruning_ratio=0.5, ignored_layers=[model.head], fusion=fusion,
+        allocation="measured",
+    )  # fmt: skip
+    pruner.progress = False
+    pruner.step()
+    assert pruner.report.allocation is not None
+    assert model(x).isfinite().all()
