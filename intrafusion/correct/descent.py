@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from intrafusion.correct.survey import Run
-from intrafusion.running import evaluating, map_tensors, tensors_in
+from intrafusion.running import evaluating, map_tensors, size_of, tensors_in
 
 _EACH, _SHARE, _CHECKS = 32, 8, 10
 """Inputs a step; one of so many judges; so often they are asked."""
@@ -138,8 +138,7 @@ def _parted(own: Sequence, drawn: Sequence) -> tuple[list[Any], list[Any]]:
     fitted: list[Any] = []
     judges: list[Any] = []
     for number, batch in enumerate(own):
-        sizes = {len(value) if value.dim() else 0 for value in tensors_in(batch)}
-        count = sizes.pop() if len(sizes) == 1 else 1
+        count = size_of(batch)
         held = count // _SHARE
         if held:
             judges += _pieces(batch, count - held, count)

@@ -50,10 +50,12 @@ class Bench:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             inputs = inputs_for(pruner, self._method)
-            self.inputs = _parted(inputs, _most(pruner, inputs.own or inputs.drawn))
+        example = inputs.judges[0].batches[0]
+        scores = scores_of(pruner.model, example, pruner.run)
+        self.inputs = _parted(inputs, None if scores is None else _most(pruner, scores, example))
         judges = self.inputs.judges[0]
         self.told = judges.told
-        self._judged = _Judged(pruner.model, judges.batches, pruner.run)
+        self._judged = _Judged(pruner.model, judges.batches, pruner.run, scores)
         self.measure, self.shown = self._judged.measure, self._judged.shown
         self._view: Begun | None = None
         self._importance = _Remembered(pruner.importance)
@@ -142,10 +144,10 @@ class _Judged:
     """
 
     def __init__(
-        self, network: nn.Module, batches: Sequence[Any], run: Callable[[nn.Module, Any], list[Tensor]]
+        self, network: nn.Module, batches: Sequence[Any], run: Callable, scores: Callable[[Any], Tensor] | None
     ) -> None:
-        self._batches, self._run = batches, run
-        self._scores = scores_of(network, batches[0], run)
+        """scores: finds what a language model says among its outputs."""
+        self._batches, self._run, self._scores = batches, run, scores
         self.measure = "relative error of the output" if self._scores is None else "divergence of the next token"
         self._wanted: Any = outputs_on(network, batches, run) if self._scores is None else list(self._said(network))
 
@@ -177,14 +179,11 @@ class _Judged:
 
 
 @torch.no_grad()
-def _most(pruner: Any, batches: Sequence[Any]) -> int | None:
-    """How many inputs give as many scores of tokens as are compared; None of a network that gives no such scores."""
-    scores = scores_of(pruner.model, batches[0], pruner.run) if batches else None
-    if scores is None:
-        return None
+def _most(pruner: Any, scores: Callable[[Any], Tensor], batch: Any) -> int:
+    """How many inputs give as many scores of tokens as are compared."""
     with evaluating(pruner.model):
-        numbers = scores(pruner.run(pruner.model, batches[0])).numel()
-    return max(1, _NUMBERS * count_of(batches[:1]) // numbers)
+        numbers = scores(pruner.run(pruner.model, batch)).numel()
+    return max(1, _NUMBERS * count_of([batch]) // numbers)
 
 
 def _parted(inputs: Inputs, most: int | None) -> Inputs:

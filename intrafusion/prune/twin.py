@@ -7,7 +7,7 @@ on inputs that nothing was fitted to, says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch_pruning import _helpers, ops
 from torch_pruning.dependency.group import Group
 
 from intrafusion.groups.table import module_name
-from intrafusion.running import evaluating, map_tensors, tensors_in
+from intrafusion.running import evaluating, map_tensors, shares_first_axis, size_of, tensors_in
 
 _SHARE, _LEAST, _FEW, _MOST = 32, 4, 8, 32
 """One input of `_SHARE` is held out, at least `_LEAST`, of 64 or more at least `_FEW`, at most `_MOST`: fewer say
@@ -165,7 +165,7 @@ def varied(example: Any) -> Any:
     numbers with a fraction stays as it is.
     """
     values = max((value.numel() for value in tensors_in(example)), default=1)
-    times = max(1, min(_DRAWS, _VALUES // max(1, values))) if _shares_first_axis(example) else 1
+    times = max(1, min(_DRAWS, _VALUES // max(1, values))) if shares_first_axis(example) else 1
     generator = torch.Generator().manual_seed(0)
 
     def noise(value: Tensor) -> Tensor:
@@ -200,31 +200,18 @@ def held_out(batches: Sequence, wanted: int | None = None) -> tuple[list, list]:
     judges: list = []
     while wanted > 0:
         batch = kept.pop()
-        left = _size(batch) - wanted
+        left = size_of(batch) - wanted
         if left > 0:
             kept.append(map_tensors(batch, lambda value, left=left: value[:left]))
             batch = map_tensors(batch, lambda value, left=left: value[left:])
         judges.insert(0, batch)
-        wanted -= _size(batch)
+        wanted -= size_of(batch)
     return kept, judges
 
 
 def count_of(batches: Iterable) -> int:
     """How many inputs there are."""
-    return sum(map(_size, batches))
-
-
-def _size(batch: Any) -> int:
-    """How many inputs a batch can be parted into."""
-    return len(next(tensors_in(batch))) if _shares_first_axis(batch) else 1
-
-
-def _shares_first_axis(batch: Any) -> bool:
-    """Do all tensors of a batch share their first axis, and is none in a list?"""
-    sizes = {len(value) if value.dim() else None for value in tensors_in(batch)}
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    nested = sum(isinstance(value, Tensor) for value in values) < sum(1 for _ in tensors_in(batch))
-    return len(sizes) == 1 and None not in sizes and not nested
+    return sum(map(size_of, batches))
 
 
 def _take_sizes_(module: nn.Module, like: nn.Module) -> None:

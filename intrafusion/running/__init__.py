@@ -8,6 +8,8 @@ from intrafusion.running.inputs import (
     leaves,
     map_tensors,
     merged,
+    shares_first_axis,
+    size_of,
     tensors_in,
     to_device,
 )
@@ -29,6 +31,8 @@ __all__ = [
     "repeatable",
     "run_model",
     "same_outputs",
+    "shares_first_axis",
+    "size_of",
     "tensors_in",
     "to_device",
 ]

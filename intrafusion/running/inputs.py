@@ -119,6 +119,19 @@ def _advice(batch: Any, example: Any) -> str:
     return f"{plain} ({told})"
 
 
+def size_of(batch: Any) -> int:
+    """How many inputs a batch can be parted into."""
+    return len(next(tensors_in(batch))) if shares_first_axis(batch) else 1
+
+
+def shares_first_axis(batch: Any) -> bool:
+    """Do all tensors of a batch share their first axis, and is none in a list?"""
+    sizes = {len(value) if value.dim() else None for value in tensors_in(batch)}
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    nested = sum(isinstance(value, Tensor) for value in values) < sum(1 for _ in tensors_in(batch))
+    return len(sizes) == 1 and None not in sizes and not nested
+
+
 def merged(batches: list, most: int = 16) -> list:
     """The same inputs in about `most` batches, where they are more and can be put together.
 
