@@ -35,7 +35,7 @@ class Rotation:
         k = len(kept)
         shifts = [_kept_shift(norm.owner) for norm, readers in stream.norms if keeps_shift(norm, readers)]
         shifts = [s - s.mean() if stream.centred else s for s in shifts if s is not None]
-        seen = [*moments.values(), *(torch.outer(s, s) for s in shifts)]
+        seen = [*moments.values(), *(torch.outer(s, s).cpu() for s in shifts)]
         mean = torch.stack(seen).sum(dim=0) / len(moments)
         directions: Tensor = torch.linalg.eigh(mean)[1].flip(1) if vectors is None else vectors
         if stream.centred:  # that of equal channels, which the norms take out, stays what it is: shifts may lie in it
