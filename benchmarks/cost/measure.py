@@ -50,7 +50,7 @@ def _prepared(row: Row, device: str, images: Any = ()) -> Callable[[], Any]:
 @torch.no_grad()
 def _dense_passes(row: Row, device: str) -> dict[str, Any]:
     model = build(row).to(device)
-    count = inputs_read(row, model, torch.zeros(1, 3, row.size, row.size))
+    count = inputs_read(row, model, torch.zeros(1, 3, row.size, row.size, device=device))
     inputs = batches(row, count, device)
     model(inputs[0][:1])
     passes = [_timed(lambda: [model(batch) for batch in inputs], device) for _ in range(_PASSES)]

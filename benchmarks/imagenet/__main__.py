@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--method", choices=rows.METHODS, action="append", help="only this one (may be repeated)")
     add("--images", type=int, default=500, help="how many may be looked at (default %(default)s)")
     add("--threads", type=int, help="of torch (default: its own)")
+    add("--device", default="cpu", help="cpu or cuda")
     add("--results", type=Path, default=Path("runs/imagenet"), help="folder (default %(default)s)")
     add("--report-only", action="store_true", help="measure nothing, only report on what is there")
     arguments = parser.parse_args(argv)
@@ -87,8 +88,9 @@ def _measure(arguments: argparse.Namespace, archive: Path, removals: Sequence[ro
     todo = [key for key in rows.wanted(removals, arguments.method or rows.METHODS) if key not in done]
     if not todo:
         return
-    dense, data = network.dense(), network.images(archive)
-    calibration = [batch for part, _ in data.draw("train", arguments.images, seed=0) for batch in part.split(_BATCH)]
+    dense, data = network.dense().to(arguments.device), network.images(archive)
+    drawn = (part.to(arguments.device) for part, _ in data.draw("train", arguments.images, seed=0))
+    calibration = [batch for part in drawn for batch in part.split(_BATCH)]
     bench = Bench(dense, data, network.named_classes(dense, data), calibration, _commit())
     ratios: dict[rows.Removal, float] = {}
     for removal, method in todo:

@@ -33,7 +33,7 @@ FUSIONS = {
 
 @dataclass
 class Bench:
-    """The network, its images, what it calls those that judge, and the images that may be looked at, in batches."""
+    """The network, its images, what it calls those that judge (on its device), and batches that may be looked at."""
 
     dense: nn.Module
     data: Dataset
@@ -53,10 +53,11 @@ class Bench:
             kept = self._prune(model, removal, fusion, ratio, ratios)
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
         named = network.named_classes(model, self.data)
-        right = (named == self.data.split("test").labels).numpy()
+        right = (named.cpu() == self.data.split("test").labels).numpy()
         return Row(
-            removal, method, ratio, right, (named == self.named).numpy(), count_parameters(model),
-            count_macs(model, network.example()), kept, round(wall, 1), round(processor, 1), self.commit,
+            removal, method, ratio, right, (named == self.named).cpu().numpy(), count_parameters(model),
+            count_macs(model, network.example(self.named.device)), kept, round(wall, 1), round(processor, 1),
+            self.commit,
         )  # fmt: skip
 
     def _ratios(self, removal: Removal, ratio: float) -> Mapping[str, float]:
@@ -74,8 +75,9 @@ class Bench:
 
     def _pruner(self, model: nn.Module, removal: Removal, fusion: Fusion, ratio: float, **more) -> IntraFusionPruner:
         pruner = IntraFusionPruner(
-            model, network.example(), tp.importance.GroupMagnitudeImportance(p=1), pruning_ratio=ratio,
-            ignored_layers=network.left_alone(model, removal.groups), fusion=fusion, memory_limit=_MEMORY,
+            model, network.example(self.named.device), tp.importance.GroupMagnitudeImportance(p=1),
+            pruning_ratio=ratio, ignored_layers=network.left_alone(model, removal.groups), fusion=fusion,
+            memory_limit=_MEMORY,
             calibration=self.calibration if fusion.method().inputs == "calibration" else None, **more,
         )  # fmt: skip
         pruner.progress = False

@@ -36,8 +36,8 @@ def images(archive: Path) -> Dataset:
     return image_halves(archive, size=SIZE, mean=three[0], std=three[1])
 
 
-def example() -> Tensor:
-    return torch.zeros(1, 3, SIZE, SIZE)
+def example(device: torch.device | None = None) -> Tensor:
+    return torch.zeros(1, 3, SIZE, SIZE, device=device)
 
 
 def left_alone(model: nn.Module, groups: str) -> list[nn.Module]:
@@ -77,5 +77,5 @@ def _unweighted() -> nn.Module:
 @torch.no_grad()
 def named_classes(model: nn.Module, data: Dataset) -> Tensor:
     """int64 [N] the class that the network gives to each image of the half that judges."""
-    batches = data.batches("test", _BATCH)
-    return torch.cat([model.eval()(batch).argmax(dim=1) for batch, _ in batches])
+    device, batches = next(model.parameters()).device, data.batches("test", _BATCH)
+    return torch.cat([model.eval()(batch.to(device)).argmax(dim=1) for batch, _ in batches])

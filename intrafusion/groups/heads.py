@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from intrafusion.running import Levelled, evaluating, same_outputs
+from intrafusion.running import Levelled, evaluating, full_precision, same_outputs
 
 _PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"),
@@ -94,7 +94,7 @@ def find_heads(model: nn.Module, forward: Callable[[nn.Module], list[Tensor]]) -
     blocks = blocks_of(model)
     if not blocks:
         return []
-    with torch.no_grad(), evaluating(model), Levelled():
+    with torch.no_grad(), evaluating(model), full_precision(), Levelled():
         with _Scales(model, blocks) as scales:
             before = forward(model)
         whole = _bearing(model, blocks, lambda some: _unchanged(model, forward, before, some, inside=False))

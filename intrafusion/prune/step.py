@@ -40,7 +40,7 @@ from intrafusion.prune.inputs import inputs_for
 from intrafusion.prune.report import GroupReport
 from intrafusion.prune.sizes import Sizes
 from intrafusion.prune.twin import Twin
-from intrafusion.running import copy_of
+from intrafusion.running import copy_of, full_precision
 
 _REDUCED = "queries with keys, and values with the output, become their best product of that rank"
 
@@ -103,6 +103,7 @@ class Step:
         self.finish()
         self._at_once = True  # whoever kept a group, and prunes it now, wants the rest put right at once
 
+    @full_precision()
     def begin(self, groups: Sequence[Group]) -> Begun | None:
         """Look at the network before it changes: a method is shown all groups that may be cut. None for plain cutting.
 
@@ -138,6 +139,7 @@ class Step:
         return view
 
     @torch.no_grad()
+    @full_precision()
     def prune(self, group: FusedGroup, record_history: bool) -> None:
         """Fuse and cut one group, all or nothing. Raises FusionError, naming the group; the network is as it was."""
         self._note_sizes()
@@ -293,6 +295,7 @@ class Step:
         return reason
 
     @torch.no_grad()
+    @full_precision()
     def finish(self) -> None:
         """Put right what lies behind the last cut. Raises FusionError; the network is then as it was before."""
         attention.tell_(self._pruner)

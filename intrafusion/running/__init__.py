@@ -13,7 +13,7 @@ from intrafusion.running.inputs import (
     tensors_in,
     to_device,
 )
-from intrafusion.running.network import call_order, evaluating, run_model, same_outputs
+from intrafusion.running.network import call_order, evaluating, full_precision, run_model, same_outputs
 from intrafusion.running.randomness import Levelled, RandomState, repeatable
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "described",
     "does_not_run",
     "evaluating",
+    "full_precision",
     "input_batches",
     "leaves",
     "map_tensors",
