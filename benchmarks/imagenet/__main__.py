@@ -3,6 +3,7 @@
     pip install 'intrafusion[imagenet]'
     INTRAFUSION_DATA=<folder> python -m benchmarks.imagenet --threads 1   # two hours of one core; it resumes
     INTRAFUSION_DATA=<folder> python -m benchmarks.imagenet --removal "10% of the channels" --method discard
+    INTRAFUSION_DATA=<folder> python -m benchmarks.imagenet --device cuda --method "calibrated, descent"
 
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 before the command halves the time (glibc then keeps its memory).
 Half of the images, without labels, may be looked at; the other half judges. A finished row is kept in --results and not
@@ -85,7 +86,7 @@ def _measure(arguments: argparse.Namespace, archive: Path, removals: Sequence[ro
 
     target = arguments.results / "rows.jsonl"
     done = rows.read(target)
-    todo = [key for key in rows.wanted(removals, arguments.method or rows.METHODS) if key not in done]
+    todo = [key for key in rows.wanted(removals, arguments.method or rows.BY_DEFAULT) if key not in done]
     if not todo:
         return
     dense, data = network.dense().to(arguments.device), network.images(archive)

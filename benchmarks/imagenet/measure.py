@@ -13,14 +13,14 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from benchmarks.imagenet import network
-from benchmarks.imagenet.rows import DENSE, MEASURED, Removal, Row
+from benchmarks.imagenet.rows import DENSE, MEASURED, STEPS, Removal, Row
 from benchmarks.rivals import grail  # noqa: F401  it is registered
 from intrafusion import Fusion, IntraFusionPruner
 from intrafusion.lab.data.dataset import Dataset
-from intrafusion.lab.measure import count_macs, count_parameters
+from intrafusion.lab.measure import count_macs, count_parameters, device_name
 
 _MEMORY = 3
-"""GiB of activations that are held; what is beyond lies in files."""
+"""GiB of activations that are held without a GPU; what is beyond lies in files."""
 FUSIONS = {
     "discard": Fusion.preset("discard"),
     "paper, same channels": Fusion(merge="paper"),
@@ -28,6 +28,7 @@ FUSIONS = {
     "GRAIL": Fusion(merge="GRAIL"),
     "data-free": Fusion.preset("data-free"),
     "calibrated": Fusion.preset("calibrated"),
+    "calibrated, descent": replace(Fusion.preset("calibrated"), descent=STEPS),
 }
 
 
@@ -41,6 +42,10 @@ class Bench:
     calibration: Sequence[Tensor]
     commit: str
     _measured: dict[Removal, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def _on_processor(self) -> bool:
+        return self.named.device.type == "cpu"
 
     def measure(self, removal: Removal, method: str, ratio: float, seed: int = 0) -> Row:
         """Prune a copy of the network and let the other half of the images judge it."""
@@ -57,7 +62,7 @@ class Bench:
         return Row(
             removal, method, ratio, right, (named == self.named).cpu().numpy(), count_parameters(model),
             count_macs(model, network.example(self.named.device)), kept, round(wall, 1), round(processor, 1),
-            self.commit,
+            self.commit, "" if self._on_processor else device_name(self.named.device),
         )  # fmt: skip
 
     def _ratios(self, removal: Removal, ratio: float) -> Mapping[str, float]:
@@ -77,7 +82,7 @@ class Bench:
         pruner = IntraFusionPruner(
             model, network.example(self.named.device), tp.importance.GroupMagnitudeImportance(p=1),
             pruning_ratio=ratio, ignored_layers=network.left_alone(model, removal.groups), fusion=fusion,
-            memory_limit=_MEMORY,
+            memory_limit=_MEMORY if self._on_processor else None,
             calibration=self.calibration if fusion.method().inputs == "calibration" else None, **more,
         )  # fmt: skip
         pruner.progress = False

@@ -13,10 +13,21 @@ import numpy as np
 from benchmarks.rivals.rows import pack, unpack
 
 DENSE = "dense"
-MEASURED = {"calibrated, measured widths": "calibrated", "discard, measured widths": "discard"}
+MEASURED = {
+    "calibrated, measured widths": "calibrated",
+    "calibrated, measured widths, descent": "calibrated, descent",
+    "discard, measured widths": "discard",
+}
 """Methods with the ratios that `calibrated` measures, at the MACs of equal ones."""
-METHODS = ("discard", "paper, same channels", "paper", "GRAIL", "data-free", "calibrated", *MEASURED)
+STEPS = 1000
+"""Of a descent."""
+ON_DEMAND = ("calibrated, descent", "calibrated, measured widths, descent")
+"""Only measured where they are asked for: they take hours without a GPU."""
+METHODS = (
+    "discard", "paper, same channels", "paper", "GRAIL", "data-free", "calibrated", "calibrated, descent", *MEASURED,
+)  # fmt: skip
 """In the order of the table; `discard` is the twin of all but `paper`, which scores channels its own way."""
+BY_DEFAULT = tuple(method for method in METHODS if method not in ON_DEMAND)
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Row:
     ratio: share of the channels of each pruned group that went. right, agrees: bool [N], for each image that judges,
     whether the network names its class, and the class that the dense network names. kept: a digest of which channels
     stay. seconds, processor: on the clock and of the processor, of the pruning alone, synthetic inputs included.
+    device: what it ran on, if that was not the processor alone.
     """
 
     removal: Removal
@@ -66,6 +78,7 @@ class Row:
     seconds: float
     processor: float
     commit: str
+    device: str = ""
 
     @property
     def key(self) -> tuple[Removal, str]:
@@ -73,7 +86,7 @@ class Row:
 
 
 def wanted(removals: Sequence[Removal], methods: Sequence[str]) -> Iterator[tuple[Removal, str]]:
-    """The dense network, then removal by removal every method."""
+    """The dense network, then removal by removal every method that is asked for and fits."""
     yield Removal("none", 0.0), DENSE
     for removal in removals:
         yield from ((removal, method) for method in of(removal) if method in methods)

@@ -54,7 +54,7 @@ def seconds(device: str) -> float:
 def row(language: Language, seed: int, name: str, kind: str, ratio: float, arguments: argparse.Namespace) -> dict:
     shown = language.sequences(language.text, "valid", arguments.calibrate, arguments.length)
     batches = list(shown.to(arguments.device).split(arguments.batch))
-    found: dict[str, Any] = {"seconds": 0.0}
+    found: dict[str, Any] = {"seconds": 0.0, "device": str(arguments.device)}
     gc.collect()  # what the last method held
     model = language.model
     if name != "dense":
