@@ -59,7 +59,7 @@ class _Elsewhere(TorchFunctionMode):
             there = sized == {True}
         for leaf in leaves:
             if not any(leaf is value for value in given) or moved is not None:
-                leaf._is_there = there
+                setattr(leaf, "_is_there", there)  # noqa: B010  no attribute that torch declares
         return found
 
 

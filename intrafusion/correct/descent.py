@@ -7,11 +7,13 @@ network's, and what is read of every channel width that was not cut:
     min over all weights   |y - y_dense|^2 / |y_dense|^2  +  mean over those readers  |x - x_dense|^2 / |x_dense|^2
 
 Batch-norms keep their statistics and nothing is dropped. An eighth of the user's own inputs judges; the weights that
-did best there stay, the refitted ones if none did better. (Reconstruction by blocks: Li et al., BRECQ, ICLR 2021.)
+did best there stay, the refitted ones if none did better. Where the steps lead far above the error at the beginning,
+the next ones start from the best weights again and are smaller. (By blocks: Li et al., BRECQ, ICLR 2021.)
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +30,8 @@ _EACH, _SHARE, _CHECKS = 32, 8, 10
 """Inputs a step; one of so many judges; so often they are asked."""
 _RATE = 3e-3
 """Adam's, at the start; it falls to 0 by half a cosine. In units of each tensor's root mean square."""
+_FAR, _SLOWER = 1.5, 0.2
+"""Where the judges see so many times the error that they saw at the beginning, the rate is multiplied by the second."""
 
 
 def descend_(
@@ -75,27 +79,58 @@ def descend_(
         return sum(float(loss(batch)) for batch in judges) / len(judges)
 
     with evaluating(network), evaluating(dense), torch.enable_grad():
-        best, kept = judged(), [weight.data.clone() for weight in weights]
-        groups = [
-            {"params": [w], "lr": _RATE * float(w.detach().square().mean().sqrt().clamp(min=1e-4))} for w in weights
-        ]
-        optimizer = torch.optim.Adam(groups)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        found = _Descent(weights, judged())
         every = max(1, steps // _CHECKS)
         hidden = None if progress else True
         for step in tqdm(range(steps), desc="descent", unit="step", delay=2, leave=False, disable=hidden):
-            optimizer.zero_grad()
             now = loss(fitted[step % len(fitted)])
             if not now.requires_grad:
                 warnings.warn("no output has a gradient: descent has left the weights as the refit did", stacklevel=2)
                 break
-            now.backward()
-            optimizer.step()
-            schedule.step()
-            if ((step + 1) % every == 0 or step + 1 == steps) and (left := judged()) < best:
-                best, kept = left, [weight.data.clone() for weight in weights]
-    for weight, value, gradient in zip(weights, kept, gradients, strict=True):
+            found.take_step_(now, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            if (step + 1) % every == 0 or step + 1 == steps:
+                found.see_(judged())
+        else:
+            if not found.is_better:
+                warnings.warn("descent has found nothing better than the refit, on the inputs that judge", stacklevel=2)
+    for weight, value, gradient in zip(weights, found.best, gradients, strict=True):
         weight.data, weight.grad = value, gradient
+
+
+class _Descent:
+    """Adam, and the weights that the judges have found best so far.
+
+    Where it leads far above the error it began with it goes back to them, and on in smaller steps.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], error: float) -> None:
+        self._weights, self._before, self._least = weights, error, error
+        self._sizes = [float(weight.detach().square().mean().sqrt().clamp(min=1e-4)) for weight in weights]
+        self._optimizer = torch.optim.Adam([{"params": [weight]} for weight in weights])
+        self._rate = _RATE
+        self.best = [weight.data.clone() for weight in weights]
+
+    @property
+    def is_better(self) -> bool:
+        return self._least < self._before
+
+    def take_step_(self, loss: Tensor, share: float) -> None:
+        """share: of the rate."""
+        for group, size in zip(self._optimizer.param_groups, self._sizes, strict=True):
+            group["lr"] = self._rate * share * size
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+
+    def see_(self, error: float) -> None:
+        """What the judges say of the weights as they are."""
+        if error < self._least:
+            self._least, self.best = error, [weight.data.clone() for weight in self._weights]
+        elif not error <= _FAR * self._before:
+            self._rate *= _SLOWER
+            self._optimizer.state.clear()
+            for weight, value in zip(self._weights, self.best, strict=True):
+                weight.data.copy_(value)
 
 
 def _errors(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Iterator[Tensor]:

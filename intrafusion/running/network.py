@@ -36,7 +36,8 @@ def full_precision() -> Iterator[None]:
     """
     with ExitStack() as stack:
         if torch.cuda.is_initialized():
-            for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+            backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+            for backend in backends:
                 with suppress(RuntimeError):
                     stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
                     backend.allow_tf32 = False

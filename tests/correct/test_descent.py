@@ -73,9 +73,17 @@ def test_on_other_inputs_the_network_is_nearer_to_the_dense_one_than_without():
 def test_where_no_step_is_better_the_refitted_network_stays(monkeypatch):
     monkeypatch.setattr("intrafusion.correct.descent._RATE", 10.0)
     _, refitted, _ = pruned(0)
-    _, model, _ = pruned(3)
+    with pytest.warns(UserWarning, match="nothing better than the refit"):
+        _, model, _ = pruned(3)
     for value, other in zip(model.state_dict().values(), refitted.state_dict().values(), strict=True):
         assert torch.equal(value, other)
+
+
+def test_a_rate_that_is_too_high_is_lowered(monkeypatch):
+    monkeypatch.setattr("intrafusion.correct.descent._RATE", 10.0)
+    dense, refitted, _ = pruned(0)
+    _, model, _ = pruned(200)
+    assert error(dense, model) < error(dense, refitted)
 
 
 def test_statistics_and_what_is_frozen_stay():
