@@ -8,8 +8,9 @@ With D_g the damage that a group leaves, interpolated between its ratios, the ne
     min  Σ_g D_g(r_g)    so that the network costs no more than with equal ratios
 
 by dynamic programming; what a choice really costs is counted on a network that is plainly cut so. Errors of groups do
-not add up exactly, so both are tried in the end, and equal widths stay where they do better. The network is put back
-after every try.
+not add up exactly, so both are tried in the end. Where that speaks for equal widths a whole step with each decides: of
+large errors, reading back alone leaves the more the more a step could put right. The network is put back after every
+try.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ def allocate_(pruner: Any, step: Callable[[], Any], allocation: str) -> Allocati
     limit = bench.cost(every(equal))
     ratios = _within(curves, limit, lambda found: bench.cost(every(found)))
     before, after = (bench.tried(every(one)).damage for one in (equal, ratios))
+    if not after < before:
+        before, after = (bench.stepped(every(one)).damage for one in (equal, ratios))
     chosen = ratios if after < before else equal
     for group in groups:
         for layer in group.layers:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,23 +70,33 @@ class Bench:
         if looks != "none" and self._view is None:
             with self._trying({}):
                 self._view = Step(pruner, ReadBack(looks)).begin(list(pruner.all_groups()))
+        view = self._view
+        if view is None:
+            return self.stepped(ratios)
         with self._trying(ratios):
-            if self._view is None:
-                self._step()
-            else:
-                pruner.current_step = 1
-                step = Step(pruner, ReadBack(looks)).going_on_with(self._view)
-                for group in pruner.chosen():
-                    FusedGroup.wrap(pruner.as_it_is(group), step, self._view).prune()
-            try:
-                damage = self._judged.damage(pruner.model)
-            except FusionError:
-                raise
-            except RuntimeError as error:
-                names = [name for name, module in pruner.model.named_modules() if any(module in one for one in ratios)]
-                where = f"while trying ratios of {', '.join(names[:3])}"
-                raise FusionError(f"{where}: the network does not run with its new widths: {error}") from error
-            return Tried(damage, self._count(pruner))
+            pruner.current_step = 1
+            step = Step(pruner, ReadBack(looks)).going_on_with(view)
+            for group in pruner.chosen():
+                FusedGroup.wrap(pruner.as_it_is(group), step, view).prune()
+            return self._outcome(ratios)
+
+    def stepped(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> Tried:
+        """The same by a whole step, without the descent behind it."""
+        with self._trying(ratios):
+            self._pruner.fusion = replace(self._pruner.fusion, descent=0)
+            self._step()
+            return self._outcome(ratios)
+
+    def _outcome(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> Tried:
+        pruner = self._pruner
+        try:
+            return Tried(self._judged.damage(pruner.model), self._count(pruner))
+        except FusionError:
+            raise
+        except RuntimeError as error:
+            names = [name for name, module in pruner.model.named_modules() if any(module in one for one in ratios)]
+            where = f"while trying ratios of {', '.join(names[:3])}"
+            raise FusionError(f"{where}: the network does not run with its new widths: {error}") from error
 
     def cost(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> float:
         """What the network costs when it is plainly cut so."""

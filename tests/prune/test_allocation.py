@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from intrafusion import FusionError, IntraFusionPruner
+from intrafusion import Fusion, FusionError, IntraFusionPruner
 from intrafusion.prune.allocation import least_damage
 from intrafusion.prune.trials import Bench
 from tests.correct.test_streams import WIDTH, ids, residual
@@ -42,7 +44,7 @@ def unlike() -> nn.Sequential:
 def pruner_of(model, allocation="measured-parameters", fusion="calibrated", **more):
     x = torch.randn(400, 16, generator=torch.Generator().manual_seed(1))
     more = {"pruning_ratio": 0.5, "ignored_layers": [model[4]], "importance": first_ones, **more}
-    calibration = [x] if fusion == "calibrated" else None
+    calibration = [x] if fusion == "calibrated" or more.pop("calibration", False) else None
     pruner = IntraFusionPruner(
         model, x[:2], fusion=fusion, calibration=calibration, allocation=allocation, **more
     )  # fmt: skip
@@ -70,6 +72,29 @@ def test_channels_go_where_nothing_is_lost_and_the_total_stays(allocation):
     assert told.measured < told.equal
     assert "channels were moved between groups" in str(pruner.report)
     assert equal.report.allocation is None
+
+
+@pytest.mark.parametrize("best", ["equal", "unequal"])
+def test_where_reading_back_speaks_for_equal_widths_whole_steps_decide(monkeypatch, best):
+    tried, stepped = Bench.tried, Bench.stepped
+
+    def for_equal(self, ratios):
+        found = tried(self, ratios)
+        return found if len(ratios) == 1 else replace(found, damage=float(len(set(ratios.values()))))
+
+    def told(self, ratios):
+        found = stepped(self, ratios)
+        assert self._pruner.fusion.descent == 3  # put back
+        return found if best == "unequal" else for_equal(self, ratios)
+
+    monkeypatch.setattr(Bench, "tried", for_equal)
+    monkeypatch.setattr(Bench, "stepped", told)
+    monkeypatch.setattr("intrafusion.methods.refit.descend_", count := Mock())
+    model = unlike()
+    fusion = replace(Fusion.preset("calibrated"), descent=3)
+    pruner_of(model, fusion=fusion, calibration=True).step()
+    assert (model[0].out_features == model[2].out_features) == (best == "equal")
+    assert count.call_count == 1
 
 
 def test_what_comes_out_is_what_those_ratios_give():
