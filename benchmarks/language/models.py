@@ -116,7 +116,8 @@ def _smollm2() -> Language:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are plain numbers now
+        del model.config.quantization_config  # the weights are plain numbers now,
+    model.hf_quantizer = None  # which save_pretrained would otherwise refuse to write
     return Language(
         "smollm2", model.eval(), lambda value: tokenizer(value, return_tensors="pt").input_ids[0], 1024, "wikitext2"
     )

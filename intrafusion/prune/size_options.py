@@ -16,6 +16,13 @@ _SHARING = ("num_key_value_groups", "num_queries_per_kv", "n_rep", "kv_groups", 
 """Attributes that say how many heads share one key and value."""
 
 
+_PLACES = {"idx", "index", "id", "layer", "level", "depth"}
+"""Words of names of numbers that say where a module is, as `layer_idx`: in a cache, say, where nothing fails at once."""
+_HEADS = ("h", "nh", "n_h")
+"""Attributes that are a number of heads, besides those whose names say so. Whatever else is as large by chance (the number
+of a layer, a stride) may be one of heads only where the network does not run with it."""
+
+
 @dataclass(frozen=True)
 class Width:
     """Channels of layers, before and after a cut. attention, heads: the layer of queries, keys or values whose rows
@@ -92,7 +99,7 @@ def _becomes(
             old, new = width.heads
             is_width = any(part in name for part in ("dim", "size", "width", "channels"))
             if number == old != new and name not in _SHARING and not is_width:
-                yield new, True
+                yield new, "head" in name or name in _HEADS
             before, after = width.shared
             if name in _SHARING and number == before != after:
                 yield after, True
@@ -111,7 +118,7 @@ def _becomes(
 
 def is_size(name: str, value: Any) -> bool:
     """May this be an attribute that holds widths: a whole number above 1, or a tuple or list with one?"""
-    return not name.startswith("_") and next(_entries(value), None) is not None
+    return not name.startswith("_") and _PLACES.isdisjoint(name.split("_")) and next(_entries(value), None) is not None
 
 
 def _entries(value: Any) -> Iterator[tuple[int, int | None]]:

@@ -18,7 +18,7 @@ SIZES = {"vocab_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hi
 
 def llama(**options):
     return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**SIZES, intermediate_size=24, num_key_value_heads=2, head_dim=4, **options)
+        transformers.LlamaConfig(**{**SIZES, **options}, intermediate_size=24, num_key_value_heads=2, head_dim=4)
     )
 
 
@@ -61,6 +61,17 @@ def test_a_pruned_model_is_loaded_as_it_is_saved(make, widths, fusion, tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(model(tokens[:2]).logits, again(tokens[:2]).logits)
     assert any(attribute.module == "config" for attribute in pruner.report.attributes)
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters", "ignore:.*can only be cut")
+@pytest.mark.parametrize("fusion", ["discard", "calibrated"])
+def test_the_number_of_a_layer_is_not_a_number_of_heads(fusion):
+    """SmolLM2's tenth layer is number 9 and has 9 heads: with another number it would read another layer's cache."""
+    model, pruner, tokens = pruned(llama, fusion, {"heads": 0.5}, num_hidden_layers=6)
+    assert model.config.num_attention_heads == 2
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(6))
+    assert not any("layer_idx" in attribute.name for attribute in pruner.report.attributes)
+    assert torch.allclose(model(tokens[:2]).logits, model(tokens[:2], use_cache=False).logits, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters", "ignore:.*can only be cut")

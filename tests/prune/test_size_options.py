@@ -33,6 +33,22 @@ class Free(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::intrafusion.prune.twin.WorseThanCut", "ignore:.*could only be cut")
 @pytest.mark.parametrize("fusion", PLAIN)
+def test_what_is_as_large_as_the_number_of_heads_by_chance_stays(fusion):
+    torch.manual_seed(0)
+    model = Free(48, 4).eval()
+    model.stride, model.layer_id = 4, 4
+    pruner = IntraFusionPruner(
+        model, torch.randn(2, 5, 6), tp.importance.GroupMagnitudeImportance(p=1), ignored_layers=[model.head],
+        num_heads=dict.fromkeys((model.q_proj, model.k_proj, model.v_proj), 4), fusion=fusion, prune_num_heads=True, prune_head_dims=False,
+        head_pruning_ratio=0.5,
+    )  # fmt: skip
+    pruner.step()
+    assert model.num_heads == 2
+    assert (model.stride, model.layer_id) == (4, 4)
+
+
+@pytest.mark.filterwarnings("ignore::intrafusion.prune.twin.WorseThanCut", "ignore:.*could only be cut")
+@pytest.mark.parametrize("fusion", PLAIN)
 @pytest.mark.parametrize(("dim", "heads"), [(48, 4), (16, 4), (12, 2)])
 def test_a_number_of_heads_is_not_taken_for_the_size_of_one(dim, heads, fusion):
     """48 channels are 4 heads of 12, and also 3 times 4 of 4; 16 are 4 heads of 4."""
