@@ -16,11 +16,11 @@ _SHARING = ("num_key_value_groups", "num_queries_per_kv", "n_rep", "kv_groups", 
 """Attributes that say how many heads share one key and value."""
 
 
-_PLACES = {"idx", "index", "id", "layer", "level", "depth"}
-"""Words of names of numbers that say where a module is, as `layer_idx`: in a cache, say, where nothing fails at once."""
+_POSITIONS = {"idx", "index", "id", "layer", "level", "depth"}
+"""Words in names of numbers that say where a module is, as `layer_idx` does: with another one nothing fails at once."""
 _HEADS = ("h", "nh", "n_h")
-"""Attributes that are a number of heads, besides those whose names say so. Whatever else is as large by chance (the number
-of a layer, a stride) may be one of heads only where the network does not run with it."""
+"""Attributes that are a number of heads, besides those whose names say so. What else is as large by chance, as a
+stride, may be one of heads only where the network does not run with it."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ def _becomes(
 
 def is_size(name: str, value: Any) -> bool:
     """May this be an attribute that holds widths: a whole number above 1, or a tuple or list with one?"""
-    return not name.startswith("_") and _PLACES.isdisjoint(name.split("_")) and next(_entries(value), None) is not None
+    return (
+        not name.startswith("_") and _POSITIONS.isdisjoint(name.split("_")) and next(_entries(value), None) is not None
+    )
 
 
 def _entries(value: Any) -> Iterator[tuple[int, int | None]]:

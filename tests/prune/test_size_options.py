@@ -37,12 +37,8 @@ def test_what_is_as_large_as_the_number_of_heads_by_chance_stays(fusion):
     torch.manual_seed(0)
     model = Free(48, 4).eval()
     model.stride, model.layer_id = 4, 4
-    pruner = IntraFusionPruner(
-        model, torch.randn(2, 5, 6), tp.importance.GroupMagnitudeImportance(p=1), ignored_layers=[model.head],
-        num_heads=dict.fromkeys((model.q_proj, model.k_proj, model.v_proj), 4), fusion=fusion, prune_num_heads=True, prune_head_dims=False,
-        head_pruning_ratio=0.5,
-    )  # fmt: skip
-    pruner.step()
+    metric = tp.importance.GroupMagnitudeImportance(p=1)
+    IntraFusionPruner(model, torch.randn(2, 5, 6), metric, widths={"heads": 0.5}, fusion=fusion).step()
     assert model.num_heads == 2
     assert (model.stride, model.layer_id) == (4, 4)
 
