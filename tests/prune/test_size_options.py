@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from intrafusion import IntraFusionPruner
+from intrafusion.prune.size_options import Width, is_size, options_of
 from tests.prune.test_sizes import PLAIN
 
 
@@ -31,16 +32,18 @@ class Free(nn.Module):
         return self.head(y + self.out_proj(attended.reshape(len(x), x.shape[1], -1)))
 
 
-@pytest.mark.filterwarnings("ignore::intrafusion.prune.twin.WorseThanCut", "ignore:.*could only be cut")
-@pytest.mark.parametrize("fusion", PLAIN)
-def test_what_is_as_large_as_the_number_of_heads_by_chance_stays(fusion):
-    torch.manual_seed(0)
-    model = Free(48, 4).eval()
-    model.stride, model.layer_id = 4, 4
-    metric = tp.importance.GroupMagnitudeImportance(p=1)
-    IntraFusionPruner(model, torch.randn(2, 5, 6), metric, widths={"heads": 0.5}, fusion=fusion).step()
-    assert model.num_heads == 2
-    assert (model.stride, model.layer_id) == (4, 4)
+def test_what_is_as_large_as_the_number_of_heads_by_chance_is_not_surely_one():
+    model = Free(48, 4)
+    options = options_of(
+        {(model, name): 4 for name in ("num_heads", "h", "stride")},
+        [Width(48, 24, model.q_proj, heads=(4, 2), keys=(4, 2))],
+    )
+    assert {option.name for option in options if option.value == 2 and option.sure} == {"num_heads", "h"}
+
+
+def test_where_a_module_is_is_no_size():
+    assert is_size("depths", (2, 2)) and is_size("num_heads", 4)
+    assert not any(is_size(name, 4) for name in ("layer_idx", "layer_id", "depth", "block_index"))
 
 
 @pytest.mark.filterwarnings("ignore::intrafusion.prune.twin.WorseThanCut", "ignore:.*could only be cut")
