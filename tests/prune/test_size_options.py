@@ -42,7 +42,8 @@ def test_what_is_as_large_as_the_number_of_heads_by_chance_is_not_surely_one():
 
 
 def test_where_a_module_is_is_no_size():
-    assert is_size("depths", (2, 2)) and is_size("num_heads", 4)
+    assert is_size("depths", (2, 2))
+    assert is_size("num_heads", 4)
     assert not any(is_size(name, 4) for name in ("layer_idx", "layer_id", "depth", "block_index"))
 
 
