@@ -32,6 +32,15 @@ FUSIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The ratio of every group, by its first layer's name, and the seconds that it took to measure them."""
+
+    ratios: Mapping[str, float]
+    wall: float
+    processor: float
+
+
 @dataclass
 class Bench:
     """The network, its images, what it calls those that judge (on its device), and batches that may be looked at."""
@@ -41,7 +50,7 @@ class Bench:
     named: Tensor
     calibration: Sequence[Tensor]
     commit: str
-    _measured: dict[Removal, Mapping[str, float]] = field(default_factory=dict)
+    _measured: dict[Removal, Measured] = field(default_factory=dict)
 
     @property
     def _on_processor(self) -> bool:
@@ -49,14 +58,16 @@ class Bench:
 
     def measure(self, removal: Removal, method: str, ratio: float, seed: int = 0) -> Row:
         """Prune a copy of the network and let the other half of the images judge it."""
-        model, kept, wall, processor = copy.deepcopy(self.dense), "", time.perf_counter(), time.process_time()
+        model, kept, measured = copy.deepcopy(self.dense), "", None
+        if method in MEASURED:
+            measured = self._ratios(removal, ratio)
+        wall, processor = time.perf_counter(), time.process_time()
         if method != DENSE:
-            ratios = self._ratios(removal, ratio) if method in MEASURED else None
-            if method == "discard, measured widths":  # the pruning alone, as for the others
-                wall, processor = time.perf_counter(), time.process_time()
             fusion = replace(FUSIONS[MEASURED.get(method, method)], seed=seed)
-            kept = self._prune(model, removal, fusion, ratio, ratios)
+            kept = self._prune(model, removal, fusion, ratio, measured and measured.ratios)
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        if measured is not None and method != "discard, measured widths":  # for that one, the pruning alone
+            wall, processor = wall + measured.wall, processor + measured.processor
         named = network.named_classes(model, self.data)
         right = (named.cpu() == self.data.split("test").labels).numpy()
         return Row(
@@ -65,9 +76,10 @@ class Bench:
             self.commit, "" if self._on_processor else device_name(self.named.device),
         )  # fmt: skip
 
-    def _ratios(self, removal: Removal, ratio: float) -> Mapping[str, float]:
+    def _ratios(self, removal: Removal, ratio: float) -> Measured:
         """What `calibrated` measures; the step that follows is taken again by whoever asked."""
         if removal not in self._measured:
+            wall, processor = time.perf_counter(), time.process_time()
             model = copy.deepcopy(self.dense)
             pruner = self._pruner(model, removal, FUSIONS["calibrated"], ratio, allocation="measured")
             with warnings.catch_warnings():
@@ -75,7 +87,8 @@ class Bench:
                 pruner.step(interactive=True)
             found = pruner.report.allocation
             assert found is not None
-            self._measured[removal] = found.ratios
+            took = time.perf_counter() - wall, time.process_time() - processor
+            self._measured[removal] = Measured(found.ratios, *took)
         return self._measured[removal]
 
     def _pruner(self, model: nn.Module, removal: Removal, fusion: Fusion, ratio: float, **more) -> IntraFusionPruner:

@@ -7,8 +7,8 @@ network's, and what is read of every channel width that was not cut:
     min over all weights   |y - y_dense|^2 / |y_dense|^2  +  mean over those readers  |x - x_dense|^2 / |x_dense|^2
 
 Batch-norms keep their statistics and nothing is dropped. An eighth of the user's own inputs judges; the weights that
-did best there stay, the refitted ones if none did better. Where the steps lead far above the error at the beginning,
-the next ones start from the best weights again and are smaller. (By blocks: Li et al., BRECQ, ICLR 2021.)
+did best there stay, the refitted ones if none did better. Where the steps lead far above the least error so far, the
+next ones start from the best weights again and are smaller. (By blocks: Li et al., BRECQ, ICLR 2021.)
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ _EACH, _SHARE, _CHECKS = 32, 8, 10
 """Inputs a step; one of so many judges; so often they are asked."""
 _RATE = 3e-3
 """Adam's, at the start; it falls to 0 by half a cosine. In units of each tensor's root mean square."""
-_FAR, _SLOWER = 1.5, 0.2
-"""Where the judges see so many times the error that they saw at the beginning, the rate is multiplied by the second."""
+_FAR = 1.5
+"""Steps that lead to so many times the least error that the judges have seen are too large,"""
+_SLOWER = 0.2
+"""and become so many times as large."""
 
 
 def descend_(
@@ -100,7 +102,7 @@ def descend_(
 class _Descent:
     """Adam, and the weights that the judges have found best so far.
 
-    Where it leads far above the error it began with it goes back to them, and on in smaller steps.
+    Where it leads far above their error it goes back to them, and on in smaller steps.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], error: float) -> None:
@@ -126,7 +128,7 @@ class _Descent:
         """What the judges say of the weights as they are."""
         if error < self._least:
             self._least, self.best = error, [weight.data.clone() for weight in self._weights]
-        elif not error <= _FAR * self._before:
+        elif not error <= _FAR * self._least:
             self._rate *= _SLOWER
             self._optimizer.state.clear()
             for weight, value in zip(self._weights, self.best, strict=True):

@@ -8,9 +8,8 @@ With D_g the damage that a group leaves, interpolated between its ratios, the ne
     min  Σ_g D_g(r_g)    so that the network costs no more than with equal ratios
 
 by dynamic programming; what a choice really costs is counted on a network that is plainly cut so. Errors of groups do
-not add up exactly, so both are tried in the end. Where that speaks for equal widths a whole step with each decides: of
-large errors, reading back alone leaves the more the more a step could put right. The network is put back after every
-try.
+not add up, and reading back puts right only a part of what a step does: so a whole step with each decides, and equal
+widths stay where they do better. The network is put back after every try.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from intrafusion.prune.fused_group import FusionError
 from intrafusion.prune.report import Allocation
 from intrafusion.prune.trials import Bench, Tried
 from intrafusion.prune.widths import kind_of_group, set_ratio_
+from intrafusion.running import full_precision
 
 _GRID = 16
 """Ratios are chosen in such parts of a group's width."""
@@ -45,6 +45,7 @@ class _Group:
     ratio: float
 
 
+@full_precision()
 def allocate_(pruner: Any, step: Callable[[], Any], allocation: str) -> Allocation | None:
     """Give the groups of a pruner their ratios; None if there are fewer than two of them.
 
@@ -66,9 +67,7 @@ def allocate_(pruner: Any, step: Callable[[], Any], allocation: str) -> Allocati
 
     limit = bench.cost(every(equal))
     ratios = _within(curves, limit, lambda found: bench.cost(every(found)))
-    before, after = (bench.tried(every(one)).damage for one in (equal, ratios))
-    if not after < before:
-        before, after = (bench.stepped(every(one)).damage for one in (equal, ratios))
+    before, after = (bench.stepped(every(one)) for one in (equal, ratios))
     chosen = ratios if after < before else equal
     for group in groups:
         for layer in group.layers:
@@ -78,12 +77,13 @@ def allocate_(pruner: Any, step: Callable[[], Any], allocation: str) -> Allocati
 
 def _groups(pruner: Any) -> Iterator[_Group]:
     """Those that torch-pruning would cut. Attention heads and residual streams keep the ratios that they have."""
+    present = set(pruner.model.modules())  # torch-pruning's own, as of a concat, are several groups' roots
     for group in pruner.all_groups():
         root = group[0].dep.target.module
         ratio = pruner.get_target_pruning_ratio(root, pruner.iterative_steps)
         if ratio > 0 and isinstance(root, nn.Module) and kind_of_group(pruner, group) not in ("heads", "stream"):
             making = [item.dep.target.module for item in group if pruner.DG.is_out_channel_pruning_fn(item.dep.handler)]
-            layers = dict.fromkeys([root, *(layer for layer in making if isinstance(layer, nn.Module))])
+            layers = dict.fromkeys(layer for layer in (root, *making) if layer in present)
             yield _Group(module_name(pruner.DG, root), tuple(layers), ratio)
 
 

@@ -71,30 +71,36 @@ class Bench:
             with self._trying({}):
                 self._view = Step(pruner, ReadBack(looks)).begin(list(pruner.all_groups()))
         view = self._view
-        if view is None:
-            return self.stepped(ratios)
         with self._trying(ratios):
-            pruner.current_step = 1
-            step = Step(pruner, ReadBack(looks)).going_on_with(view)
-            for group in pruner.chosen():
-                FusedGroup.wrap(pruner.as_it_is(group), step, view).prune()
-            return self._outcome(ratios)
+            if view is None:
+                self._step_()
+            else:
+                pruner.current_step = 1
+                step = Step(pruner, ReadBack(looks)).going_on_with(view)
+                for group in pruner.chosen():
+                    FusedGroup.wrap(pruner.as_it_is(group), step, view).prune()
+            return Tried(self._damage(ratios), self._count(pruner))
 
-    def stepped(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> Tried:
-        """The same by a whole step, without the descent behind it."""
+    def stepped(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> float:
+        """The damage that a whole step does. What the tries have looked at is free then."""
+        self._view = None
         with self._trying(ratios):
-            self._pruner.fusion = replace(self._pruner.fusion, descent=0)
-            self._step()
-            return self._outcome(ratios)
+            self._step_()
+            return self._damage(ratios)
 
-    def _outcome(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> Tried:
-        pruner = self._pruner
+    def _step_(self) -> None:
+        """Without the descent behind it."""
+        self._pruner.fusion = replace(self._pruner.fusion, descent=0)
+        self._step()
+
+    def _damage(self, ratios: Mapping[tuple[nn.Module, ...], float]) -> float:
         try:
-            return Tried(self._judged.damage(pruner.model), self._count(pruner))
+            return self._judged.damage(self._pruner.model)
         except FusionError:
             raise
         except RuntimeError as error:
-            names = [name for name, module in pruner.model.named_modules() if any(module in one for one in ratios)]
+            model = self._pruner.model
+            names = [name for name, module in model.named_modules() if any(module in one for one in ratios)]
             where = f"while trying ratios of {', '.join(names[:3])}"
             raise FusionError(f"{where}: the network does not run with its new widths: {error}") from error
 

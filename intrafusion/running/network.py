@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -31,16 +31,19 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def full_precision() -> Iterator[None]:
     """On a GPU, products and convolutions of float32 are as precise as float32, and not as TF32, while it lasts.
 
-    TF32 has a relative precision of 1e-3, about what is looked for; where torch forbids to read its settings, as its
-    old and its new ones have both been used, they stay what they are.
+    TF32 has a relative precision of 1e-3, about what is looked for. All settings are afterwards what they were.
     """
     with ExitStack() as stack:
         if torch.cuda.is_initialized():
-            backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-            for backend in backends:
-                with suppress(RuntimeError):
-                    stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
-                    backend.allow_tf32 = False
+            matmul: Any = torch.backends.cuda.matmul
+            cudnn: Any = torch.backends.cudnn
+            if hasattr(matmul, "fp32_precision"):  # since torch 2.9, where the older name may not be read any more
+                owners, name, full = (matmul, cudnn.conv, cudnn.rnn), "fp32_precision", "ieee"
+            else:
+                owners, name, full = (matmul, cudnn), "allow_tf32", False
+            for owner in owners:
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, full)
         yield
 
 

@@ -75,19 +75,14 @@ def test_channels_go_where_nothing_is_lost_and_the_total_stays(allocation):
 
 
 @pytest.mark.parametrize("best", ["equal", "unequal"])
-def test_where_reading_back_speaks_for_equal_widths_whole_steps_decide(monkeypatch, best):
-    tried, stepped = Bench.tried, Bench.stepped
-
-    def for_equal(self, ratios):
-        found = tried(self, ratios)
-        return found if len(ratios) == 1 else replace(found, damage=float(len(set(ratios.values()))))
+def test_whole_steps_decide_without_their_descent(monkeypatch, best):
+    stepped = Bench.stepped
 
     def told(self, ratios):
-        found = stepped(self, ratios)
+        damage = stepped(self, ratios)
         assert self._pruner.fusion.descent == 3  # put back
-        return found if best == "unequal" else for_equal(self, ratios)
+        return damage if best == "unequal" else float(len(set(ratios.values())))
 
-    monkeypatch.setattr(Bench, "tried", for_equal)
     monkeypatch.setattr(Bench, "stepped", told)
     monkeypatch.setattr("intrafusion.methods.refit.descend_", count := Mock())
     model = unlike()
@@ -95,6 +90,31 @@ def test_where_reading_back_speaks_for_equal_widths_whole_steps_decide(monkeypat
     pruner_of(model, fusion=fusion, calibration=True).step()
     assert (model[0].out_features == model[2].out_features) == (best == "equal")
     assert count.call_count == 1
+
+
+class Concatenated(nn.Module):
+    """Three layers whose channels one layer reads side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(6, 8), nn.Linear(8, 16), nn.Linear(8, 12), nn.Linear(36, 4)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.head(torch.cat([x, self.b(x).relu(), self.c(x).relu()], 1))
+
+
+@pytest.mark.filterwarnings("ignore:.*than plain cutting would have")
+def test_groups_that_meet_in_a_concat_are_tried_one_by_one():
+    torch.manual_seed(0)
+    model, x = Concatenated().eval(), torch.randn(64, 6)
+    pruner = IntraFusionPruner(
+        model, x[:2], l1(), pruning_ratio=0.5, ignored_layers=[model.head], fusion="calibrated", calibration=[x],
+        allocation="measured",
+    )  # fmt: skip
+    pruner.step()
+    assert set(pruner.report.allocation.ratios) == {"a", "b", "c"}
+    assert model(x).shape == (64, 4)
 
 
 def test_what_comes_out_is_what_those_ratios_give():
