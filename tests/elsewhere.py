@@ -22,6 +22,8 @@ _ANY_DEVICE = {
     "torch.is_tensor", "torch.Tensor.is_set_to", "torch.Tensor.type_as", "torch.Tensor.to",
     "_has_compatible_shallow_copy_type",
 }  # fmt: skip
+_TOGETHER = {"torch.stack", "torch.cat", "torch.concat", "torch.hstack", "torch.vstack"}
+"""Of other functions a number may lie in main memory."""
 
 
 def is_there(value: Any) -> bool:
@@ -36,10 +38,14 @@ class _Elsewhere(TorchFunctionMode):
         there = any(is_there(value) for value in given)
         if there and func in (Tensor.numpy, Tensor.__array__):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
-        moved, args, kwargs = _moved(func, args, kwargs, there)
+        moved, args, kwargs = _moved(func, args, kwargs)
         sized = {is_there(value) for value in given if value.dim()}
-        if len(sized) > 1 and name not in _ANY_DEVICE and not name.endswith(("__setitem__", "__setstate__")):
+        free = name in _ANY_DEVICE or name.endswith(("__setitem__", "__setstate__"))
+        places = {is_there(value) for value in given} if name in _TOGETHER else sized
+        if not free and (len(places) > 1 or (there and sized == {False} and not name.endswith("__getitem__"))):
             raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two: {name}")
+        if there and kwargs.get("generator") is not None:
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         if name.endswith("__getitem__") and there and not is_there(args[0]):
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         if name.endswith("__setitem__") and len(sized) > 1:
@@ -80,12 +86,14 @@ def _inside_torch(func: Any, args: Any, kwargs: Any) -> Any:
         _user.asks = before
 
 
-def _moved(func: Any, args: Any, kwargs: Any, there: bool) -> tuple[bool | None, Any, Any]:
+def _moved(func: Any, args: Any, kwargs: Any) -> tuple[bool | None, Any, Any]:
     """(whether the result lies there, or None if that follows from the arguments; arguments without the device)"""
     if func is Tensor.cpu:
         return False, args, kwargs
     if func is Tensor.cuda:
         return True, args[:1], {}
+    if kwargs.get("generator") is not None and torch.device(kwargs.get("device") or "cpu").type == "cuda":
+        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
     if func is Tensor.to or kwargs.get("device") is not None:
         places = [value for value in (*args[1:], *kwargs.values()) if _is_device(value)]
         places = [torch.device(value).type == "cuda" for value in places]
@@ -101,7 +109,8 @@ def _is_device(value: Any) -> bool:
 
 
 def _check_assignment(target: Tensor, index: Any, value: Any) -> None:
-    if isinstance(value, Tensor) and value.dim() and is_there(value) != is_there(target):
+    by_number = any(isinstance(leaf, Tensor) for leaf in tree_leaves(index))  # slices are copied to, from anywhere
+    if by_number and isinstance(value, Tensor) and value.dim() and is_there(value) != is_there(target):
         raise RuntimeError("Expected all tensors to be on the same device: assignment")
     if not is_there(target) and any(is_there(leaf) for leaf in tree_leaves(index)):
         raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")

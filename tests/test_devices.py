@@ -102,6 +102,14 @@ def test_what_mixes_devices_fails() -> None:
         assert (there.cpu() + here).device == here.device
         with pytest.raises(RuntimeError, match="same device"):
             there + here
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.stack([there.sum(), here.sum()])
+        with pytest.raises(RuntimeError, match="same device"):
+            here * there.sum()
+        assert (there * here.sum()).device == GPU
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.rand(3, device=GPU, generator=torch.Generator())
+        there[:2] = here[:2]
         with pytest.raises(RuntimeError, match="indices"):
             here[there.long()]
         with pytest.raises(TypeError, match="numpy"):
