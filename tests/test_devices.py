@@ -11,7 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from intrafusion import Fusion, IntraFusionPruner, ReconstructionImportance
-from tests.elsewhere import GPU, elsewhere, is_there
+from tests.fake_gpu import GPU, fake_gpu, is_on_gpu
 from tests.nets import PICO, Case
 
 DESCENT = Fusion(merge="barycentre", cost="l2", correct="calibrated", descent=2)
@@ -31,16 +31,16 @@ def pruned(model: nn.Module, example: Tensor, batches: list[Tensor], options: Ma
     return model
 
 
-def same_elsewhere(
+def same_on_gpu(
     build: Callable[[], nn.Module], example: Tensor, batches: list[Tensor], options: Callable[[nn.Module], dict]
 ) -> None:
     here = build()
     wanted = pruned(here, example, batches, options(here)).state_dict()
-    with elsewhere():
+    with fake_gpu():
         there = build().to("cuda")
         pruned(there, example.to("cuda"), [batch.to("cuda") for batch in batches], options(there))
         tensors = {**dict(there.named_parameters()), **dict(there.named_buffers())}
-        assert all(is_there(value) for value in tensors.values())
+        assert all(is_on_gpu(value) for value in tensors.values())
         found = {name: value.cpu() for name, value in there.state_dict().items()}
     assert found.keys() == wanted.keys()
     assert all(torch.allclose(found[name], wanted[name], atol=1e-4) for name in wanted)
@@ -51,7 +51,7 @@ def same_elsewhere(
 @pytest.mark.filterwarnings("ignore")  # of random networks
 def test_every_preset(case: Case, fusion: str) -> None:
     batches = list(torch.randn(16, *case.shape, generator=torch.Generator().manual_seed(3)).split(8))
-    same_elsewhere(
+    same_on_gpu(
         case.model, case.example(), batches,
         lambda model: {"fusion": fusion, "pruning_ratio": 0.5, "ignored_layers": case.ignored(model)},
     )  # fmt: skip
@@ -72,7 +72,7 @@ def test_every_preset(case: Case, fusion: str) -> None:
 def test_every_option(options: dict) -> None:
     case = PICO[0]
     batches = list(torch.randn(24, *case.shape, generator=torch.Generator().manual_seed(3)).split(12))
-    same_elsewhere(
+    same_on_gpu(
         case.model, case.example(), batches,
         lambda model: {"pruning_ratio": 0.5, "ignored_layers": case.ignored(model), **options},
     )  # fmt: skip
@@ -92,11 +92,11 @@ def test_every_width_of_a_transformer(kind: str) -> None:
         return transformers.OPTForCausalLM(config).eval()
 
     tokens = torch.randint(40, (16, 12), generator=torch.Generator().manual_seed(0))
-    same_elsewhere(build, tokens[:1], list(tokens.split(8)), lambda _: {"fusion": "calibrated", "widths": {kind: 0.5}})
+    same_on_gpu(build, tokens[:1], list(tokens.split(8)), lambda _: {"fusion": "calibrated", "widths": {kind: 0.5}})
 
 
 def test_what_mixes_devices_fails() -> None:
-    with elsewhere():
+    with fake_gpu():
         there, here = torch.ones(3).to(GPU), torch.ones(3)
         assert there.device == (2 * there).device == torch.zeros_like(there).device == GPU
         assert (there.cpu() + here).device == here.device

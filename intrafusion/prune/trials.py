@@ -73,7 +73,7 @@ class Bench:
         view = self._view
         with self._trying(ratios):
             if view is None:
-                self._step_()
+                self._take_step_()
             else:
                 pruner.current_step = 1
                 step = Step(pruner, ReadBack(looks)).going_on_with(view)
@@ -85,10 +85,10 @@ class Bench:
         """The damage that a whole step does. What the tries have looked at is free then."""
         self._view = None
         with self._trying(ratios):
-            self._step_()
+            self._take_step_()
             return self._damage(ratios)
 
-    def _step_(self) -> None:
+    def _take_step_(self) -> None:
         """Without the descent behind it."""
         self._pruner.fusion = replace(self._pruner.fusion, descent=0)
         self._step()

@@ -1,6 +1,6 @@
 """A device that every machine has: tensors stay in main memory, and operations that mix devices fail as on a GPU.
 
-Inside `elsewhere()` a network moved `.to("cuda")` says that it is on a GPU, and so does what is computed from it.
+Inside `fake_gpu()` a network moved `.to("cuda")` says that it is on a GPU, and so does what is computed from it.
 """
 
 from __future__ import annotations
@@ -26,46 +26,46 @@ _TOGETHER = {"torch.stack", "torch.cat", "torch.concat", "torch.hstack", "torch.
 """Of other functions a number may lie in main memory."""
 
 
-def is_there(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.__dict__.get("_is_there", False)
+def is_on_gpu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.__dict__.get("_is_on_gpu", False)
 
 
-class _Elsewhere(TorchFunctionMode):
+class _FakeGpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = resolve_name(func) or getattr(func, "__name__", str(func))
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        there = any(is_there(value) for value in given)
+        there = any(is_on_gpu(value) for value in given)
         if there and func in (Tensor.numpy, Tensor.__array__):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         moved, args, kwargs = _moved(func, args, kwargs)
-        sized = {is_there(value) for value in given if value.dim()}
+        sized = {is_on_gpu(value) for value in given if value.dim()}
         free = name in _ANY_DEVICE or name.endswith(("__setitem__", "__setstate__"))
-        places = {is_there(value) for value in given} if name in _TOGETHER else sized
+        places = {is_on_gpu(value) for value in given} if name in _TOGETHER else sized
         if not free and (len(places) > 1 or (there and sized == {False} and not name.endswith("__getitem__"))):
             raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two: {name}")
         if there and kwargs.get("generator") is not None:
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-        if name.endswith("__getitem__") and there and not is_there(args[0]):
+        if name.endswith("__getitem__") and there and not is_on_gpu(args[0]):
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         if name.endswith("__setitem__") and len(sized) > 1:
             _check_assignment(args[0], args[1], args[2])
         found = _inside_torch(func, args, kwargs)
         if func == Tensor.data.__set__:  # pyright: ignore
-            args[0]._is_there = is_there(args[1])
+            args[0]._is_on_gpu = is_on_gpu(args[1])
         leaves = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
         if moved is not None:
-            if given and moved != is_there(given[0]):  # another device is other memory
+            if given and moved != is_on_gpu(given[0]):  # another device is other memory
                 found = found.clone()
                 leaves = [found]
             there = moved
         elif name.endswith("__getitem__"):
-            there = is_there(args[0])
+            there = is_on_gpu(args[0])
         elif sized and name != "torch.Tensor.copy_":
             there = sized == {True}
         for leaf in leaves:
             if not any(leaf is value for value in given) or moved is not None:
-                setattr(leaf, "_is_there", there)  # noqa: B010  no attribute that torch declares
+                setattr(leaf, "_is_on_gpu", there)  # noqa: B010  no attribute that torch declares
         return found
 
 
@@ -97,7 +97,7 @@ def _moved(func: Any, args: Any, kwargs: Any) -> tuple[bool | None, Any, Any]:
     if func is Tensor.to or kwargs.get("device") is not None:
         places = [value for value in (*args[1:], *kwargs.values()) if _is_device(value)]
         places = [torch.device(value).type == "cuda" for value in places]
-        places += [is_there(value) for value in args[1:] if isinstance(value, Tensor) and func is Tensor.to]
+        places += [is_on_gpu(value) for value in args[1:] if isinstance(value, Tensor) and func is Tensor.to]
         args = (*args[:1], *(torch.device("cpu") if _is_device(value) else value for value in args[1:]))
         kwargs = {key: torch.device("cpu") if _is_device(value) else value for key, value in kwargs.items()}
         return (places[0] if places else None), args, kwargs
@@ -110,24 +110,24 @@ def _is_device(value: Any) -> bool:
 
 def _check_assignment(target: Tensor, index: Any, value: Any) -> None:
     by_number = any(isinstance(leaf, Tensor) for leaf in tree_leaves(index))  # slices are copied to, from anywhere
-    if by_number and isinstance(value, Tensor) and value.dim() and is_there(value) != is_there(target):
+    if by_number and isinstance(value, Tensor) and value.dim() and is_on_gpu(value) != is_on_gpu(target):
         raise RuntimeError("Expected all tensors to be on the same device: assignment")
-    if not is_there(target) and any(is_there(leaf) for leaf in tree_leaves(index)):
+    if not is_on_gpu(target) and any(is_on_gpu(leaf) for leaf in tree_leaves(index)):
         raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
 
 
 @contextmanager
-def elsewhere() -> Iterator[None]:
+def fake_gpu() -> Iterator[None]:
     """Torch has a GPU in here, of sorts."""
     make = nn.Parameter.__new__
 
     def parameter(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
         made = make(cls, data, requires_grad)
-        made._is_there = is_there(data)
+        made._is_on_gpu = is_on_gpu(data)
         return made
 
     def run(thread: Any) -> None:  # modes are each thread's own
-        with _Elsewhere():
+        with _FakeGpu():
             in_thread(thread)
 
     in_thread = Thread.run
@@ -136,9 +136,9 @@ def elsewhere() -> Iterator[None]:
         mock.patch.object(nn.Parameter, "__new__", parameter),
         mock.patch.object(Thread, "run", run),
         mock.patch.object(
-            Tensor, "device", property(lambda self: GPU if is_there(self) and _user.asks else own.__get__(self))
+            Tensor, "device", property(lambda self: GPU if is_on_gpu(self) and _user.asks else own.__get__(self))
         ),
-        mock.patch.object(Tensor, "is_cuda", property(is_there)),
-        _Elsewhere(),
+        mock.patch.object(Tensor, "is_cuda", property(is_on_gpu)),
+        _FakeGpu(),
     ):
         yield
