@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from intrafusion.correct.refit import RowMap, can_refit, outputs
+from intrafusion.correct.sensitivity import sensitivities
 from intrafusion.correct.survey import Run, Survey, visits
 from intrafusion.correct.tracking import track_statistics_
 from intrafusion.correct.walk import Sight, Walk
 from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.layout import mix_
-from intrafusion.groups.streams import joins_normed_stream
 from intrafusion.groups.table import GroupTable, Slot, batchnorm_of, module_name
 from intrafusion.ot import Pair
 from intrafusion.ot.rows import Samples
@@ -38,8 +38,8 @@ class LayerView:
 
     layer, norm: of the pruned network; dense, dense_norm: of the dense one; norm is the batch-norm that reads the layer
     alone, or None. rows: what its outputs stand for. may_have_bias: whether it may get a bias if it has none.
-    is_normed: whether its output joins a stream that is only read through norms. sights: (dense, pruned), one pair per
-    batch, or per call where there are several in a pass.
+    sights: (dense, pruned), one pair per batch, or per call where there are several in a pass. counts: how much each
+    place of each batch counts, [inputs, *places], 1 on average; None if that is not known.
     """
 
     name: str
@@ -50,7 +50,7 @@ class LayerView:
     rows: RowMap
     sights: Sequence[tuple[Sight, Sight]]
     may_have_bias: bool = True
-    is_normed: bool = False
+    counts: Sequence[Tensor] | None = None
 
 
 class Correction:
@@ -92,7 +92,7 @@ class Correction:
             self.dense, run, batches, self.layers, self._calls, shown,
             lean=repair_ is not None, sources=sources, progress=progress,
         )  # fmt: skip
-        self._normed = {name for name in self.layers if joins_normed_stream(graph, graph.model.get_submodule(name))}
+        self._counts = sensitivities(self.dense, run, batches, self.layers, progress=progress) if repair_ else {}
         self._rows: dict[str, RowMap] = {}
         self._walk: Walk | None = None
         self._touched = False
@@ -200,6 +200,7 @@ class Correction:
         sights = walk.sights(present=self._after_cut)
         if len(rows.weights) != outputs(layer) or not sights:
             return  # cut in a way that the table does not tell
+        counts = self._counts.get(name)
         view = LayerView(
             name,
             layer,
@@ -209,7 +210,7 @@ class Correction:
             rows,
             sights,  # type: ignore[arg-type]
             may_have_bias=name not in self._unbiased,
-            is_normed=name in self._normed,
+            counts=counts if counts is not None and len(counts) == len(sights) else None,
         )
         self._repair_(view)
         walk.changed(rejoin=self._calls[name] > 1)

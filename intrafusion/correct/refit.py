@@ -83,13 +83,13 @@ def refit_(
     rows: RowMap,
     *,
     may_have_bias: bool = True,
-    is_normed: bool = False,
+    counts: Sequence[Tensor] | None = None,
 ) -> bool:
     """Give a layer (and its batch-norm) new weights; False, and nothing changed, if its inputs are the dense ones.
 
     dense, dense_bn: the same layer of the dense network. sights: (dense, pruned), one pair per batch. rows: what the
-    present outputs stand for. may_have_bias: if the layer has none, it gets one, or is fitted without. is_normed: the
-    stream that the output is added to is read through norms, so that at each place its errors count by its own size.
+    present outputs stand for. may_have_bias: if the layer has none, it gets one, or is fitted without. counts: how much
+    each place of each batch does, [inputs, *places]; alike, if that is not told.
 
     The ridge pulls towards the present weight, which the pair has mixed, or towards the dense one, read from the
     present channels as well as a regression can: to what predicts held-out images better.
@@ -107,16 +107,16 @@ def refit_(
     affine = may_have_bias or bn is not None or layer.bias is not None
     fits, reads = _Folds(groups, affine=affine), _Folds()
     per_image = layer.weight[0].numel()
-    for before, now in sights:
+    for number, (before, now) in enumerate(sights):
         windows = kind.windows(layer, now.inputs, now.geometry)
         dense_output = before.output.movedim(axis, -1)
         lost = _other(before, now) if compensates else None
         lost = None if lost is None else lost.movedim(axis, -1)
-        counts = _counts(before, axis) if is_normed else None
+        weights = None if counts is None else counts[number]
         for fold, at in fits.places(dense_output.shape[:-1], per_image, len(sights), now.inputs.device):
             target = rows(dense_output[at], -1)
             target = target if lost is None else target + lost[at]
-            fits.add(fold, windows[at].flatten(1), target, None if counts is None else counts[at])
+            fits.add(fold, windows[at].flatten(1), target, None if weights is None else weights[at])
         if reading:
             now_inputs, dense_inputs = now.inputs.movedim(axis, -1), before.inputs.movedim(axis, -1)
             for fold, at in reads.places(now_inputs.shape[:-1], now_inputs.shape[-1], len(sights), now.inputs.device):
@@ -137,14 +137,6 @@ def _through(reading: Fit, weight: Tensor) -> Prior:
         return torch.einsum("ln...,nk->lk...", weight, read[0]).flatten(1)[None]
 
     return Prior(of(reading.weight), tuple(map(of, reading.without)))
-
-
-def _counts(before: Sight, axis: int) -> Tensor | None:
-    """How much each place counts: by the inverse of the stream's power there, which a norm divides by."""
-    if before.other is None or before.other.shape != before.output.shape:
-        return None
-    power = (before.output + before.other).movedim(axis, -1).double().square().mean(dim=-1)
-    return 1.0 / power.clamp(min=1e-6 * float(power.mean().clamp(min=1e-300)))
 
 
 def _other(before: Sight, now: Sight) -> Tensor | None:

@@ -18,7 +18,7 @@ import torch_pruning as tp
 from torch import nn
 from torch_pruning import ops
 
-from intrafusion.groups.kinds.base import Slot, kind_of
+from intrafusion.groups.kinds.base import Slot
 from intrafusion.groups.kinds.normalisation import LayerNorm, RMSNorm
 from intrafusion.groups.table import GroupTable
 
@@ -73,12 +73,6 @@ def keeps_shift(norm: Slot, readers: Collection[Slot]) -> bool:
     return shift is not None and any(slot.owner.bias is None for slot in readers)
 
 
-def joins_normed_stream(graph: tp.DependencyGraph, layer: nn.Module) -> bool:
-    """Is the output of a layer added to something that is only read through norms over the channels?"""
-    met, added = _first_layers(graph, layer)
-    return added and bool(met) and all(isinstance(kind_of(module), (LayerNorm, RMSNorm)) for module in met)
-
-
 def untie_(model: nn.Module, owners: Collection[Any]) -> bool:
     """Give `owners`, layers that share a weight with another layer, one of their own; was there one?
 
@@ -95,23 +89,6 @@ def untie_(model: nn.Module, owners: Collection[Any]) -> bool:
             found = True
         first.setdefault(id(weight), module)
     return found
-
-
-def _first_layers(graph: tp.DependencyGraph, layer: nn.Module) -> tuple[set[Any], bool]:
-    """The first modules with parameters behind a layer, and whether something is added on the way to them."""
-    met: set[Any] = set()
-    seen, stack, added = set(), [graph.module2node[layer]] if layer in graph.module2node else [], False
-    while stack:
-        for after in stack.pop().outputs:
-            if after in seen:
-                continue
-            seen.add(after)
-            if any(True for _ in getattr(after.module, "parameters", tuple)()):
-                met.add(after.module)
-                continue
-            added = added or str(getattr(after.module, "_grad_fn", "")).lower().startswith("addbackward")
-            stack.append(after)
-    return met, added
 
 
 def _behind(graph: tp.DependencyGraph, norm: nn.Module) -> list[nn.Module] | None:

@@ -80,8 +80,8 @@ class Refit(Method):
         """Refit the layer so that it gives what the dense one gives; where that is not possible, its batch-norm."""
         if can_refit(layer.layer):
             sights, rows = layer.sights, layer.rows
-            may = {"may_have_bias": layer.may_have_bias, "is_normed": layer.is_normed}
-            refit_(layer.layer, layer.norm, layer.dense, layer.dense_norm, sights, rows, **may)
+            how = {"may_have_bias": layer.may_have_bias, "counts": layer.counts}
+            refit_(layer.layer, layer.norm, layer.dense, layer.dense_norm, sights, rows, **how)
         elif layer.norm is not None:
             match_statistics_(layer.layer, layer.norm, layer.sights, layer.rows)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from intrafusion.correct.refit import RowMap, can_refit, refit_
+from intrafusion.correct.sensitivity import sensitivities
 from intrafusion.correct.walk import Walk
 from tests.nets import randomise_
 
@@ -82,8 +83,8 @@ class Stream(nn.Module):
         return self.head(self.norm(x + self.two(torch.tanh(x))))
 
 
-@pytest.mark.parametrize("is_normed", [True, False])
-def test_behind_a_norm_every_place_counts_by_its_own_size(is_normed):
+@pytest.mark.parametrize("counted", [True, False])
+def test_behind_a_norm_every_place_counts_by_its_own_size(counted):
     """What a huge token has lost cannot be given back: fitted by absolute errors, the layer fails on all others."""
     torch.manual_seed(0)
     dense = randomise_(Stream()).eval()
@@ -91,12 +92,15 @@ def test_behind_a_norm_every_place_counts_by_its_own_size(is_normed):
     pruned.one.weight.data[:3] += 0.3 * torch.randn(3, 6)
     x = torch.randn(64, 20, 6)
     x[:, 0] *= 100
-    seen = sights(dense, pruned, "two", list(x.split(16)))
+    batches = list(x.split(16))
+    seen = sights(dense, pruned, "two", batches)
     assert all(before.other is not None for before, _ in seen)
     wanted, before = dense(x)[:, 1:], pruned(x)[:, 1:]
-    assert refit_(pruned.two, None, dense.two, None, seen, RowMap.identity(6), is_normed=is_normed)
+    run = lambda network, batch: network(batch)  # noqa: E731
+    counts = sensitivities(dense, run, batches, {"two": ""})["two"] if counted else None
+    assert refit_(pruned.two, None, dense.two, None, seen, RowMap.identity(6), counts=counts)
     error = (pruned(x)[:, 1:] - wanted).norm() / (before - wanted).norm()
-    assert (error < 0.8) == is_normed
+    assert (error < 0.8) == counted
 
 
 def test_kinds_of_layers_that_can_be_refitted():
