@@ -56,10 +56,10 @@ class LayerView:
 class Correction:
     """graph: of the network that is pruned. run: calls a network on one batch. batches: the inputs. tables: of the
     groups that are going to be cut. repair_: puts one layer right. tracked: inputs whose statistics the batch-norms get
-    that no layer is refitted with (all, if none are given). after_cut: whether that is done when the layer's
-    own group has been cut, or before. unbiased: layers that must not get a bias. survey: whether samples are going to
-    be asked for; sources: whether to choose rows on them. memory: how many bytes of activations may be held at a time;
-    what is beyond lies in files.
+    that no layer is refitted with (all, if none are given). after_cut: whether that is done when the layer's own group
+    has been cut, or before. counts: whether it is told how much places count. unbiased: layers that must not get a
+    bias. survey: whether samples are going to be asked for; sources: whether to choose rows on them. memory: how many
+    bytes of activations may be held at a time; what is beyond lies in files.
 
     The dense network is a copy, taken now. Memory holds two networks and what their passes will still read.
     """
@@ -75,6 +75,7 @@ class Correction:
         tracked: Sequence = (),
         unbiased: Collection[str] = (),
         after_cut: bool = False,
+        counts: bool = False,
         survey: bool = True,
         sources: bool = True,
         memory: int | None = None,
@@ -92,7 +93,9 @@ class Correction:
             self.dense, run, batches, self.layers, self._calls, shown,
             lean=repair_ is not None, sources=sources, progress=progress,
         )  # fmt: skip
-        self._counts = sensitivities(self.dense, run, batches, self.layers, progress=progress) if repair_ else {}
+        self._counts: dict[str, list[Tensor]] = {}
+        if counts:
+            self._counts = sensitivities(self.dense, run, batches, self.layers, progress=progress)
         self._rows: dict[str, RowMap] = {}
         self._walk: Walk | None = None
         self._touched = False

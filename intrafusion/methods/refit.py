@@ -27,7 +27,7 @@ class Refit(Method):
     descent: so many steps by all layers together follow the last refit.
     """
 
-    samples = fills_up = circuits = True
+    samples = fills_up = circuits = counts = True
 
     def __init__(self, start: Method, inputs: str, descent: int = 0) -> None:
         self.start, self.inputs, self.descent = start, inputs, descent
