@@ -86,7 +86,9 @@ class Correction:
         self._repair_, self._after_cut, self._memory = repair_, after_cut, memory
         self._tracked, self._unbiased = tracked or batches, unbiased
         partners = layers_of(graph)
-        self._calls = visits(self.dense, run, batches[0], partners)
+        shapes: dict[str, torch.Size] = {}
+        seen = lambda visit: shapes.update({visit.name: visit.output.shape})  # noqa: E731
+        self._calls = visits(self.dense, run, batches[0], partners, seen)
         self.layers = {name: partners[name] for name in self._calls}
         shown = tables if survey else ()
         self._survey = Survey(
@@ -95,7 +97,8 @@ class Correction:
         )  # fmt: skip
         self._counts: dict[str, list[Tensor]] = {}
         if counts:
-            self._counts = sensitivities(self.dense, run, batches, self.layers, progress=progress)
+            once = {name: shape for name, shape in shapes.items() if self._calls[name] == 1}
+            self._counts = sensitivities(self.dense, run, batches, self.layers, once, progress=progress)
         self._rows: dict[str, RowMap] = {}
         self._walk: Walk | None = None
         self._touched = False

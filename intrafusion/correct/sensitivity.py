@@ -7,8 +7,8 @@ SmolLM2-135M), and a place where a norm divides by much counts little.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,6 +25,8 @@ from intrafusion.running import evaluating, map_tensors, size_of, tensors_in
 
 _VALUES = 2**26
 """So many values of all layers' outputs, and of their gradients, are held at a time (256 MB each in float32)."""
+_EFFECTIVE = 4
+"""One of so many places counts at least: the effective number of N is (sum of weights)^2 / (sum of their squares)."""
 
 
 def sensitivities(
@@ -32,97 +34,114 @@ def sensitivities(
     run: Callable[[nn.Module, Any], Any],
     batches: Sequence,
     layers: dict[str, str],
+    shapes: Mapping[str, Sequence[int]],
     *,
     progress: bool = False,
 ) -> dict[str, list[Tensor]]:
     """How much every place of a layer's output counts, 1 on average: [inputs, *places] of each batch, by layer.
 
     With random numbers v of the shape of what the network gives, y, it is the norm over the channels of d(v . y) / dz
-    at an output z, batch-norm included: its square is, up to a factor, the mean square change of y for a random error
-    there. (The norm itself is what a regression is weighted by: one v says its square too roughly.)
+    at an output z: its square is, up to a factor, the mean square change of y for a random error there. (A regression
+    is weighted by the norm itself: one v says its square too roughly.) Where few places have nearly all of it, so much
+    is given to all alike that a quarter of them counts.
 
-    layers: each with the name of its batch-norm, or ''. Found are linear layers that read sequences, that are called
-    once, and that a gradient comes to. (On images, ResNet-20 at 50 %, weights change nothing: no place stands out.)
-    One pass forward and backward.
+    layers: each with the name of its batch-norm, or ''. shapes: of the outputs, for the first batch, of those that are
+    called once. Found are linear layers that read sequences, and that a gradient comes to; none where the network, or a
+    part of a batch, does not run with gradients. (On images, ResNet-20 at 50 %, weights change nothing: no place stands
+    out.) One pass forward and backward.
     """
+    names = [name for name in shapes if _reads_sequences(network.get_submodule(name), shapes[name])]
+    if not names:
+        return {}
     known, generator = Layers(network, layers), torch.Generator().manual_seed(0)
+    each = max(1, _VALUES * size_of(batches[0]) // max(1, sum(map(math.prod, shapes.values()))))
     hidden = None if progress else True
-    found: dict[str, list[Tensor]] = {}
-    with evaluating(network), _differentiable(network):
-        one = _Seen(known, partial(run, network, next(_pieces(batches[0], 1))))
-        if not one.any:
-            return {}
-        each = max(1, _VALUES // max(1, one.values))
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    with evaluating(network), _differentiable(network, names):
         for batch in tqdm(batches, desc="gradients", delay=2, leave=False, disable=hidden):
-            pieces = [_Seen(known, partial(run, network, piece)).sizes(generator) for piece in _pieces(batch, each)]
-            for name in pieces[0]:
-                if all(name in sizes for sizes in pieces):
-                    found.setdefault(name, []).append(torch.cat([sizes[name] for sizes in pieces]))
-    means = {name: float(torch.cat([size.flatten() for size in sizes]).mean()) for name, sizes in found.items()}
+            try:
+                pieces = [
+                    _gradients(known, partial(run, network, piece), names, generator) for piece in _pieces(batch, each)
+                ]
+            except Exception:  # whatever it is, it is no reason not to prune: all places count alike
+                return {}
+            for name in list(found):
+                sizes = [piece.get(name) for piece in pieces]
+                if _fit(sizes, batch, shapes[name], each):
+                    found[name].append(torch.cat(sizes))  # type: ignore[arg-type]
+                else:
+                    del found[name]
+    weighed = {name: _weights(sizes) for name, sizes in found.items()}
+    return {name: weights for name, weights in weighed.items() if weights is not None}
+
+
+def _reads_sequences(layer: nn.Module, shape: Sequence[int]) -> bool:
+    kind = kind_of(layer)
+    return isinstance(kind, Filters) and kind.channel_axis == -1 and len(shape) > 2
+
+
+def _fit(sizes: Sequence[Tensor | None], batch: Any, shape: Sequence[int], each: int) -> bool:
+    """Are there sizes of all pieces, and do they make those of the whole batch, one after the other?"""
+    if any(size is None or not size.isfinite().all() for size in sizes):
+        return False
+    whole = size_of(batch) <= each
+    return whole or all(len(size) <= each and size.shape[1:] == tuple(shape[1:-1]) for size in sizes)  # type: ignore
+
+
+def _weights(sizes: Sequence[Tensor]) -> list[Tensor] | None:
+    """1 on average, and not on few places alone; None where nothing counts."""
+    every = torch.cat([size.flatten() for size in sizes]).double()
+    mean = float(every.mean()) if len(every) else 0.0
+    if not mean > 0:
+        return None
+    spread = float((every / mean).square().mean()) - 1
+    own = min(1.0, math.sqrt((_EFFECTIVE - 1) / max(spread, 1e-12)))
+    return [(own * size.double() / mean + (1 - own)).float() for size in sizes]
+
+
+def _gradients(
+    known: Layers, forward: Callable[[], Any], names: Sequence[str], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The norm of the gradient at every place of the layers' outputs in one pass."""
+    edges: dict[str, GradientEdge] = {}
+
+    def read(visit: Visit) -> None:
+        if visit.name in names and visit.output.requires_grad:
+            edges[visit.name] = get_gradient_edge(visit.output)
+
+    tape = Tape(known, read=read)
+    with torch.enable_grad():
+        with tape:
+            given = [y for y in tensors_in(forward()) if y.requires_grad]
+        tape.finish()
+    if not edges or not given:
+        return {}
+    drawn = [torch.randn(y.shape, generator=generator).to(y) for y in given]
+    found = torch.autograd.grad(given, list(edges.values()), drawn, allow_unused=True)
     return {
-        name: [size / means[name] for size in sizes]
-        for name, sizes in found.items()
-        if len(sizes) == len(batches) and means[name] > 0
+        name: gradient.double().norm(dim=-1)
+        for name, gradient in zip(edges, found, strict=True)
+        if gradient is not None
     }
 
 
-class _Seen:
-    """One pass: what it gives, and where every layer's output stands in the graph of its gradients."""
-
-    def __init__(self, known: Layers, forward: Callable[[], Any]) -> None:
-        self._edges: dict[str, GradientEdge] = {}
-        self._calls: Counter[str] = Counter()
-        self.values = 0
-        self._known = known
-        tape = Tape(known, read=self._read)
-        with torch.enable_grad():
-            with tape:
-                given = list(tensors_in(forward()))
-            tape.finish()
-        self._given = [y for y in given if y.requires_grad]
-
-    def _read(self, visit: Visit) -> None:
-        kind, output = kind_of(self._known.of(visit.name)[0]), visit.output
-        self._calls[visit.name] += 1
-        self.values += output.numel()
-        if isinstance(kind, Filters) and kind.channel_axis == -1 and output.dim() > 2 and output.requires_grad:
-            self._edges[visit.name] = get_gradient_edge(output)
-
-    @property
-    def any(self) -> bool:
-        return bool(self._edges and self._given)
-
-    def sizes(self, generator: torch.Generator) -> dict[str, Tensor]:
-        names = [name for name in self._edges if self._calls[name] == 1]
-        if not names or not self._given:
-            return {}
-        drawn = [torch.randn(y.shape, generator=generator).to(y) for y in self._given]
-        try:
-            found = torch.autograd.grad(self._given, [self._edges[name] for name in names], drawn, allow_unused=True)
-        except RuntimeError:  # something on the way has no gradient
-            return {}
-        return {
-            name: gradient.norm(dim=-1).float()
-            for name, gradient in zip(names, found, strict=True)
-            if gradient is not None and gradient.isfinite().all()
-        }
-
-
 def _pieces(batch: Any, each: int) -> Iterator[Any]:
-    """A batch in parts of so many inputs, where it can be parted."""
+    """A batch in parts of so many inputs, where it can be parted, made of tensors that may be part of a graph."""
     size = size_of(batch)
-    for start in range(0, size, each):
-        yield batch if size <= each else map_tensors(batch, lambda t, start=start: t[start : start + each])
+    for start in range(0, max(1, size), each):
+        piece = batch if size <= each else map_tensors(batch, lambda t, start=start: t[start : start + each])
+        yield map_tensors(piece, lambda t: t.clone() if t.is_inference() else t)
 
 
 @contextmanager
-def _differentiable(network: nn.Module) -> Iterator[None]:
-    """Gradients can come to every layer's output, for as long as it lasts."""
-    frozen = [p for p in network.parameters() if not p.requires_grad and p.is_floating_point()]
+def _differentiable(network: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Gradients can come to the layers' outputs, for as long as it lasts."""
+    weights: list[Any] = [network.get_submodule(name).weight for name in names]
+    frozen = [weight for weight in weights if not weight.requires_grad]
     try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        for weight in frozen:
+            weight.requires_grad_(True)
         yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        for weight in frozen:
+            weight.requires_grad_(False)

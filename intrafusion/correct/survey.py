@@ -31,10 +31,20 @@ _MOST_READERS = 4
 Run = Callable[[nn.Module, Any], Any]
 
 
-def visits(network: nn.Module, run: Run, batch: Any, layers: dict[str, str]) -> dict[str, int]:
-    """How often a forward pass calls each layer, in the order in which the last of its outputs is first read."""
+def visits(
+    network: nn.Module, run: Run, batch: Any, layers: dict[str, str], seen: Callable[[Visit], Any] = lambda visit: None
+) -> dict[str, int]:
+    """How often a forward pass calls each layer, in the order in which the last of its outputs is first read.
+
+    seen: told of every call.
+    """
     order: dict[str, int] = {}
-    tape = Tape(Layers(network, layers), read=lambda visit: order.update({visit.name: order.pop(visit.name, 0) + 1}))
+
+    def read(visit: Visit) -> None:
+        order[visit.name] = order.pop(visit.name, 0) + 1
+        seen(visit)
+
+    tape = Tape(Layers(network, layers), read=read)
     with torch.no_grad(), evaluating(network):
         with tape:
             run(network, batch)

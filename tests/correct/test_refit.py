@@ -97,7 +97,7 @@ def test_behind_a_norm_every_place_counts_by_its_own_size(counted):
     assert all(before.other is not None for before, _ in seen)
     wanted, before = dense(x)[:, 1:], pruned(x)[:, 1:]
     run = lambda network, batch: network(batch)  # noqa: E731
-    counts = sensitivities(dense, run, batches, {"two": ""})["two"] if counted else None
+    counts = sensitivities(dense, run, batches, {"two": ""}, {"two": (16, 20, 6)})["two"] if counted else None
     assert refit_(pruned.two, None, dense.two, None, seen, RowMap.identity(6), counts=counts)
     error = (pruned(x)[:, 1:] - wanted).norm() / (before - wanted).norm()
     assert (error < 0.8) == counted
