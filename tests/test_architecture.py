@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "ot": {"ot"},
     "groups": {"ot", "running", "groups"},
     "correct": {"ot", "running", "groups", "correct"},
-    "history": {"ot", "groups", "correct", "history"},
+    "history": {"ot", "running", "groups", "correct", "history"},
     "methods": {"ot", "groups", "correct", "methods"},
     "average": {"ot", "running", "groups", "correct", "average"},
     "prune": {"ot", "running", "groups", "correct", "history", "methods", "prune"},

@@ -38,8 +38,8 @@ class LayerView:
 
     layer, norm: of the pruned network; dense, dense_norm: of the dense one; norm is the batch-norm that reads the layer
     alone, or None. rows: what its outputs stand for. may_have_bias: whether it may get a bias if it has none.
-    sights: (dense, pruned), one pair per batch, or per call where there are several in a pass. counts: how much each
-    place of each batch counts, [inputs, *places], 1 on average; None if that is not known.
+    sights: (dense, pruned), one pair per batch, or per call where there are several in a pass. sensitivity: how
+    much each place of each batch counts, [inputs, *places], 1 on average; None if that is not known.
     """
 
     name: str
@@ -50,16 +50,16 @@ class LayerView:
     rows: RowMap
     sights: Sequence[tuple[Sight, Sight]]
     may_have_bias: bool = True
-    counts: Sequence[Tensor] | None = None
+    sensitivity: Sequence[Tensor] | None = None
 
 
 class Correction:
     """graph: of the network that is pruned. run: calls a network on one batch. batches: the inputs. tables: of the
     groups that are going to be cut. repair_: puts one layer right. tracked: inputs whose statistics the batch-norms get
     that no layer is refitted with (all, if none are given). after_cut: whether that is done when the layer's own group
-    has been cut, or before. counts: whether it is told how much places count. unbiased: layers that must not get a
-    bias. survey: whether samples are going to be asked for; sources: whether to choose rows on them. memory: how many
-    bytes of activations may be held at a time; what is beyond lies in files.
+    has been cut, or before. sensitivity: whether it is told how much places count. unbiased: layers that must not
+    get a bias. survey: whether samples are going to be asked for; sources: whether to choose rows on them. memory: how
+    many bytes of activations may be held at a time; what is beyond lies in files.
 
     The dense network is a copy, taken now. Memory holds two networks and what their passes will still read.
     """
@@ -75,7 +75,7 @@ class Correction:
         tracked: Sequence = (),
         unbiased: Collection[str] = (),
         after_cut: bool = False,
-        counts: bool = False,
+        sensitivity: bool = False,
         survey: bool = True,
         sources: bool = True,
         memory: int | None = None,
@@ -95,10 +95,10 @@ class Correction:
             self.dense, run, batches, self.layers, self._calls, shown,
             lean=repair_ is not None, sources=sources, progress=progress,
         )  # fmt: skip
-        self._counts: dict[str, list[Tensor]] = {}
-        if counts:
+        self._sensitivity: dict[str, list[Tensor]] = {}
+        if sensitivity:
             once = {name: shape for name, shape in shapes.items() if self._calls[name] == 1}
-            self._counts = sensitivities(self.dense, run, batches, self.layers, once, progress=progress)
+            self._sensitivity = sensitivities(self.dense, run, batches, self.layers, once, progress=progress)
         self._rows: dict[str, RowMap] = {}
         self._walk: Walk | None = None
         self._touched = False
@@ -206,7 +206,7 @@ class Correction:
         sights = walk.sights(present=self._after_cut)
         if len(rows.weights) != outputs(layer) or not sights:
             return  # cut in a way that the table does not tell
-        counts = self._counts.get(name)
+        found = self._sensitivity.get(name)
         view = LayerView(
             name,
             layer,
@@ -216,7 +216,7 @@ class Correction:
             rows,
             sights,  # type: ignore[arg-type]
             may_have_bias=name not in self._unbiased,
-            counts=counts if counts is not None and len(counts) == len(sights) else None,
+            sensitivity=found if found is not None and len(found) == len(sights) else None,
         )
         self._repair_(view)
         walk.changed(rejoin=self._calls[name] > 1)

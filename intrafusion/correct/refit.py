@@ -83,13 +83,13 @@ def refit_(
     rows: RowMap,
     *,
     may_have_bias: bool = True,
-    counts: Sequence[Tensor] | None = None,
+    sensitivity: Sequence[Tensor] | None = None,
 ) -> bool:
     """Give a layer (and its batch-norm) new weights; False, and nothing changed, if its inputs are the dense ones.
 
     dense, dense_bn: the same layer of the dense network. sights: (dense, pruned), one pair per batch. rows: what the
-    present outputs stand for. may_have_bias: if the layer has none, it gets one, or is fitted without. counts: how much
-    each place of each batch does, [inputs, *places]; alike, if that is not told.
+    present outputs stand for. may_have_bias: if the layer has none, it gets one, or is fitted without. sensitivity:
+    how much each place of each batch counts, [inputs, *places]; alike, if that is not told.
 
     The ridge pulls towards the present weight, which the pair has mixed, or towards the dense one, read from the
     present channels as well as a regression can: to what predicts held-out images better.
@@ -112,7 +112,7 @@ def refit_(
         dense_output = before.output.movedim(axis, -1)
         lost = _other(before, now) if compensates else None
         lost = None if lost is None else lost.movedim(axis, -1)
-        weights = None if counts is None else counts[number]
+        weights = None if sensitivity is None else sensitivity[number]
         for fold, at in fits.places(dense_output.shape[:-1], per_image, len(sights), now.inputs.device):
             target = rows(dense_output[at], -1)
             target = target if lost is None else target + lost[at]

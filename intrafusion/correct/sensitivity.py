@@ -1,15 +1,14 @@
 """How much an error at one place of a layer's output moves what the network gives: the size of the gradient there.
 
 A regression that counts every place alike is exact where it does not matter, and wrong where it does. A language model
-reads few places far more than all others (the keys of the first token, which attention rests on, 400 times as much in
-SmolLM2-135M), and a place where a norm divides by much counts little.
+reads few places far more than all others (the values of the first token, which attention rests on: their gradient has
+480 times the mean square in layer 15 of SmolLM2-135M), and a place where a norm divides by much counts little.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from intrafusion.correct.tape import Layers, Tape, Visit
 from intrafusion.groups.kinds.base import kind_of
 from intrafusion.groups.kinds.filters import Filters
-from intrafusion.running import evaluating, map_tensors, size_of, tensors_in
+from intrafusion.running import evaluating, map_tensors, size_of, tensors_in, trainable
 
 _VALUES = 2**26
 """So many values of all layers' outputs, and of their gradients, are held at a time (256 MB each in float32)."""
@@ -53,11 +52,12 @@ def sensitivities(
     names = [name for name in shapes if _reads_sequences(network.get_submodule(name), shapes[name])]
     if not names:
         return {}
+    weights: list[Any] = [network.get_submodule(name).weight for name in names]
     known, generator = Layers(network, layers), torch.Generator().manual_seed(0)
     each = max(1, _VALUES * size_of(batches[0]) // max(1, sum(map(math.prod, shapes.values()))))
     hidden = None if progress else True
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    with evaluating(network), _differentiable(network, names):
+    with evaluating(network), trainable(weights):
         for batch in tqdm(batches, desc="gradients", delay=2, leave=False, disable=hidden):
             try:
                 pieces = [
@@ -67,7 +67,7 @@ def sensitivities(
                 return {}
             for name in list(found):
                 sizes = [piece.get(name) for piece in pieces]
-                if _fit(sizes, batch, shapes[name], each):
+                if _complete(sizes, batch, shapes[name], each):
                     found[name].append(torch.cat(sizes))  # type: ignore[arg-type]
                 else:
                     del found[name]
@@ -80,7 +80,7 @@ def _reads_sequences(layer: nn.Module, shape: Sequence[int]) -> bool:
     return isinstance(kind, Filters) and kind.channel_axis == -1 and len(shape) > 2
 
 
-def _fit(sizes: Sequence[Tensor | None], batch: Any, shape: Sequence[int], each: int) -> bool:
+def _complete(sizes: Sequence[Tensor | None], batch: Any, shape: Sequence[int], each: int) -> bool:
     """Are there sizes of all pieces, and do they make those of the whole batch, one after the other?"""
     if any(size is None or not size.isfinite().all() for size in sizes):
         return False
@@ -131,17 +131,3 @@ def _pieces(batch: Any, each: int) -> Iterator[Any]:
     for start in range(0, max(1, size), each):
         piece = batch if size <= each else map_tensors(batch, lambda t, start=start: t[start : start + each])
         yield map_tensors(piece, lambda t: t.clone() if t.is_inference() else t)
-
-
-@contextmanager
-def _differentiable(network: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Gradients can come to the layers' outputs, for as long as it lasts."""
-    weights: list[Any] = [network.get_submodule(name).weight for name in names]
-    frozen = [weight for weight in weights if not weight.requires_grad]
-    try:
-        for weight in frozen:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)

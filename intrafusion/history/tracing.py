@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from intrafusion.groups.head_graph import know_heads
 from intrafusion.groups.heads import blocks_of, opaque
 from intrafusion.groups.kinds.conv1d import as_linear_
+from intrafusion.running import evaluating, trainable
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,11 @@ class Tracing:
         ignored = [model.get_parameter(name) for name in self.ignored]
         as_linear_(model)
         blocks = blocks_of(model)
-        with _trainable(model), opaque(blocks), warnings.catch_warnings():
+        # torch-pruning follows gradients, and averaged weights often want none
+        with evaluating(model), trainable(model.parameters()), opaque(blocks), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
             graph = tp.DependencyGraph().build_dependency(
                 model, example_inputs, unwrapped_parameters=free, ignored_params=ignored, **self.options
             )
         know_heads(graph, blocks)
         return graph
-
-
-@contextmanager
-def _trainable(network: nn.Module) -> Iterator[None]:
-    """Torch-pruning follows gradients, and averaged weights often want none."""
-    frozen = [p for p in network.parameters() if not p.requires_grad and p.is_floating_point()]
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for module, training in modes:
-            module.training = training

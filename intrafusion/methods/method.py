@@ -49,7 +49,7 @@ class Method:
         samples: whether `View.samples` is asked for (they cost one pass of the dense network).
         sources: whether samples say what a reader's inputs were made of as well, to choose rows on.
         after_cut: whether `repair_` is called for a layer when its own group has been cut, or before.
-        counts: whether `repair_` is told how much every place counts (a pass forward and backward).
+        sensitivity: whether `LayerView.sensitivity` is asked for (it costs a pass forward and backward).
         circuits: whether the channels inside of attention heads are rewritten before some are cut, and what reads the
             heads is put right, so that cutting them is more than that.
         plan: whether a plan is computed; otherwise the one that `pair` gets says which channels are kept, and no more.
@@ -60,7 +60,7 @@ class Method:
     samples: bool = False
     sources: bool = True
     after_cut: bool = False
-    counts: bool = False
+    sensitivity: bool = False
     plan: bool = True
     circuits: bool = False
 

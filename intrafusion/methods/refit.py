@@ -27,7 +27,7 @@ class Refit(Method):
     descent: so many steps by all layers together follow the last refit.
     """
 
-    samples = fills_up = circuits = counts = True
+    samples = fills_up = circuits = sensitivity = True
 
     def __init__(self, start: Method, inputs: str, descent: int = 0) -> None:
         self.start, self.inputs, self.descent = start, inputs, descent
@@ -80,7 +80,7 @@ class Refit(Method):
         """Refit the layer so that it gives what the dense one gives; where that is not possible, its batch-norm."""
         if can_refit(layer.layer):
             sights, rows = layer.sights, layer.rows
-            how = {"may_have_bias": layer.may_have_bias, "counts": layer.counts}
+            how = {"may_have_bias": layer.may_have_bias, "sensitivity": layer.sensitivity}
             refit_(layer.layer, layer.norm, layer.dense, layer.dense_norm, sights, rows, **how)
         elif layer.norm is not None:
             match_statistics_(layer.layer, layer.norm, layer.sights, layer.rows)

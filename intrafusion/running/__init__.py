@@ -13,7 +13,7 @@ from intrafusion.running.inputs import (
     tensors_in,
     to_device,
 )
-from intrafusion.running.network import call_order, evaluating, full_precision, run_model, same_outputs
+from intrafusion.running.network import call_order, evaluating, full_precision, run_model, same_outputs, trainable
 from intrafusion.running.randomness import Levelled, RandomState, repeatable
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "size_of",
     "tensors_in",
     "to_device",
+    "trainable",
 ]

@@ -56,8 +56,9 @@ def prune_twin_(pruner: FusionMixin, twin: nn.Module, buffers: Mapping[str, Tens
             method = pruner.fusion.method()
             view = View(graph, pruner.run, pruner.example_inputs, step.inputs, seed=pruner.fusion.seed)
             correction = Correction(
-                graph, pruner.run, step.inputs, (), lambda layer: method.repair_(layer, view), counts=method.counts,
-                unbiased=pruner.unbiased, after_cut=method.after_cut, survey=False, progress=False,
+                graph, pruner.run, step.inputs, (), lambda layer: method.repair_(layer, view),
+                sensitivity=method.sensitivity, unbiased=pruner.unbiased, after_cut=method.after_cut,
+                survey=False, progress=False,
             )  # fmt: skip
         replay_(graph, step.cuts, correction)
         configs.follow(twin, attention.numbers(pruner))

@@ -98,7 +98,7 @@ def test_behind_a_norm_every_place_counts_by_its_own_size(counted):
     wanted, before = dense(x)[:, 1:], pruned(x)[:, 1:]
     run = lambda network, batch: network(batch)  # noqa: E731
     counts = sensitivities(dense, run, batches, {"two": ""}, {"two": (16, 20, 6)})["two"] if counted else None
-    assert refit_(pruned.two, None, dense.two, None, seen, RowMap.identity(6), counts=counts)
+    assert refit_(pruned.two, None, dense.two, None, seen, RowMap.identity(6), sensitivity=counts)
     error = (pruned(x)[:, 1:] - wanted).norm() / (before - wanted).norm()
     assert (error < 0.8) == counted
 
