@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.checkpoint import container, inventory, restore, sizes
+from intrafusion.checkpoint import container, inventory, rebuilt, restore, sizes
 from intrafusion.checkpoint.manifest import CheckpointError, Kept, Manifest, short
 from intrafusion.models import LIBRARIES, UnknownModelError, named_model
 
@@ -91,10 +91,19 @@ def load(
     try:
         document, tensors = container.read(Path(path))
         dense = _build(document) if model is None else model
-        planned = restore.plan(dense, document, tensors, device)
+        undo = rebuilt.rebuild_(dense, document)
+        try:
+            planned = restore.plan(dense, document, tensors, device)
+        except BaseException:
+            undo()
+            raise
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
-    restore.apply_(planned)
+    try:
+        restore.apply_(planned)
+    except BaseException:
+        undo()
+        raise
     return dense
 
 

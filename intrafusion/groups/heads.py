@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from intrafusion.groups.joined import PARTS, JoinedLinear
 from intrafusion.running import Levelled, evaluating, full_precision, same_outputs
 
 _PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"),
     ("wq", "wk", "wv"), ("query_proj", "key_proj", "value_proj"), ("q", "k", "v"),
 )  # fmt: skip
-_PACKED = ("qkv", "c_attn", "Wqkv", "to_qkv", "in_proj", "qkv_proj", "query_key_value")
+PACKED = ("qkv", "c_attn", "Wqkv", "to_qkv", "in_proj", "qkv_proj", "query_key_value", "wqkv")
 """Layers that make queries, keys and values, one after the other."""
 _OUTPUTS = ("o_proj", "out_proj", "out_lin", "to_out", "wo", "o", "proj", "c_proj", "dense", "dense_out")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "n_local_heads")
@@ -116,7 +117,8 @@ def _has_tables(model: nn.Module, block: Heads) -> bool:
 
 def blocks_of(model: nn.Module) -> list[Heads]:
     """The same, not verified."""
-    blocks = [block for name, module in model.named_modules() if (block := _block(model, name, module)) is not None]
+    modules = ((name, module) for name, module in model.named_modules() if not isinstance(module, JoinedLinear))
+    blocks = [block for name, module in modules if (block := _block(model, name, module)) is not None]
     used = Counter(layer for block in blocks for layer in (*block.projections, block.output))
     return [block for block in blocks if all(used[layer] == 1 for layer in (*block.projections, block.output))]
 
@@ -196,8 +198,11 @@ def _repeated(block: Heads, one: Tensor) -> Tensor:
 
 
 def _block(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
-    for names in (*_PROJECTIONS, *((packed,) * 3 for packed in _PACKED)):
+    for names in (*_PROJECTIONS, *((packed,) * 3 for packed in PACKED)):
         layers: list[Any] = [getattr(module, one, None) for one in names]
+        joined = layers[0] if isinstance(layers[0], JoinedLinear) else None
+        if joined is not None:
+            names, layers = tuple(f"{names[0]}.{part}" for part in PARTS), list(joined.parts)
         if all(isinstance(layer, nn.Linear) for layer in layers):
             break
     else:
@@ -205,17 +210,20 @@ def _block(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
     queries, keys, values = layers
     packed = queries is keys
     width = queries.out_features // 3 if packed else queries.out_features
-    output_name, output = _output(model, name, module, width)
+    output_name, output = output_of(model, name, module, width)
     if output is None or keys.out_features != values.out_features or (packed and keys.out_features != 3 * width):
         return None
     prefix = f"{name}." if name else ""
     layers_at: dict[str, str] = dict(zip(("queries", "keys", "values"), (prefix + one for one in names), strict=True))
     layers_at["output"] = output_name
     if packed:
-        heads = _first([module, getattr(module, "config", None), getattr(model, "config", None)], HEADS)
+        heads = first_number([module, getattr(module, "config", None), getattr(model, "config", None)], HEADS)
         known = heads and width % heads == 0
         return Heads(name, queries, keys, values, output, heads, heads, width, layers_at) if known else None
-    heads, key_heads = _numbers(model, name, module, queries, keys)
+    if joined is not None:
+        heads, key_heads = queries.out_features // joined.head_dim, joined.num_key_value_heads
+    else:
+        heads, key_heads = _numbers(model, name, module, queries, keys)
     if not heads or not key_heads or heads % key_heads or queries.out_features % heads:
         return None
     if keys.out_features != queries.out_features // heads * key_heads:
@@ -223,7 +231,7 @@ def _block(model: nn.Module, name: str, module: nn.Module) -> Heads | None:
     return Heads(name, queries, keys, values, output, heads, key_heads, width, layers_at)
 
 
-def _output(model: nn.Module, name: str, module: nn.Module, width: int) -> tuple[str, Any]:
+def output_of(model: nn.Module, name: str, module: nn.Module, width: int) -> tuple[str, Any]:
     """What reads the heads: beside the projections, or in the module around them; its name first."""
     outside = name.rpartition(".")[0]
     around = model.get_submodule(outside) if "." in name else module
@@ -246,17 +254,17 @@ def _output(model: nn.Module, name: str, module: nn.Module, width: int) -> tuple
 def _numbers(model: nn.Module, name: str, module: nn.Module, queries: nn.Linear, keys: nn.Linear) -> tuple[int, int]:
     """(heads of the queries, heads of keys and values), 0 where nothing tells."""
     holders = [module, getattr(module, "config", None), getattr(model, "config", None)]
-    heads = _first(holders, HEADS)
-    dim = _first(holders[:1], DIMS)
+    heads = first_number(holders, HEADS)
+    dim = first_number(holders[:1], DIMS)
     if dim and queries.out_features % dim == 0 and keys.out_features % dim == 0:
         return queries.out_features // dim, keys.out_features // dim
-    key_heads = _first(holders, KEY_HEADS) or heads
+    key_heads = first_number(holders, KEY_HEADS) or heads
     if heads and keys.out_features == queries.out_features:
         key_heads = heads
     return heads, key_heads
 
 
-def _first(holders: Sequence[Any], names: Sequence[str]) -> int:
+def first_number(holders: Sequence[Any], names: Sequence[str]) -> int:
     for holder in holders:
         for name in names:
             value = getattr(holder, name, None)
@@ -309,9 +317,9 @@ def _order(block: Heads, inside: bool, generator: torch.Generator) -> tuple[Tens
     shape = (block.key_heads, block.shared, block.dim)
     queries = torch.arange(block.heads * block.dim).reshape(shape)
     keys = torch.arange(block.key_heads * block.dim).reshape(block.key_heads, block.dim)
-    if inside:
-        order = torch.randperm(block.dim, generator=generator)
-        return queries[:, :, order].flatten(), keys[:, order].flatten()
+    if inside:  # every key in an order of its own, or channels of several heads would pass for those of one
+        order = torch.stack([torch.randperm(block.dim, generator=generator) for _ in range(block.key_heads)])
+        return queries.gather(2, order[:, None].expand(shape)).flatten(), keys.gather(1, order).flatten()
     order = torch.randperm(block.key_heads, generator=generator)
     within = torch.randperm(block.shared, generator=generator)
     return queries[order][:, within].flatten(), keys[order].flatten()

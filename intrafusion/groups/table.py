@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch_pruning as tp
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch_pruning import ops
 
@@ -78,6 +81,28 @@ def tabulate(graph: tp.DependencyGraph, root: Owner, handler: Callable, channel_
     classes = _coupling_classes(slots, tied, n, channel_groups)
     local = {(item.owner, item.handler): item.local for item in items}
     return GroupTable(name, n, tuple(slots), classes, _listed([*problems, *rigid]), _listed(problems), local)
+
+
+def ties(table: GroupTable) -> Tensor | None:
+    """[n] labels: root channels that reach a common channel of some layer, and so can only go together, have the same.
+
+    None if there are no such channels.
+    """
+    edges = []
+    for local in table.reach.values():
+        width = int(local.max()) + 1
+        roots, columns = (local >= 0).nonzero(as_tuple=True)
+        channels = local[roots, columns]
+        if len(channels) > len(channels.unique()):
+            edges.append((roots, channels, width))
+    if not edges:
+        return None
+    sizes = [table.n, *(width for _, _, width in edges)]
+    starts = np.cumsum(sizes)
+    rows = torch.cat([roots for roots, _, _ in edges]).numpy()
+    columns = np.concatenate([start + ids.numpy() for start, (_, ids, _) in zip(starts, edges, strict=False)])
+    links = coo_array((np.ones(len(rows)), (rows, columns)), shape=(starts[-1], starts[-1]))
+    return torch.from_numpy(connected_components(links, directed=False)[1][: table.n].astype(np.int64))
 
 
 def module_name(graph: tp.DependencyGraph, owner: Owner) -> str:

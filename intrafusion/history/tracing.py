@@ -10,9 +10,11 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
+from intrafusion.groups.conv1d import as_linear_
 from intrafusion.groups.head_graph import know_heads
 from intrafusion.groups.heads import blocks_of, opaque
-from intrafusion.groups.kinds.conv1d import as_linear_
+from intrafusion.groups.joined import JoinedLinear
+from intrafusion.groups.packed import Packed, part_alike_, parted
 from intrafusion.running import evaluating, trainable
 
 
@@ -24,11 +26,13 @@ class Tracing:
         unwrapped: parameters outside of layers, with the dimension that is cut.
         ignored: parameters that are left alone.
         options: the other arguments of ``build_dependency``.
+        packed: layers that were made three, by name.
     """
 
     unwrapped: tuple[tuple[str, int], ...]
     ignored: tuple[str, ...]
     options: Mapping[str, Any]
+    packed: Mapping[str, tuple[Packed, type[JoinedLinear]]]
 
     @classmethod
     def of(cls, graph: tp.DependencyGraph, arguments: Mapping[str, Any]) -> Tracing:
@@ -38,6 +42,7 @@ class Tracing:
             tuple((graph._param_to_name[p], dim) for p, dim in graph.unwrapped_parameters),
             tuple(names[p] for p in graph.ignored_params),
             {k: arguments.get(k) for k in ("forward_fn", "output_transform", "customized_pruners")},
+            parted(graph.model),
         )
 
     def trace(self, model: nn.Module, example_inputs: Any) -> tp.DependencyGraph:
@@ -45,6 +50,7 @@ class Tracing:
         free: Any = [(model.get_parameter(name), dim) for name, dim in self.unwrapped]
         ignored = [model.get_parameter(name) for name in self.ignored]
         as_linear_(model)
+        part_alike_(model, self.packed)
         blocks = blocks_of(model)
         # torch-pruning follows gradients, and averaged weights often want none
         with evaluating(model), trainable(model.parameters()), opaque(blocks), warnings.catch_warnings():

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from intrafusion.groups.heads import DIMS, HEADS, KEY_HEADS
+from intrafusion.groups.joined import JoinedLinear
 from intrafusion.prune.sizes import Attribute
 
 _NO_WIDTHS = ("token_id", "num_hidden_layers", "num_layers", "n_layer", "vocab_size", "max_position", "n_positions")
@@ -91,7 +92,8 @@ def follow(model: nn.Module, heads: Sequence[tuple[int, int, int]] = ()) -> tupl
     trouble = _refused(config)
     for name in sorted(have.keys() - want.keys()):
         layer: Any = model.get_submodule(name.rpartition(".")[0])
-        layer.bias = nn.Parameter(layer.weight.new_zeros(have[name]), requires_grad=layer.weight.requires_grad)
+        for part in layer.parts if isinstance(layer, JoinedLinear) else (layer,):
+            part.bias = nn.Parameter(part.weight.new_zeros(part.out_features), requires_grad=part.weight.requires_grad)
     return list(_taken_over(model.config, config)), trouble
 
 
@@ -117,11 +119,16 @@ def _say_heads(config: Any, heads: Sequence[tuple[int, int, int]]) -> bool:
     for names, value in zip((HEADS, KEY_HEADS, DIMS), heads[0], strict=True):
         for holder in _holders(config):
             for name in names:
-                if type(getattr(holder, name, None)) is int:
+                if type(getattr(holder, name, None)) is int and not _is_computed(holder, name):
                     setattr(holder, name, value)
-    if getattr(config, "head_dim", None) is None:
+    if getattr(config, "head_dim", None) is None and not _is_computed(config, "head_dim"):
         config.head_dim = heads[0][2]
     return True
+
+
+def _is_computed(config: Any, name: str) -> bool:
+    """Is it a field that a config makes of others, as Falcon's `head_dim`?"""
+    return isinstance(getattr(type(config), name, None), property)
 
 
 def _without_spare_width(model: Any, config: Any, have: Shapes) -> Any:

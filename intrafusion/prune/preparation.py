@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from intrafusion.groups.conv1d import as_linear_
 from intrafusion.groups.kinds.base import torch_pruners
-from intrafusion.groups.kinds.conv1d import as_linear_
 from intrafusion.groups.kinds.frozen import recognise
 from intrafusion.groups.kinds.normalisation import recognise_norms
 from intrafusion.prune.widths import output_layers

@@ -15,7 +15,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency.group import Group
 
-from intrafusion.groups.heads import find_heads, heads_by_layer, opaque
+from intrafusion.groups.heads import heads_by_layer, opaque
+from intrafusion.groups.packed import heads_of_
 from intrafusion.groups.permutation_check import inconsistent_groups
 from intrafusion.groups.snapshot import Snapshot
 from intrafusion.groups.table import GroupTable, module_name, tabulate
@@ -102,15 +103,14 @@ class FusionMixin:
         self.allocation = checks.allocation(allocation, self.fusion, bound.arguments)
         preparation.prepare_(bound.arguments)
         self._feed(bound.arguments)
-        self.heads = find_heads(bound.arguments["model"], partial(self.run, inputs=self.example_inputs))
+        self.heads = heads_of_(model := bound.arguments["model"], partial(self.run, inputs=self.example_inputs))
         bound.arguments["num_heads"].update(heads_by_layer(self.heads, bound.arguments["num_heads"]))
-        modes = [(module, module.training) for module in bound.arguments["model"].modules()]
+        modes = [(module, module.training) for module in model.modules()]
         try:
             with opaque(self.heads):
                 super().__init__(*bound.args, **bound.kwargs)
         except (ArithmeticError, LookupError, AttributeError, TypeError) as error:
-            reason = refusals.explained(error, bound.arguments["model"])
-            if reason:
+            if reason := refusals.explained(error, model):
                 raise ValueError(reason) from error
             raise
         finally:  # tracing switches the network to eval mode

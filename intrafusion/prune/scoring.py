@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency.group import Group
 
 from intrafusion.groups.batchnorm import folded
-from intrafusion.groups.table import foldable_pairs, module_name
+from intrafusion.groups.table import foldable_pairs, module_name, ties
 from intrafusion.prune import attention, checks, refusals
 from intrafusion.prune.fused_group import FusionError
 
@@ -36,7 +36,24 @@ def score_of(pruner: Any, group: Group) -> Tensor | str:
     problem = checks.importance_problem(score, n)
     if problem:
         raise FusionError(f"{where}: {problem}")
-    return score.detach()
+    return _together(pruner, group, score.detach())
+
+
+def _together(pruner: Any, group: Group, score: Tensor) -> Tensor:
+    """Channels that can only go together, as the two halves of a gated layer, get their mean score.
+
+    Torch-Pruning chooses the least n r of n channels and then takes along what is tied to them: of a layer whose halves
+    are multiplied, anything from r to all.
+    """
+    n = len(score)
+    if all(len(item.idxs) >= n for item in group):
+        return score
+    partners = ties(pruner.table(group))
+    if partners is None:
+        return score
+    sums = torch.zeros(n, dtype=torch.float64).index_add(0, partners, score.cpu().double())
+    means = sums / torch.bincount(partners, minlength=n).clamp(min=1)
+    return means[partners].to(score)
 
 
 def _longest_last(group: Group) -> Group:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from intrafusion.groups.joined import JoinedLinear
+
 _PACKED = 3
 """Queries, keys and values that one layer makes."""
 
@@ -95,7 +97,7 @@ def _becomes(
 ) -> Iterator[tuple[int, bool]]:
     """(what a number may have become, whether a known number of heads says so). beside: the module's other numbers."""
     for width in widths:
-        if width.attention is not None and width.attention in module.children():
+        if width.attention is not None and _holds(module, width.attention):
             old, new = width.heads
             is_width = any(part in name for part in ("dim", "size", "width", "channels"))
             if number == old != new and name not in _SHARING and not is_width:
@@ -114,6 +116,12 @@ def _becomes(
             shared = parts == _PACKED or parts in beside or (parts % _PACKED == 0 and parts // _PACKED in beside)
             if shared and width.after % parts == 0:
                 yield width.after // parts, False
+
+
+def _holds(module: nn.Module, layer: nn.Module) -> bool:
+    """Is it one of the module's layers, or a part of one?"""
+    inside = (layer is part for child in module.children() if isinstance(child, JoinedLinear) for part in child.parts)
+    return layer in module.children() or any(inside)
 
 
 def is_size(name: str, value: Any) -> bool:

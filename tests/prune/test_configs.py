@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from intrafusion import IntraFusionPruner
+import intrafusion
+from intrafusion import FusionError, IntraFusionPruner
 from tests.groups.test_heads import l1
 
 transformers = pytest.importorskip("transformers", reason="pip install 'intrafusion[transformers]'")
@@ -31,6 +32,22 @@ def qwen2(**options):
 def opt(**options):
     return transformers.OPTForCausalLM(
         transformers.OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, dropout=0.0, pad_token_id=1, **options)
+    )
+
+
+def neox(**options):
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES, intermediate_size=24, **options))
+
+
+def phi3(**options):
+    return transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(**SIZES, intermediate_size=24, num_key_value_heads=2, pad_token_id=0, **options)
+    )
+
+
+def falcon(**options):
+    return transformers.FalconForCausalLM(
+        transformers.FalconConfig(**SIZES, num_kv_heads=2, new_decoder_architecture=True, ffn_hidden_size=24, **options)
     )
 
 
@@ -61,6 +78,39 @@ def test_a_pruned_model_is_loaded_as_it_is_saved(make, widths, fusion, tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(model(tokens[:2]).logits, again(tokens[:2]).logits)
     assert any(attribute.module == "config" for attribute in pruner.report.attributes)
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters", "ignore:.*can only be cut")
+@pytest.mark.parametrize("fusion", ["discard", "calibrated"])
+@pytest.mark.parametrize(
+    ("make", "widths", "units"),
+    [
+        (neox, {"feed_forward": 0.5}, "gpt_neox.layers.0.mlp.dense_4h_to_h"),
+        (phi3, {"feed_forward": 0.5, "stream": 0.5}, "model.layers.0.mlp.down_proj"),
+        (falcon, {"feed_forward": 0.5}, "transformer.h.0.mlp.dense_4h_to_h"),
+    ],
+)
+def test_models_that_make_queries_keys_and_values_in_one_layer(make, widths, units, fusion, tmp_path):
+    """The original class multiplies by one matrix where ours does by three: the same up to rounding."""
+    model, pruner, tokens = pruned(make, fusion, widths)
+    assert pruner.heads
+    assert model.get_submodule(units).in_features == 12
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.allclose(model(tokens[:2]).logits, again(tokens[:2]).logits, atol=1e-6)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")
+def test_heads_whose_number_is_read_from_the_config_of_all_layers_are_refused():
+    torch.manual_seed(0)
+    model, tokens = phi3().eval(), torch.randint(32, (48, 12))
+    before = model(tokens).logits
+    widths = {"heads": 0.5}
+    pruner = IntraFusionPruner(model, tokens[:1], l1(), widths=widths, fusion="calibrated", calibration=[tokens])
+    with pytest.raises(FusionError, match=r"does not run with its new widths.*Phi3Attention\.forward"):
+        pruner.step()
+    assert torch.allclose(model(tokens).logits, before, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters", "ignore:.*can only be cut")
@@ -165,6 +215,9 @@ def test_a_pruned_gpt2_is_loaded_as_it_is_saved(fusion, tmp_path):
     assert model.config.n_inner == 32
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(model(tokens[:2]).logits, again(tokens[:2]).logits)
+    intrafusion.save(model, tmp_path / "pruned.safetensors")
+    again = intrafusion.load(tmp_path / "pruned.safetensors", gpt2().eval())
     assert torch.equal(model(tokens[:2]).logits, again(tokens[:2]).logits)
 
 

@@ -1,0 +1,109 @@
+"""Find layers that make queries, keys and values of heads at once, in an order that torch-pruning cannot follow.
+
+Nobody says the order. Both are tried: heads, and the channels inside them, change places, and the output must not
+change; where it does in each, the layer stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from intrafusion.groups.heads import HEADS, PACKED, Heads, find_heads, first_number, output_of
+from intrafusion.groups.joined import JOINED, JoinedLinear, join_, part_
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A layer by name, and how it can be parted: queries (channels), heads of keys and of values, their width."""
+
+    name: str
+    queries: int
+    key_heads: int
+    head_dim: int
+
+
+def heads_of_(model: nn.Module, forward: Callable[[nn.Module], list[Tensor]]) -> list[Heads]:
+    """As `find_heads`, once layers that hide them have been parted, in place."""
+    part_packed_(model, forward)
+    return find_heads(model, forward)
+
+
+def part_packed_(model: nn.Module, forward: Callable[[nn.Module], list[Tensor]]) -> None:
+    """Make three layers of every one whose order is found, in place. forward: runs it, and returns its outputs."""
+    left = candidates(model)
+    if not left:
+        return
+    followed = {block.names["queries"] for block in find_heads(model, forward)}
+    left = [packed for packed in left if packed.name not in followed]
+    for kind in JOINED:
+        for packed in left:
+            _part_(model, packed, kind)
+        blocks = find_heads(model, forward)
+        found = {block.names["queries"] for block in blocks if block.heads_move or block.dims_move}
+        left = [packed for packed in left if f"{packed.name}.q_proj" not in found]
+        for packed in left:
+            join_(model.get_submodule(packed.name))  # type: ignore[arg-type]
+
+
+def parted(model: nn.Module) -> dict[str, tuple[Packed, type[JoinedLinear]]]:
+    """What has been parted, and how, by name."""
+    found: dict[str, tuple[Packed, type[JoinedLinear]]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, JoinedLinear):
+            packed = Packed(name, layer.q_proj.out_features, layer.num_key_value_heads, layer.head_dim)
+            found[name] = packed, type(layer)
+    return found
+
+
+def part_alike_(model: nn.Module, known: Mapping[str, tuple[Packed, type[JoinedLinear]]]) -> None:
+    """Part the layers of a network of the same kind as another's were."""
+    for packed, kind in known.values():
+        if not isinstance(model.get_submodule(packed.name), JoinedLinear):
+            _part_(model, packed, kind)
+
+
+def _part_(model: nn.Module, packed: Packed, kind: type[JoinedLinear]) -> None:
+    layer: Any = model.get_submodule(packed.name)
+    part_(layer, packed.queries, packed.key_heads, packed.head_dim, kind)
+
+
+def candidates(model: nn.Module) -> list[Packed]:
+    """The layers whose sizes are those of queries, keys and values together."""
+    found = []
+    for name, module in model.named_modules():
+        for one in PACKED:
+            layer: Any = getattr(module, one, None)
+            if _is_linear(layer) and (packed := _packed(model, name, module, one, layer)) is not None:
+                found.append(packed)
+    return found
+
+
+def _is_linear(layer: Any) -> bool:
+    """Is it a linear layer, or one of a class of its own that computes, and is saved, the same?"""
+    if not isinstance(layer, nn.Linear) or layer._modules or layer._buffers:
+        return False
+    if type(layer)._save_to_state_dict is not nn.Module._save_to_state_dict:
+        return False
+    x = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight)
+    with torch.no_grad():
+        return torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-4, rtol=1e-3)
+
+
+def _packed(model: nn.Module, name: str, module: nn.Module, one: str, layer: nn.Linear) -> Packed | None:
+    heads = first_number([module, getattr(module, "config", None), getattr(model, "config", None)], HEADS)
+    path = f"{name}.{one}" if name else one
+    if not heads:
+        return None
+    for key_heads in (count for count in range(1, heads + 1) if heads % count == 0):
+        if layer.out_features % (heads + 2 * key_heads):
+            continue
+        dim = layer.out_features // (heads + 2 * key_heads)
+        if output_of(model, name, module, heads * dim)[1] is not None:
+            return Packed(path, heads * dim, key_heads, dim)
+    return None

@@ -1,0 +1,199 @@
+"""Queries, keys and values of one layer, in orders that torch-pruning does not follow: found, parted, cut and saved."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import intrafusion
+from intrafusion import IntraFusionPruner
+from intrafusion.groups.heads import find_heads
+from intrafusion.groups.joined import JoinedByHead, JoinedByPart, JoinedLinear, join_, part_
+from intrafusion.groups.packed import part_packed_
+from tests.groups.test_heads import _turned, l1
+
+
+class Own(nn.Linear):
+    """A linear layer of a class of its own, as Falcon has one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Block(nn.Module):
+    """Attention whose queries, keys and values come from one layer."""
+
+    def __init__(self, by_head=True, heads=4, shared=1, dim=4, width=12, rotary=True, slopes=False, layer=nn.Linear):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = heads, heads // shared, dim
+        self.by_head, self.rotary = by_head, rotary
+        self.slopes = nn.Parameter(torch.randn(heads, 1, 1)) if slopes else None
+        self.query_key_value = layer(width, (heads + 2 * heads // shared) * dim)
+        self.dense = nn.Linear(heads * dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made, keys, shared = self.query_key_value(x), self.num_kv_heads, self.num_heads // self.num_kv_heads
+        if self.by_head:
+            made = made.unflatten(-1, (keys, shared + 2, self.head_dim))
+            q, k, v = made[..., :-2, :].flatten(2, 3), made[..., -2, :], made[..., -1, :]
+        else:
+            sizes = [count * self.head_dim for count in (keys * shared, keys, keys)]
+            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in made.split(sizes, dim=-1))
+        q, k, v = (one.transpose(1, 2) for one in (q, k, v))
+        if self.rotary:
+            q, k = _turned(q), _turned(k)
+        k, v = (one.repeat_interleave(shared, dim=1) for one in (k, v))
+        logits = q @ k.mT / 2
+        if self.slopes is not None:
+            logits = logits + self.slopes * torch.arange(logits.shape[-1])
+        return self.dense((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Network(nn.Module):
+    def __init__(self, width=12, blocks=2, **options):
+        super().__init__()
+        self.inputs = nn.Linear(5, width)
+        self.blocks = nn.ModuleList(Block(width=width, **options) for _ in range(blocks))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(blocks))
+        self.up, self.down = nn.Linear(width, 20), nn.Linear(20, width)
+        self.scores = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inputs(x)
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            x = x + block(norm(x))
+        return self.scores((x + self.down(F.gelu(self.up(x)))).mean(dim=1))
+
+
+LAYOUTS = [
+    {"by_head": True},
+    {"by_head": True, "shared": 2},
+    {"by_head": True, "shared": 4},
+    {"by_head": False, "shared": 2},
+    {"by_head": True, "layer": Own},
+]
+
+
+def network(**options) -> Network:
+    torch.manual_seed(0)
+    return Network(**options).eval()
+
+
+def forward(x: Tensor):
+    return lambda model: [model(x)]
+
+
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
+def test_the_order_is_found_and_the_network_and_its_state_stay_what_they_are(options):
+    model, x = network(**options), torch.randn(2, 6, 5)
+    before, state = model(x), {name: value.clone() for name, value in model.state_dict().items()}
+    part_packed_(model, forward(x))
+    layers = [block.query_key_value for block in model.blocks]
+    assert all(isinstance(layer, JoinedLinear) for layer in layers)
+    if options.get("shared") != 4:  # with one key both orders are the same
+        assert all(type(layer) is (JoinedByHead if options["by_head"] else JoinedByPart) for layer in layers)
+    blocks = find_heads(model, forward(x))
+    assert [(b.heads, b.key_heads, b.dim) for b in blocks] == [(4, 4 // options.get("shared", 1), 4)] * 2
+    assert all(block.heads_move and not block.dims_move for block in blocks)
+    assert torch.allclose(model(x), before, atol=1e-6)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    other = network(**options)
+    other.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+    model.load_state_dict(other.state_dict())
+    assert torch.allclose(model(x), other(x), atol=1e-5)
+    for layer, original in zip(layers, other.blocks, strict=True):
+        join_(layer)
+        assert type(layer) is type(original.query_key_value)
+        assert torch.equal(layer(x @ model.inputs.weight.T), original.query_key_value(x @ model.inputs.weight.T))
+
+
+def test_what_torch_pruning_follows_by_itself_and_what_no_order_explains_stay_as_they_are():
+    plain, x = network(by_head=False), torch.randn(2, 6, 5)
+    part_packed_(plain, forward(x))
+    assert type(plain.blocks[0].query_key_value) is nn.Linear
+    slopes = network(rotary=True, slopes=True)  # neither heads nor the channels inside them can change places
+    part_packed_(slopes, forward(x))
+    assert type(slopes.blocks[0].query_key_value) is nn.Linear
+
+
+def test_channels_inside_heads_in_an_order_by_head_are_not_taken_for_those_of_an_order_by_part():
+    """Where every head is in the same order both look alike; torch-pruning then takes channels of different heads."""
+    model, x = network(rotary=False, slopes=True), torch.randn(2, 6, 5)
+    part_packed_(model, forward(x))
+    assert type(model.blocks[0].query_key_value) is JoinedByHead
+    assert [(block.heads_move, block.dims_move) for block in find_heads(model, forward(x))] == [(False, True)] * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*could only be cut")
+@pytest.mark.parametrize("fusion", ["discard", "barycentre", "data-free", "calibrated"])
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
+def test_heads_go_saved_and_loaded(options, fusion, tmp_path):
+    model, x = network(**options), torch.randn(64, 6, 5)
+    pruner = IntraFusionPruner(
+        model, x[:2], l1(), widths={"heads": 0.5}, fusion=fusion, calibration=[x] if fusion == "calibrated" else None
+    )
+    pruner.step()
+    keys = 4 // options.get("shared", 1)
+    left = keys if keys < 4 else 2
+    for block in model.blocks:
+        assert block.query_key_value.out_features == (2 + 2 * left) * 4
+        assert (block.num_heads, block.num_kv_heads, block.dense.in_features) == (2, left, 8)
+    intrafusion.save(model, tmp_path / "pruned.safetensors")
+    again = intrafusion.load(tmp_path / "pruned.safetensors", network(**options))
+    assert torch.equal(again(x), model(x))
+
+
+def _with_twin_heads(model: Network) -> Network:
+    """Every second query head (with its key and value, if it has its own) is the one before it."""
+    for block in model.blocks:
+        shared, dim = block.num_heads // block.num_kv_heads, block.head_dim
+        with torch.no_grad():
+            for value in (block.query_key_value.weight, block.query_key_value.bias):
+                if not block.by_head:
+                    queries = value[: block.num_heads * dim].unflatten(0, (-1, 2, dim))
+                    queries[:, 1] = queries[:, 0]
+                elif shared > 1:
+                    queries = value.unflatten(0, (block.num_kv_heads, shared + 2, dim))[:, :shared]
+                    queries[:, 1::2] = queries[:, 0::2]
+                else:
+                    heads = value.unflatten(0, (-1, 2, 3 * dim))
+                    heads[:, 1] = heads[:, 0]
+    return model
+
+
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
+def test_twin_heads_leave_without_a_trace(options):
+    model, x = _with_twin_heads(network(**options)), torch.randn(64, 6, 5)
+    before = model(x)
+
+    def second_ones(group):
+        return (torch.arange(len(group[0].idxs)) // 4 % 2 == 0).float() + 1
+
+    pruner = IntraFusionPruner(model, x[:2], second_ones, widths={"heads": 0.5}, fusion="calibrated", calibration=[x])
+    pruner.step()
+    assert model.blocks[0].dense.in_features == 8
+    assert (model(x) - before).norm() < 2e-3 * before.norm()
+
+
+def test_a_history_is_cut_again_in_a_copy_that_was_never_parted():
+    model, x = network(shared=2), torch.randn(2, 6, 5)
+    fresh = copy.deepcopy(model)
+    pruner = IntraFusionPruner(model, x, l1(), widths={"heads": 0.5, "feed_forward": 0.5}, fusion="discard")
+    pruner.step()
+    graph = pruner.tracing.trace(fresh, (x,))
+    assert isinstance(fresh.blocks[0].query_key_value, JoinedLinear)
+    assert graph.model is fresh
+
+
+def test_numbers_of_heads_that_do_not_fit_are_an_error():
+    layer = nn.Linear(3, 24)
+    part_(layer, 8, 2, 4, JoinedByHead)
+    layer.num_key_value_heads = 4  # pyright: ignore
+    with pytest.raises(RuntimeError, match="num_key_value_heads=4, head_dim=4"):
+        layer(torch.randn(2, 3))
+    layer.num_key_value_heads = 2  # pyright: ignore
+    with pytest.raises(RuntimeError, match="20 rows, of 24"):
+        layer.load_state_dict({"weight": torch.zeros(20, 3), "bias": torch.zeros(20)})
