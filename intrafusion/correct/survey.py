@@ -71,6 +71,7 @@ def watch(
             tape.called = partial(called, tape)
             with tape:
                 run(network, batch)
+            tape.forget()
 
 
 class Survey:

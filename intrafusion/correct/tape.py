@@ -304,6 +304,12 @@ class Tape(TorchFunctionMode):
         gone = weakref.ref(value, lambda _, key=key: self._origins.pop(key, None))
         self._origins[key] = _Origin(gone, before, call)
 
+    def forget(self) -> None:
+        """Let go of every tensor: what watches their ends refers to the tape, in circles that nothing else breaks."""
+        self.called = None
+        for known in (self._open, self._origins, self._makers):
+            known.clear()
+
     def trace_back(self, value: Tensor) -> tuple[Tensor, tuple[Call, ...]]:
         """The first tensor that `value` was made from by channelwise calls alone, and those calls in order."""
         chain: list[Call] = []
