@@ -14,7 +14,6 @@ import argparse
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from intrafusion import FLAPImportance, Fusion, ReconstructionImportance, WandaI
 from intrafusion.lab.data.dataset import Dataset
 from intrafusion.lab.data.sources import digits
 from intrafusion.lab.weights import load_weights_
+from intrafusion.models import named_model
 
 RATIOS = (0.3, 0.5)
 FUSIONS = ("discard", "calibrated")
@@ -47,12 +47,7 @@ VIT = "ViT"
 
 def vit(root: Path) -> tuple[nn.Module, Dataset, list[str]]:
     """The network in eval mode, its images, and the first layers of its feed-forward groups."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    model = VisionTransformer(
-        img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, mlp_ratio=2, num_classes=10,
-        norm_layer=partial(nn.LayerNorm, eps=1e-5),
-    )  # fmt: skip
+    model = named_model("cifar_vit")
     load_weights_(model, root / "checkpoints" / "vit_cifar10.safetensors")
     data = images(root, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), train_images=2000, progress=False)
     return model.eval(), data, [f"blocks.{number}.mlp.fc1" for number in range(4)]

@@ -184,6 +184,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     **{f"cifar_resnet{depth}": _resnet(depth) for depth in (20, 32, 44, 56, 110)},
     "cifar_resnet18": lambda num_classes: CifarResNet18(num_classes),
     "cifar_vgg11_bn": lambda num_classes: CifarVGG(num_classes=num_classes),
+    "cifar_vit": lambda num_classes: _vit(num_classes),
     "digits_cnn": lambda num_classes: DigitsCNN(num_classes),
 }
 
@@ -216,11 +217,24 @@ def _from_torchvision(name: str, num_classes: int) -> nn.Module:
     return models.get_model(name, weights=None, num_classes=num_classes)
 
 
-def _from_timm(name: str, num_classes: int) -> nn.Module:
+def _vit(num_classes: int) -> nn.Module:
+    """timm's ViT for 32x32 images: patches of 4x4 pixels, 4 blocks, 128 channels, 4 heads, 256 hidden units."""
+    transformer: Any = _timm("cifar_vit", "timm.models.vision_transformer")
+    return transformer.VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, mlp_ratio=2, num_classes=num_classes,
+        norm_layer=nn.LayerNorm,
+    )  # fmt: skip
+
+
+def _timm(name: str, module: str = "timm") -> Any:
     try:
-        timm: Any = importlib.import_module("timm")
+        return importlib.import_module(module)
     except ImportError:
-        raise UnknownModelError(f"'timm:{name}' needs the package timm: pip install 'intrafusion[timm]'") from None
+        raise UnknownModelError(f"'{name}' needs the package timm: pip install 'intrafusion[timm]'") from None
+
+
+def _from_timm(name: str, num_classes: int) -> nn.Module:
+    timm = _timm(f"timm:{name}")
     if not timm.is_model(name):
         raise UnknownModelError(f"timm has no network '{name}'{_suggest(name, timm.list_models())}")
     return timm.create_model(name, pretrained=False, num_classes=num_classes)

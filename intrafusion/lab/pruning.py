@@ -123,6 +123,8 @@ def prune(
         model = copy_of(dense).eval()
         replay = _pruner(model, example, settings, Fusion.preset("discard"))
         replay.load_pruning_history(history)
+        for size in pruner.report.attributes:  # numbers of heads and the like; history has channels only
+            setattr(model.get_submodule(size.module), size.name, size.after)
         groups = tuple(replace(group, merged="selection", cost=None, reason="") for group in groups)
     model.zero_grad(set_to_none=True)
     _check_output(model, dense, example)
@@ -247,6 +249,7 @@ def _pruner(
         iterative_steps=settings.iterative_steps,
         ignored_layers=list(ignored),
         round_to=settings.round_to,
+        widths=None if settings.widths is None else dict.fromkeys(settings.widths, ratio),
         fusion=fusion,
         calibration=calibration,
     )

@@ -202,3 +202,24 @@ def test_every_group_of_the_cifar_resnet18_is_fused(preset: str) -> None:
     output = pruned.model(torch.randn(2, 3, 8, 8))
     assert output.shape == (2, 10)
     assert bool(torch.isfinite(output).all())
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")
+@pytest.mark.parametrize("fusion", ["discard", "data-free", "calibrated"])
+def test_kinds_of_width_of_a_transformer(fusion: str) -> None:
+    vision = pytest.importorskip("timm.models.vision_transformer", reason="pip install 'intrafusion[timm]'")
+    torch.manual_seed(0)
+    dense = vision.VisionTransformer(
+        img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=2, num_heads=4, mlp_ratio=2, num_classes=10
+    ).eval()
+    settings = PruneSection(ratios=(0.5,), widths=("feed_forward", "head_dim", "stream"), images=60)
+    data = digits()
+    fused = prune(dense, EXAMPLE, settings, Fusion.preset(fusion), 0.5, data=data)
+    twin = prune(dense, EXAMPLE, settings, Fusion.preset(fusion), 0.5, data=data, discard=True)
+    assert fused.kept == twin.kept
+    for model in (fused.model, twin.model):
+        block = model.get_submodule("blocks.1")
+        assert (block.attn.qkv.out_features, block.attn.qkv.in_features, block.mlp.fc1.out_features) == (24, 8, 16)
+        assert (block.attn.num_heads, block.attn.head_dim) == (4, 2)
+        assert model(EXAMPLE).shape == (1, 10)
+    assert (digest(fused.model) == digest(twin.model)) == (fusion == "discard")

@@ -19,6 +19,8 @@ ImportanceName = Literal[
     "reconstruction_data_free", "flap", "wanda",
 ]  # fmt: skip
 
+Width = Literal["feed_forward", "heads", "head_dim", "stream", "channels"]
+"""As `intrafusion.prune.widths.KINDS`."""
 Images = Literal["digits", "cifar10", "cifar100", "imagenet", "image_folder", "image_halves", "fake"]
 _ONLY_FOR = {
     "size": ("imagenet", "image_folder", "image_halves", "fake"),
@@ -285,6 +287,12 @@ class PruneSection:
     overrides: Mapping[str, float] | None = option(
         None, "layer-name patterns with a ratio of their own; with global, outside the ranking", ge=0, lt=1
     )
+    widths: tuple[Width, ...] | None = option(
+        None,
+        "kinds of width that are cut, each by the ratio: of transformers, hidden units, whole heads, channels inside "
+        "heads, the residual stream; null for every group of torch-pruning's",
+        min_length=1,
+    )
     importance: ImportanceName = option("l1", "torch-pruning importance")
     ignored: tuple[str, ...] = option((), "layer names that are left alone; * stands for anything")
     groups: Literal["all", "each"] = option("all", "all groups at once, or each group alone")
@@ -312,3 +320,14 @@ class PruneSection:
             yield "overrides", "in conflict with groups: each, where every group has the ratios"
         if self.isomorphic and not self.global_pruning:
             yield "isomorphic", "needs global: true"
+        if self.widths is not None:
+            yield from _check_widths(self, self.widths)
+
+
+def _check_widths(section: PruneSection, widths: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    if len(set(widths)) < len(widths):
+        yield "widths", "the same kind is given twice"
+    if section.groups == "each":
+        yield "widths", "in conflict with groups: each"
+    if (section.iterative_steps or 1) > 1:
+        yield "widths", "in conflict with iterative_steps: heads are cut in one step here"
