@@ -63,6 +63,10 @@ _OPT = {
     "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96, "vocab_size": 120,
     "max_position_embeddings": 64, "word_embed_proj_dim": 48, "use_cache": False,
 }  # fmt: skip
+_FALCON = {
+    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 96, "vocab_size": 120,
+    "num_kv_heads": 2, "new_decoder_architecture": True, "use_cache": False,
+}  # fmt: skip
 _CONVNEXT = {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1], "num_labels": 10}
 _RESNET = {
     "embedding_size": 16, "hidden_sizes": [32, 48, 64, 96], "depths": [1, 1, 1, 1], "layer_type": "bottleneck",
@@ -83,6 +87,12 @@ TEXTS = (
     Text("llama-grouped", "LlamaForCausalLM", "LlamaConfig", {**_DECODER, "num_key_value_heads": 2}),
     Text("mistral", "MistralForCausalLM", "MistralConfig", {**_DECODER, "num_key_value_heads": 2}),
     Text("qwen2", "Qwen2ForCausalLM", "Qwen2Config", {**_DECODER, "num_key_value_heads": 2}),
+    Text("phi3", "Phi3ForCausalLM", "Phi3Config", {**_DECODER, "num_key_value_heads": 2}),
+    Text("glm", "GlmForCausalLM", "GlmConfig", {**_DECODER, "num_key_value_heads": 2, "head_dim": 12}),
+    Text("gpt-neox", "GPTNeoXForCausalLM", "GPTNeoXConfig", {**_SMALL, "use_cache": False}),
+    Text("falcon", "FalconForCausalLM", "FalconConfig", _FALCON),
+    Text("bloom", "BloomForCausalLM", "BloomConfig",
+         {"vocab_size": 120, "hidden_size": 48, "n_layer": 2, "n_head": 4, "use_cache": False}),
     Text("vit", "ViTForImageClassification", "ViTConfig", _PIXELS, image=True),
     Text("deit", "DeiTForImageClassification", "DeiTConfig", _PIXELS, image=True),
     Text("convnext", "ConvNextForImageClassification", "ConvNextConfig", _CONVNEXT, image=True),
