@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from intrafusion.correct.refit import RowMap, can_refit, outputs
-from intrafusion.correct.sensitivity import sensitivities
+from intrafusion.correct.sensitivity import sensitivities, with_openings
 from intrafusion.correct.survey import Run, Survey, visits
 from intrafusion.correct.tracking import track_statistics_
-from intrafusion.correct.walk import Sight, Walk
+from intrafusion.correct.walk import ByBatch, Sight, Walk
 from intrafusion.groups.apply import shift_carrier
+from intrafusion.groups.kinds.filters import filters_of
 from intrafusion.groups.layout import mix_
 from intrafusion.groups.table import GroupTable, Slot, batchnorm_of, module_name
 from intrafusion.ot import Pair
@@ -56,7 +57,8 @@ class LayerView:
 class Correction:
     """graph: of the network that is pruned. run: calls a network on one batch. batches: the inputs. tables: of the
     groups that are going to be cut. repair_: puts one layer right. tracked: inputs whose statistics the batch-norms get
-    that no layer is refitted with (all, if none are given). after_cut: whether that is done when the layer's own group
+    that no layer is refitted with (all, if none are given). openings: how sequences begin, inputs of one token that
+    refits look at beside them and nothing else does. after_cut: whether that is done when the layer's own group
     has been cut, or before. sensitivity: whether it is told how much places count. unbiased: layers that must not
     get a bias. survey: whether samples are going to be asked for; sources: whether to choose rows on them. memory: how
     many bytes of activations may be held at a time; what is beyond lies in files.
@@ -73,6 +75,7 @@ class Correction:
         repair_: Callable[[LayerView], None] | None,
         *,
         tracked: Sequence = (),
+        openings: Sequence = (),
         unbiased: Collection[str] = (),
         after_cut: bool = False,
         sensitivity: bool = False,
@@ -99,6 +102,7 @@ class Correction:
         if sensitivity:
             once = {name: shape for name, shape in shapes.items() if self._calls[name] == 1}
             self._sensitivity = sensitivities(self.dense, run, batches, self.layers, once, progress=progress)
+        self._openings = openings if self._sensitivity else ()
         self._rows: dict[str, RowMap] = {}
         self._walk: Walk | None = None
         self._touched = False
@@ -132,7 +136,9 @@ class Correction:
         """What up to four readers of a group see, of the pruned network where the walk stands at what they read."""
         walk = self._walk
         if walk is not None and walk.name in self._survey.makers(table):
-            return self._survey.samples(table, walk.name or "", walk.outputs())
+            outputs = walk.outputs()
+            known = len(outputs) - self._calls[walk.name or ""] * len(self._openings)  # which the survey has not seen
+            return self._survey.samples(table, walk.name or "", ByBatch(known, outputs.__getitem__))
         return self._survey.samples(table)
 
     def cut(self, table: GroupTable, pair: Pair, inside: Mapping[str, Tensor] | None = None) -> None:
@@ -177,7 +183,8 @@ class Correction:
         return [name for name in norms if name not in fitted]
 
     def _new_walk(self) -> Walk:
-        return Walk((self.dense, self.model), self.run, self.batches, self.layers, self._calls, self._memory)
+        batches = [*self.batches, *self._openings]
+        return Walk((self.dense, self.model), self.run, batches, self.layers, self._calls, self._memory)
 
     def _end_walk(self) -> None:
         walk, self._walk = self._walk, None
@@ -206,7 +213,6 @@ class Correction:
         sights = walk.sights(present=self._after_cut)
         if len(rows.weights) != outputs(layer) or not sights:
             return  # cut in a way that the table does not tell
-        found = self._sensitivity.get(name)
         view = LayerView(
             name,
             layer,
@@ -216,10 +222,23 @@ class Correction:
             rows,
             sights,  # type: ignore[arg-type]
             may_have_bias=name not in self._unbiased,
-            sensitivity=found if found is not None and len(found) == len(sights) else None,
+            sensitivity=self._weights(name, dense, sights),
         )
         self._repair_(view)
         walk.changed(rejoin=self._calls[name] > 1)
+
+    def _weights(self, name: str, dense: Any, sights: Sequence[tuple[Sight, ...]]) -> Sequence[Tensor] | None:
+        found, more = self._sensitivity.get(name), len(self._openings)
+        if not more:
+            return found if found is not None and len(found) == len(sights) else None
+        if self._calls[name] != 1 or len(sights) != len(self.batches) + more:
+            return None
+        axis = filters_of(dense).channel_axis
+        every = [torch.ones(before.output.movedim(axis, -1).shape[:-1]) for before, _ in sights]
+        if any(one.dim() < 2 for one in every):
+            return None
+        known = every[:-more] if found is None else found
+        return with_openings(known, every[-more:])
 
     def _note(self, table: GroupTable, pair: Pair, inside: Mapping[str, Tensor]) -> None:
         """Remember what the outputs of the group's layers stand for from now on."""

@@ -75,6 +75,18 @@ def sensitivities(
     return {name: weights for name, weights in weighed.items() if weights is not None}
 
 
+def with_openings(weights: Sequence[Tensor], openings: Sequence[Tensor]) -> list[Tensor]:
+    """Weights [inputs, tokens] of sequences, and of openings [inputs, 1] behind them, which take their share.
+
+    An opening counts as the first token of a sequence does, and all of these together as much as before.
+    """
+    firsts = sum(len(one) for one in weights)
+    share = firsts / (firsts + sum(len(one) for one in openings))
+    mean = sum(float(one[:, 0].double().sum()) for one in weights) / firsts
+    rest = [torch.cat([one[:, :1] * share, one[:, 1:]], dim=1) for one in weights]
+    return rest + [torch.full_like(one, mean * share) for one in openings]
+
+
 def _reads_sequences(layer: nn.Module, shape: Sequence[int]) -> bool:
     kind = kind_of(layer)
     return isinstance(kind, Filters) and kind.channel_axis == -1 and len(shape) > 2

@@ -30,6 +30,8 @@ _ENOUGH = 2**17
 """Beside so many tokens of the user's own a model writes none."""
 _LOGITS = 2**25
 """So many numbers a batch's logits are."""
+_OPENINGS, _TOGETHER = 2**12, 2**9
+"""As many sequences of one token, so many at once."""
 _NEVER = -1
 """The token that ends a text is one like others: another one may begin behind it."""
 
@@ -111,6 +113,34 @@ def sequences(
         parts = tokens.split(each * pieces)
         bar = tqdm(parts, desc="synthetic text", delay=2, leave=False, disable=None if progress else True)
         return [_with(example, ids, _drawn(shown, part, vocabulary, generator)) for part in bar]
+
+
+def openings(model: nn.Module, example: Any, run: Run, batches: Sequence, *, generator: torch.Generator) -> list[Any]:
+    """The tokens of some sequences, each as the first of one: inputs like the example, one token long.
+
+    Many models make something else of a first token than of all others (SmolLM2: 250 times as large), and all others
+    rest their attention on it; of a hundred sequences there are only a hundred. None for what is no language model
+    (`why_not`), or takes no such inputs, and where most sequences begin with the same token, which then is enough.
+    """
+    found = [token_ids(batch) for batch in batches]
+    ids = token_ids(example)
+    if ids is None or not found or any(tokens is None for tokens in found):
+        return []
+    firsts = torch.cat([tokens[:, 0] for tokens in found if tokens is not None])
+    if 2 * len(firsts.unique()) <= len(firsts):
+        return []
+    every = torch.cat([tokens.flatten() for tokens in found if tokens is not None]).unique()
+    with torch.no_grad(), evaluating(model):
+        vocabulary = _vocabulary(model, example, ids, run)
+        try:
+            alone = _logits(run(model, _with(example, ids, ids[:, :1])), ids[:, :1], vocabulary)
+        except Exception:  # it takes one length only
+            return []
+        before = _logits(run(model, example), ids, vocabulary)
+    if alone is None or before is None or (alone - before[:, :1]).abs().max() > 1e-3 * before.abs().max():
+        return []
+    order = torch.randperm(len(every), generator=generator)[:_OPENINGS].to(every.device)
+    return [_with(example, ids, some[:, None]) for some in every[order].split(_TOGETHER)]
 
 
 def scores_of(model: nn.Module, example: Any, run: Run) -> Callable[[Any], Tensor] | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from intrafusion.correct.sequences import token_ids
+from intrafusion.correct.sequences import openings, token_ids
 from intrafusion.correct.synthetic import NoSyntheticInputs, synthetic_count, synthetic_inputs
 from intrafusion.methods.method import Method
 from intrafusion.prune.fused_group import FusionError
@@ -25,12 +26,14 @@ _WAY_OUT = (
 @dataclass(frozen=True)
 class Inputs:
     """own: batches that the user gave; drawn: synthetic ones; judges: what the result is judged on, held out of the one
-    or the other, and, where the user gave none, the example. Nothing looks at them before a step is over.
+    or the other, and, where the user gave none, the example. Nothing looks at them before a step is over. openings: how
+    sequences begin, for refits alone.
     """
 
     own: list[Any]
     drawn: list[Any]
     judges: list[Judges]
+    openings: list[Any] = field(default_factory=list)
 
     @property
     def batches(self) -> list[Any]:
@@ -66,7 +69,12 @@ def inputs_for(pruner: Host, method: Method) -> Inputs:
                     f"{_WAY_OUT}"
                 ) from error
     own, drawn = ([to_device(batch, device) for batch in batches] for batches in (merged(own), drawn))
-    return _parted(own, drawn, pruner.example_inputs)
+    parted = _parted(own, drawn, pruner.example_inputs)
+    if not (method.sensitivity and drawn and token_ids(example or pruner.example_inputs) is not None):
+        return parted
+    generator = torch.Generator().manual_seed(pruner.fusion.seed)
+    first = openings(pruner.model, drawn[0], pruner.run, parted.batches, generator=generator)
+    return replace(parted, openings=first)
 
 
 def _parted(own: list[Any], drawn: list[Any], example: Any) -> Inputs:

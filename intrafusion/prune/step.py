@@ -128,8 +128,8 @@ class Step:
             repair_ = _repair(method, view) if method.repairs else None
             view.correction = Correction(
                 pruner.DG, pruner.run, inputs.batches, tables, repair_, tracked=inputs.own or inputs.drawn,
-                unbiased=pruner.unbiased, after_cut=method.after_cut, sensitivity=method.sensitivity,
-                survey=method.samples, sources=method.sources, progress=pruner.progress,
+                openings=inputs.openings, unbiased=pruner.unbiased, after_cut=method.after_cut, survey=method.samples,
+                sensitivity=method.sensitivity, sources=method.sources, progress=pruner.progress,
                 memory=None if pruner.memory_limit is None else int(pruner.memory_limit * 2**30),
             )  # fmt: skip
         dense = copy_of(pruner.model) if view.correction is None else view.correction.dense
