@@ -115,21 +115,25 @@ def sequences(
         return [_with(example, ids, _drawn(shown, part, vocabulary, generator)) for part in bar]
 
 
-def openings(model: nn.Module, example: Any, run: Run, batches: Sequence, *, generator: torch.Generator) -> list[Any]:
+def openings(
+    model: nn.Module, example: Any, run: Run, own: Sequence, drawn: Sequence, *, generator: torch.Generator
+) -> list[Any]:
     """The tokens of some sequences, each as the first of one: inputs like the example, one token long.
+
+    own, drawn: the user's batches and those that the model wrote.
 
     Many models make something else of a first token than of all others (SmolLM2: 250 times as large), and all others
     rest their attention on it; of a hundred sequences there are only a hundred. None for what is no language model
-    (`why_not`), or takes no such inputs, and where most sequences begin with the same token, which then is enough.
+    (`why_not`), or takes no such inputs, and where most of the user's begin with the same token, which then is enough.
     """
-    found = [token_ids(batch) for batch in batches]
+    found = [tokens for batch in (*own, *drawn) if (tokens := token_ids(batch)) is not None]
     ids = token_ids(example)
-    if ids is None or not found or any(tokens is None for tokens in found):
+    if ids is None or len(found) < max(1, len(own) + len(drawn)):
         return []
-    firsts = torch.cat([tokens[:, 0] for tokens in found if tokens is not None])
-    if 2 * len(firsts.unique()) <= len(firsts):
+    firsts = torch.cat([tokens[:, 0] for tokens in found[: len(own) or None]])
+    if 2 * int(firsts.unique(return_counts=True)[1].max()) > len(firsts) > 1:
         return []
-    every = torch.cat([tokens.flatten() for tokens in found if tokens is not None]).unique()
+    every = torch.cat([tokens.flatten() for tokens in found]).unique()
     with torch.no_grad(), evaluating(model):
         vocabulary = _vocabulary(model, example, ids, run)
         try:

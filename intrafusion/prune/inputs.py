@@ -70,10 +70,11 @@ def inputs_for(pruner: Host, method: Method) -> Inputs:
                 ) from error
     own, drawn = ([to_device(batch, device) for batch in batches] for batches in (merged(own), drawn))
     parted = _parted(own, drawn, pruner.example_inputs)
-    if not (method.sensitivity and drawn and token_ids(example or pruner.example_inputs) is not None):
+    if not (method.sensitivity and parted.batches):
         return parted
     generator = torch.Generator().manual_seed(pruner.fusion.seed)
-    first = openings(pruner.model, drawn[0], pruner.run, parted.batches, generator=generator)
+    given = parted.own, parted.drawn
+    first = openings(pruner.model, parted.batches[0], pruner.run, *given, generator=generator)
     return replace(parted, openings=first)
 
 
