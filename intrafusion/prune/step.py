@@ -59,7 +59,7 @@ class Step:
     Attributes:
         cuts: what was done to each group so far, in order.
         lineage: what became of every parameter, in this step and those before.
-        inputs: the batches that the step ran on, if the pruner's `keep_inputs` is set; otherwise (), so that they are
+        inputs, openings: what the step ran on, if the pruner's `keep_inputs` is set; otherwise (), so that they are
             free when the step is over. The same holds for the copy of the dense network and all activations.
     """
 
@@ -72,6 +72,7 @@ class Step:
         self.cuts: tuple[GroupCut, ...] = ()
         self.lineage: Lineage = pruner.lineage
         self.inputs: Sequence = ()
+        self.openings: Sequence = ()
         self._held: Callable[[], Begun | None] = lambda: None
         self._inconsistent: frozenset[str] = frozenset()
         self._at_once = False
@@ -119,7 +120,8 @@ class Step:
             tables = [self._pruner.table(group) for group in groups] if untied else tables
         self._inconsistent = pruner.inconsistent_groups()
         inputs = pruner.inputs or inputs_for(pruner, method)
-        self.inputs = inputs.batches if pruner.keep_inputs else ()
+        if pruner.keep_inputs:
+            self.inputs, self.openings = inputs.batches, inputs.openings
         view = Begun(
             pruner.DG, pruner.run, pruner.example_inputs, inputs.own, inputs.drawn,
             importance=pruner.score_of, seed=self.settings.seed, progress=pruner.progress,

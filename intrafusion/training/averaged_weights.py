@@ -57,8 +57,8 @@ def prune_twin_(pruner: FusionMixin, twin: nn.Module, buffers: Mapping[str, Tens
             view = View(graph, pruner.run, pruner.example_inputs, step.inputs, seed=pruner.fusion.seed)
             correction = Correction(
                 graph, pruner.run, step.inputs, (), lambda layer: method.repair_(layer, view),
-                sensitivity=method.sensitivity, unbiased=pruner.unbiased, after_cut=method.after_cut,
-                survey=False, progress=False,
+                openings=step.openings, sensitivity=method.sensitivity, unbiased=pruner.unbiased,
+                after_cut=method.after_cut, survey=False, progress=False,
             )  # fmt: skip
         replay_(graph, step.cuts, correction)
         configs.follow(twin, attention.numbers(pruner))

@@ -116,7 +116,7 @@ class FusionSchedule:
             finally:
                 self.pruner.keep_inputs = False
                 if self.pruner.last_step is not None:
-                    self.pruner.last_step.inputs = ()
+                    self.pruner.last_step.inputs = self.pruner.last_step.openings = ()
 
         with self._all_or_nothing():
             together(prune, result=lambda: [(cut.root, cut.removed) for cut in self.pruner.last_step.cuts])
