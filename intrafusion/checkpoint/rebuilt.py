@@ -12,14 +12,14 @@ from intrafusion.checkpoint.manifest import Manifest
 from intrafusion.groups.conv1d import TransposedLinear, as_linear_
 from intrafusion.groups.joined import JOINED, part_
 from intrafusion.groups.packed import candidates
-from intrafusion.groups.snapshot import copy_state, restore_state
+from intrafusion.groups.snapshot import rebuilding
 
 
 def rebuild_(model: nn.Module, manifest: Manifest) -> Callable[[], None]:
     """Turn layers into what they are in the file, where they can be that; what it returns takes that back."""
     entries = ((module, manifest.modules.get(name)) for name, module in walk(model))
     wanted = {module: entry.type for module, entry in entries if entry and entry.type != type(module).__name__}
-    before: list[tuple[Any, type, dict]] = [(module, type(module), copy_state(vars(module))) for module in wanted]
+    backs = [rebuilding(module) for module in wanted]
     for module, kind in wanted.items():
         if kind == TransposedLinear.__name__:
             as_linear_(module)
@@ -31,8 +31,7 @@ def rebuild_(model: nn.Module, manifest: Manifest) -> Callable[[], None]:
                 part_(layer, packed.queries, packed.key_heads, packed.head_dim, kind)
 
     def undo() -> None:
-        for module, kind, state in before:
-            module.__class__ = kind
-            restore_state(vars(module), state)
+        for back in backs:
+            back()
 
     return undo

@@ -2,7 +2,7 @@
 
 In a network that is pruned such a layer becomes three linear layers in place, whose outputs are joined as they were:
 heads that share keys (Phi-3), or that lie beside their own keys and values (GPT-NeoX, Falcon). Its state dict stays as
-it was, so that what is saved is loaded into the original classes.
+it was, so that what is saved is loaded into the original class, if that takes the widths.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ PARTS = ("q_proj", "k_proj", "v_proj")
 class JoinedLinear(nn.Module):
     """Three linear layers that are saved, and loaded, as one, weight [queries + keys + values, inputs].
 
-    The class says in which order; original: what it was. num_key_value_heads, head_dim: of the keys, as they are now.
+    The class says in which order. Parameters are new ones, and those of a state dict are copies: make optimizers and
+    averages of weights afterwards, and averages of parameters (timm's ModelEma writes into a state dict).
+    num_key_value_heads, head_dim: of the keys, as they are now.
     """
 
     q_proj: nn.Linear
@@ -27,7 +29,6 @@ class JoinedLinear(nn.Module):
     v_proj: nn.Linear
     num_key_value_heads: int
     head_dim: int
-    original: type[nn.Linear]
 
     @property
     def parts(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
@@ -131,7 +132,6 @@ def part_(layer: nn.Linear, queries: int, key_heads: int, head_dim: int, kind: t
         del layer.__dict__[name]
     layer._parameters.clear()
     joined: Any = layer
-    joined.original = type(layer)
     joined.__class__ = kind
     joined.num_key_value_heads, joined.head_dim = key_heads, head_dim
     keys = key_heads * head_dim
@@ -140,19 +140,3 @@ def part_(layer: nn.Linear, queries: int, key_heads: int, head_dim: int, kind: t
     for name, value in tensors.items():
         for part, own in zip(joined.parts, joined._parted(value.detach()), strict=True):
             part._parameters[name] = nn.Parameter(own.clone(), value.requires_grad)
-
-
-def join_(layer: JoinedLinear) -> None:
-    """Turn the three back into one linear layer, in place."""
-    parts, weight, bias = layer.parts, layer.weight.detach(), layer.bias
-    for name in PARTS:
-        del layer._modules[name]
-    one: Any = layer
-    one.__class__ = layer.original
-    for name in ("num_key_value_heads", "head_dim", "original"):
-        del one.__dict__[name]
-    one.in_features, one.out_features = weight.shape[1], weight.shape[0]
-    one._parameters["weight"] = nn.Parameter(weight, parts[0].weight.requires_grad)
-    one._parameters["bias"] = None
-    if bias is not None:
-        one._parameters["bias"] = nn.Parameter(bias.detach(), parts[0].bias.requires_grad)

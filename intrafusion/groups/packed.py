@@ -6,16 +6,21 @@ change; where it does in each, the layer stays what it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from intrafusion.groups.config_reads import ConfigReads
 from intrafusion.groups.heads import HEADS, PACKED, Heads, find_heads, first_number, output_of
-from intrafusion.groups.joined import JOINED, JoinedLinear, join_, part_
+from intrafusion.groups.joined import JOINED, JoinedLinear, part_
+from intrafusion.groups.snapshot import rebuilding
+from intrafusion.running import evaluating
 
 
 @dataclass(frozen=True)
@@ -27,28 +32,63 @@ class Packed:
     key_heads: int
     head_dim: int
 
-
-def heads_of_(model: nn.Module, forward: Callable[[nn.Module], list[Tensor]]) -> list[Heads]:
-    """As `find_heads`, once layers that hide them have been parted, in place."""
-    part_packed_(model, forward)
-    return find_heads(model, forward)
+    def of(self, model: nn.Module) -> int:
+        """The layer's identity."""
+        return id(model.get_submodule(self.name))
 
 
-def part_packed_(model: nn.Module, forward: Callable[[nn.Module], list[Tensor]]) -> None:
-    """Make three layers of every one whose order is found, in place. forward: runs it, and returns its outputs."""
-    left = candidates(model)
-    if not left:
-        return
-    followed = {block.names["queries"] for block in find_heads(model, forward)}
+@contextmanager
+def known_heads(
+    model: nn.Module, forward: Callable[[nn.Module], list[Tensor]], ignored: Iterable[Any] = ()
+) -> Iterator[list[Heads]]:
+    """As `find_heads`, once layers that hide them have been parted, in place; put back if what follows fails.
+
+    ignored: modules and parameters whose layers stay what they are. Heads whose number is read from a config that all
+    layers share do not move: one block cannot lose some alone.
+    """
+    alone = {id(inner) for one in ignored if isinstance(one, nn.Module) for inner in one.modules()}
+    backs: list[Callable[[], None]] = []
+    try:
+        part_packed_(model, forward, [packed for packed in candidates(model) if packed.of(model) not in alone], backs)
+        blocks = find_heads(model, forward)
+        with ConfigReads(model, blocks) as reads, torch.no_grad(), evaluating(model):
+            if blocks:
+                reads.note(forward)
+        yield [replace(block, heads_move=block.heads_move and block not in reads.found) for block in blocks]
+    except BaseException:
+        for back in backs:
+            back()
+        raise
+
+
+def part_packed_(
+    model: nn.Module,
+    forward: Callable[[nn.Module], list[Tensor]],
+    left: Sequence[Packed],
+    backs: list[Callable[[], None]] | None = None,
+) -> None:
+    """Make three layers of every one whose order is found, in place. forward: runs it, and returns its outputs.
+
+    left: those to be tried. backs: gets what puts the layers back that have become three.
+    """
+    followed = {block.names["queries"] for block in find_heads(model, forward)} if left else set()
     left = [packed for packed in left if packed.name not in followed]
     for kind in JOINED:
-        for packed in left:
-            _part_(model, packed, kind)
-        blocks = find_heads(model, forward)
-        found = {block.names["queries"] for block in blocks if block.heads_move or block.dims_move}
+        trial = {packed.name: rebuilding(model.get_submodule(packed.name)) for packed in left}
+        try:
+            for packed in left:
+                _part_(model, packed, kind)
+            blocks = find_heads(model, forward) if left else []
+            found = {block.names["queries"] for block in blocks if block.heads_move or block.dims_move}
+        except BaseException:
+            for back in trial.values():
+                back()
+            raise
         left = [packed for packed in left if f"{packed.name}.q_proj" not in found]
         for packed in left:
-            join_(model.get_submodule(packed.name))  # type: ignore[arg-type]
+            trial.pop(packed.name)()
+        if backs is not None:
+            backs.extend(trial.values())
 
 
 def parted(model: nn.Module) -> dict[str, tuple[Packed, type[JoinedLinear]]]:
@@ -76,9 +116,13 @@ def _part_(model: nn.Module, packed: Packed, kind: type[JoinedLinear]) -> None:
 def candidates(model: nn.Module) -> list[Packed]:
     """The layers whose sizes are those of queries, keys and values together."""
     found = []
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name, module in model.named_modules():
         for one in PACKED:
-            layer: Any = getattr(module, one, None)
+            layer: Any = module._modules.get(one)
+            if layer is None or holders[id(layer)] > 1 or any(owners[id(p)] > 1 for p in layer.parameters()):
+                continue  # tied: a part of it cannot go alone
             if _is_linear(layer) and (packed := _packed(model, name, module, one, layer)) is not None:
                 found.append(packed)
     return found
@@ -86,13 +130,20 @@ def candidates(model: nn.Module) -> list[Packed]:
 
 def _is_linear(layer: Any) -> bool:
     """Is it a linear layer, or one of a class of its own that computes, and is saved, the same?"""
-    if not isinstance(layer, nn.Linear) or layer._modules or layer._buffers:
+    if not isinstance(layer, nn.Linear) or layer._modules or layer._buffers or layer._forward_pre_hooks:
+        return False
+    if layer._parameters.keys() - {"weight", "bias"} or layer._parameters.get("weight") is None:
         return False
     if type(layer)._save_to_state_dict is not nn.Module._save_to_state_dict:
         return False
+    if type(layer).forward is nn.Linear.forward or layer.weight.is_meta:
+        return True
     x = torch.randn(2, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight)
-    with torch.no_grad():
-        return torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-4, rtol=1e-3)
+    try:
+        with torch.no_grad():
+            return torch.allclose(layer.forward(x), F.linear(x, layer.weight, layer.bias), atol=1e-4, rtol=1e-3)
+    except Exception:  # whatever a layer of somebody's own needs besides
+        return False
 
 
 def _packed(model: nn.Module, name: str, module: nn.Module, one: str, layer: nn.Linear) -> Packed | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -58,6 +58,17 @@ def restore_state(state: dict[str, Any], saved: dict[str, Any]) -> None:
         elif isinstance(value, list):
             value[:] = content
         state[key] = value
+
+
+def rebuilding(module: nn.Module) -> Callable[[], None]:
+    """To be called before a module may become one of another class; what it returns puts it back."""
+    kind, state = type(module), copy_state(vars(module))
+
+    def back() -> None:
+        module.__class__ = kind
+        restore_state(vars(module), state)
+
+    return back
 
 
 def frozen_parameters(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch_pruning.dependency.group import Group
 
 from intrafusion.groups.heads import heads_by_layer, opaque
-from intrafusion.groups.packed import heads_of_
+from intrafusion.groups.packed import known_heads
 from intrafusion.groups.permutation_check import inconsistent_groups
 from intrafusion.groups.snapshot import Snapshot
 from intrafusion.groups.table import GroupTable, module_name, tabulate
@@ -103,11 +103,11 @@ class FusionMixin:
         self.allocation = checks.allocation(allocation, self.fusion, bound.arguments)
         preparation.prepare_(bound.arguments)
         self._feed(bound.arguments)
-        self.heads = heads_of_(model := bound.arguments["model"], partial(self.run, inputs=self.example_inputs))
-        bound.arguments["num_heads"].update(heads_by_layer(self.heads, bound.arguments["num_heads"]))
-        modes = [(module, module.training) for module in model.modules()]
+        given, model = bound.arguments, bound.arguments["model"]
+        run, modes = partial(self.run, inputs=self.example_inputs), [(m, m.training) for m in model.modules()]
         try:
-            with opaque(self.heads):
+            with known_heads(model, run, given["ignored_layers"]) as self.heads, opaque(self.heads):
+                given["num_heads"].update(heads_by_layer(self.heads, given["num_heads"]))
                 super().__init__(*bound.args, **bound.kwargs)
         except (ArithmeticError, LookupError, AttributeError, TypeError) as error:
             if reason := refusals.explained(error, model):

@@ -52,8 +52,22 @@ def _together(pruner: Any, group: Group, score: Tensor) -> Tensor:
     if partners is None:
         return score
     sums = torch.zeros(n, dtype=torch.float64).index_add(0, partners, score.cpu().double())
-    means = sums / torch.bincount(partners, minlength=n).clamp(min=1)
-    return means[partners].to(score)
+    counts = torch.bincount(partners, minlength=n)
+    means = (sums / counts.clamp(min=1)).to(score.dtype if score.dtype == torch.float64 else torch.float32)
+    return _apart(means, counts > 0)[partners].to(score.device)
+
+
+def _apart(values: Tensor, counted: Tensor) -> Tensor:
+    """The same, with numbers that are equal told apart: torch-pruning would take a half of each of several units."""
+    order = torch.argsort(values, stable=True)
+    order = order[counted[order]]
+    up, tiny = values.new_tensor(float("inf")), torch.finfo(values.dtype).tiny
+    found, last = values.clone(), None
+    for number in order.tolist() if len(values[order].unique()) < len(order) else ():
+        if last is not None and found[number] <= last:
+            found[number] = torch.maximum(torch.nextafter(last, up), last + tiny)
+        last = found[number]
+    return found
 
 
 def _longest_last(group: Group) -> Group:

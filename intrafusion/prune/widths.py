@@ -132,7 +132,7 @@ def _set_heads(pruner: Any, widths: Mapping[str, float]) -> None:
     if widths.get("heads") and fixed:
         raise ValueError(
             f"widths['heads']: the heads of {fixed[0]!r} are told apart by something else (a table of positions for "
-            "each head, slopes): cut what is inside of them with head_dim instead"
+            "each head, slopes), or their number is read from the config of all layers: cut other widths, as head_dim"
         )
     pruner.prune_num_heads = bool(widths.get("heads"))
     pruner.prune_head_dims = bool(widths.get("head_dim"))

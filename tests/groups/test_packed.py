@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import intrafusion
 from intrafusion import IntraFusionPruner
 from intrafusion.groups.heads import find_heads
-from intrafusion.groups.joined import JoinedByHead, JoinedByPart, JoinedLinear, join_, part_
-from intrafusion.groups.packed import part_packed_
+from intrafusion.groups.joined import JoinedByHead, JoinedByPart, JoinedLinear, part_
+from intrafusion.groups.packed import candidates
+from intrafusion.groups.packed import part_packed_ as part_these_
 from tests.groups.test_heads import _turned, l1
 
 
@@ -85,6 +87,10 @@ def forward(x: Tensor):
     return lambda model: [model(x)]
 
 
+def part_packed_(model: nn.Module, run) -> None:
+    part_these_(model, run, candidates(model))
+
+
 @pytest.mark.parametrize("options", LAYOUTS, ids=str)
 def test_the_order_is_found_and_the_network_and_its_state_stay_what_they_are(options):
     model, x = network(**options), torch.randn(2, 6, 5)
@@ -104,10 +110,6 @@ def test_the_order_is_found_and_the_network_and_its_state_stay_what_they_are(opt
     other.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
     model.load_state_dict(other.state_dict())
     assert torch.allclose(model(x), other(x), atol=1e-5)
-    for layer, original in zip(layers, other.blocks, strict=True):
-        join_(layer)
-        assert type(layer) is type(original.query_key_value)
-        assert torch.equal(layer(x @ model.inputs.weight.T), original.query_key_value(x @ model.inputs.weight.T))
 
 
 def test_what_torch_pruning_follows_by_itself_and_what_no_order_explains_stay_as_they_are():
@@ -186,6 +188,73 @@ def test_a_history_is_cut_again_in_a_copy_that_was_never_parted():
     graph = pruner.tracing.trace(fresh, (x,))
     assert isinstance(fresh.blocks[0].query_key_value, JoinedLinear)
     assert graph.model is fresh
+
+
+def _parameters(model):
+    return {name: id(parameter) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters")
+def test_what_is_not_parted_keeps_its_parameters_and_their_gradients():
+    for model, ignored in ((network(rotary=True, slopes=True), []), (network(), ["blocks"])):
+        model(torch.randn(2, 6, 5)).sum().backward()
+        before, grads = _parameters(model), {name: p.grad for name, p in model.named_parameters()}
+        layers = [model.get_submodule(name) for name in ignored]
+        widths = {"feed_forward": 0.5}
+        IntraFusionPruner(model, torch.randn(2, 6, 5), l1(), widths=widths, fusion="discard", ignored_layers=layers)
+        assert _parameters(model) == before
+        assert all(p.grad is grads[name] for name, p in model.named_parameters())
+
+
+def test_a_pruner_that_is_not_made_leaves_the_layers(monkeypatch):
+    model = network()
+    before = _parameters(model)
+    monkeypatch.setattr(tp.DependencyGraph, "build_dependency", lambda *_, **__: 1 / 0)
+    with pytest.raises((ZeroDivisionError, ValueError)):
+        IntraFusionPruner(model, torch.randn(2, 6, 5), l1(), widths={"heads": 0.5}, fusion="discard")
+    assert _parameters(model) == before
+    assert type(model.blocks[0].query_key_value) is nn.Linear
+
+
+def test_tied_layers_stay_whole():
+    one, two = network(), network()
+    one.blocks[1].query_key_value = one.blocks[0].query_key_value
+    two.blocks[1].query_key_value.weight = two.blocks[0].query_key_value.weight
+    for model in (one, two):
+        before = _parameters(model)
+        assert candidates(model) == []
+        part_packed_(model, forward(torch.randn(2, 6, 5)))
+        assert _parameters(model) == before
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return super().forward(x) * scale
+
+
+def test_layers_are_looked_at_without_their_hooks_and_whatever_they_take():
+    model, seen = network(layer=Own), []
+    model.blocks[0].query_key_value.register_forward_hook(lambda *args: seen.append(args[1][0].shape))
+    assert [packed.name for packed in candidates(model)] == [f"blocks.{n}.query_key_value" for n in (0, 1)]
+    assert seen == []
+    assert candidates(network(layer=Scaled)) == []
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(model.blocks[0].query_key_value)
+    assert [packed.name for packed in candidates(model)] == ["blocks.1.query_key_value"]
+
+
+def test_a_file_is_loaded_into_a_network_without_memory(tmp_path):
+    model, x = network(layer=Own), torch.randn(2, 6, 5)
+    IntraFusionPruner(model, x, l1(), widths={"heads": 0.5}, fusion="discard").step()
+    intrafusion.save(model, tmp_path / "pruned.safetensors")
+    with torch.device("meta"):
+        empty = Network(layer=Own).eval()
+    assert torch.equal(intrafusion.load(tmp_path / "pruned.safetensors", empty)(x), model(x))
+    wrong = network(width=8, layer=Own)
+    before = _parameters(wrong)
+    with pytest.raises(intrafusion.CheckpointError, match="does not fit"):
+        intrafusion.load(tmp_path / "pruned.safetensors", wrong)
+    assert _parameters(wrong) == before
 
 
 def test_numbers_of_heads_that_do_not_fit_are_an_error():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import intrafusion
-from intrafusion import FusionError, IntraFusionPruner
+from intrafusion import IntraFusionPruner
 from tests.groups.test_heads import l1
 
 transformers = pytest.importorskip("transformers", reason="pip install 'intrafusion[transformers]'")
@@ -41,7 +41,7 @@ def neox(**options):
 
 def phi3(**options):
     return transformers.Phi3ForCausalLM(
-        transformers.Phi3Config(**SIZES, intermediate_size=24, num_key_value_heads=2, pad_token_id=0, **options)
+        transformers.Phi3Config(**{**SIZES, "num_key_value_heads": 2, **options}, intermediate_size=24, pad_token_id=0)
     )
 
 
@@ -101,15 +101,16 @@ def test_models_that_make_queries_keys_and_values_in_one_layer(make, widths, uni
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.filterwarnings("ignore:Unwrapped parameters")
-def test_heads_whose_number_is_read_from_the_config_of_all_layers_are_refused():
+@pytest.mark.parametrize("fusion", ["discard", "calibrated"])
+@pytest.mark.parametrize("keys", [2, 4])
+def test_heads_whose_number_is_read_from_the_config_of_all_layers_are_refused(keys, fusion):
     torch.manual_seed(0)
-    model, tokens = phi3().eval(), torch.randint(32, (48, 12))
-    before = model(tokens).logits
-    widths = {"heads": 0.5}
-    pruner = IntraFusionPruner(model, tokens[:1], l1(), widths=widths, fusion="calibrated", calibration=[tokens])
-    with pytest.raises(FusionError, match=r"does not run with its new widths.*Phi3Attention\.forward"):
-        pruner.step()
+    model, tokens = phi3(num_key_value_heads=keys).eval(), torch.randint(32, (48, 12))
+    before, config = model(tokens).logits, model.config
+    given = {"fusion": fusion, "calibration": [tokens] if fusion == "calibrated" else None}
+    with pytest.raises(ValueError, match="their number is read from the config of all layers"):
+        IntraFusionPruner(model, tokens[:1], l1(), widths={"heads": 0.5}, **given)
+    assert all(layer.self_attn.config is config for layer in model.model.layers)
     assert torch.allclose(model(tokens).logits, before, atol=1e-6)
 
 

@@ -94,6 +94,19 @@ def test_the_weakest_units_go_whatever_their_halves_are_alone(make, options, sha
     assert torch.equal(model.reader.weight, before[:, kept])
 
 
+@pytest.mark.parametrize("score", [lambda n: torch.zeros(n), lambda n: torch.ones(n, dtype=torch.float64) * 3])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_units_of_equal_score_go_one_by_one(score, ratio):
+    """Torch-Pruning would take a half of each of several, and with it all of them."""
+    model = Gated(2)
+    pruner = IntraFusionPruner(
+        model, torch.randn(2, 5), lambda group: score(len(group[0].idxs)), pruning_ratio=ratio,
+        ignored_layers=[model.last, model.first], fusion="discard",
+    )  # fmt: skip
+    pruner.step()
+    assert model.reader.in_features == 12 - int(12 * ratio)
+
+
 def test_where_nothing_is_tied_there_are_no_labels():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     pruner = IntraFusionPruner(model, torch.randn(2, 4), l1(), pruning_ratio=0.5, fusion="discard")
