@@ -6,13 +6,17 @@ tensor bit for bit as torch-pruning would cut it. Gradients are not written here
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch_pruning as tp
+from torch_pruning import ops
+from torch_pruning.dependency.group import Group
 
 from intrafusion.groups.draft import Draft, Mix
 from intrafusion.groups.kinds.base import Slot
 from intrafusion.groups.kinds.filters import filters_of
+from intrafusion.groups.snapshot import frozen_parameters
 from intrafusion.groups.table import GroupTable
 from intrafusion.ot import Pair
 
@@ -59,6 +63,22 @@ def write_(
             change.mixed(table, pair)
     if rewrite is not None:
         rewrite.after_(graph, table)
+
+
+def cut_(graph: tp.DependencyGraph, group: Group, table: GroupTable, *, record_history: bool = False) -> None:
+    """Torch-Pruning cuts; what it leaves wrong is put right.
+
+    It makes a cut parameter trainable, and forgets where the parts of what is split begin now (it notes that on
+    another object), so that a next cut of it would miss.
+    """
+    frozen = frozen_parameters(table.modules())
+    Group.prune(group, record_history=record_history)
+    for module, name in frozen:
+        module.get_parameter(name).requires_grad_(False)
+    for node in graph.module2node.values():
+        sizes = getattr(node.module, "split_sizes", None)
+        if node.type == ops.OPTYPE.SPLIT and sizes and None not in sizes:
+            node.module.offsets = [0, *accumulate(sizes)]
 
 
 def shift_carrier(table: GroupTable) -> Slot | None:

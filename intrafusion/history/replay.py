@@ -15,8 +15,7 @@ import torch_pruning as tp
 from torch_pruning.dependency.group import Group
 
 from intrafusion.correct.correction import Correction
-from intrafusion.groups.apply import Rewrite, write_
-from intrafusion.groups.snapshot import frozen_parameters
+from intrafusion.groups.apply import Rewrite, cut_, write_
 from intrafusion.groups.table import GroupTable, module_name, tabulate
 from intrafusion.ot import Pair, selection_pair
 
@@ -63,10 +62,7 @@ def replay_(graph: tp.DependencyGraph, cuts: Sequence[GroupCut], correction: Cor
         if correction is not None:
             correction.come_to(table)
         write_(graph, table, cut.pair, cut.rewrite)
-        frozen = frozen_parameters(table.modules())
-        graph.get_pruning_group(root, handler, list(cut.removed)).prune(record_history=False)
-        for module, name in frozen:  # torch-pruning makes a cut parameter trainable
-            module.get_parameter(name).requires_grad_(False)
+        cut_(graph, graph.get_pruning_group(root, handler, list(cut.removed)), table)
         for name, attribute, value in cut.sizes:
             held = getattr(graph.model.get_submodule(name), attribute)
             setattr(graph.model.get_submodule(name), attribute, type(held)(value))

@@ -23,9 +23,9 @@ from torch_pruning.dependency.group import Group
 
 from intrafusion.correct.circuits import HeadMoments, Reduction
 from intrafusion.correct.correction import Correction, LayerView
-from intrafusion.groups.apply import Rewrite, write_
+from intrafusion.groups.apply import Rewrite, cut_, write_
 from intrafusion.groups.heads import Heads
-from intrafusion.groups.snapshot import Snapshot, frozen_parameters
+from intrafusion.groups.snapshot import Snapshot
 from intrafusion.groups.streams import untie_
 from intrafusion.groups.table import GroupTable
 from intrafusion.history.lineage import Change, Lineage
@@ -151,7 +151,7 @@ class Step:
         correction = self.view.correction if self.view is not None else None
         alone = correction is None and self._pruner.after_cut is None
         modules = table.modules() if alone else list(self._pruner.model.modules())
-        snapshot, frozen = Snapshot(self._pruner.DG, modules), frozen_parameters(table.modules())
+        snapshot = Snapshot(self._pruner.DG, modules)
         try:
             if not 0 <= removed[0] <= removed[-1] < table.n:
                 raise ValueError(f"channels {removed[0]}..{removed[-1]} are to be removed of {table.n}")
@@ -165,10 +165,8 @@ class Step:
                     self.view.twin.note(self._pruner.DG, group)
                 cut = self._sizes.cutting(group)
                 with change.cutting(group):
-                    Group.prune(group, record_history=record_history)
+                    cut_(self._pruner.DG, group, table, record_history=record_history)
                 cut()
-                for module, name in frozen:  # torch-pruning makes a cut parameter trainable
-                    module.get_parameter(name).requires_grad_(False)
                 if self._pruner.after_cut is not None:
                     self._pruner.after_cut(self._pruner.model, group)
                 if correction is not None:

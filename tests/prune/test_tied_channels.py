@@ -107,6 +107,25 @@ def test_units_of_equal_score_go_one_by_one(score, ratio):
     assert model.reader.in_features == 12 - int(12 * ratio)
 
 
+@pytest.mark.parametrize(("make", "options", "shape"), CASES)
+@pytest.mark.parametrize("fusion", ["discard", "calibrated"])
+def test_a_gated_layer_is_cut_again(make, options, shape, fusion):
+    """Torch-Pruning forgets where the halves begin after a cut."""
+    torch.manual_seed(0)
+    model, x = make(**options), torch.randn(64, *shape)
+    pruner = IntraFusionPruner(
+        model, x[:2], l1(), pruning_ratio=0.5, iterative_steps=3, ignored_layers=[model.last, model.first],
+        fusion=fusion, calibration=[x] if fusion == "calibrated" else None,
+    )  # fmt: skip
+    for left in (10, 8, 6):
+        pruner.step()
+        assert model.reader.weight.shape[1] == left
+        assert model.gated.weight.shape[0] == options.get("parts", 2) * left
+        labels = ties(table_of(pruner, model))
+        assert labels is not None
+        assert torch.equal(labels.reshape(-1, left), labels[:left].expand(options.get("parts", 2), left))
+
+
 def test_where_nothing_is_tied_there_are_no_labels():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     pruner = IntraFusionPruner(model, torch.randn(2, 4), l1(), pruning_ratio=0.5, fusion="discard")
