@@ -127,9 +127,11 @@ def openings(
     (`why_not`), or takes no such inputs, and where most of the user's begin with the same token, which then is enough.
     """
     found = [tokens for batch in (*own, *drawn) if (tokens := token_ids(batch)) is not None]
-    ids = token_ids(example)
-    if ids is None or len(found) < max(1, len(own) + len(drawn)):
+    if token_ids(example) is None or len(found) < max(1, len(own) + len(drawn)):
         return []
+    example = map_tensors(example, lambda value: value[:1])
+    ids = token_ids(example)
+    assert ids is not None
     firsts = torch.cat([tokens[:, 0] for tokens in found[: len(own) or None]])
     if 2 * int(firsts.unique(return_counts=True)[1].max()) > len(firsts) > 1:
         return []
