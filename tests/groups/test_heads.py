@@ -49,10 +49,10 @@ def _turned(x: Tensor) -> Tensor:
 
 
 class Network(nn.Module):
-    def __init__(self, width=12, blocks=2, **options):
+    def __init__(self, width=12, blocks=2, block=Block, **options):
         super().__init__()
         self.inputs = nn.Linear(5, width)
-        self.blocks = nn.ModuleList(Block(width=width, **options) for _ in range(blocks))
+        self.blocks = nn.ModuleList(block(width=width, **options) for _ in range(blocks))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(blocks))
         self.up, self.down = nn.Linear(width, 20), nn.Linear(20, width)
         self.scores = nn.Linear(width, 3)

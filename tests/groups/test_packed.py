@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import intrafusion
 from intrafusion import IntraFusionPruner
@@ -14,7 +13,7 @@ from intrafusion.groups.heads import find_heads
 from intrafusion.groups.joined import JoinedByHead, JoinedByPart, JoinedLinear, part_
 from intrafusion.groups.packed import candidates
 from intrafusion.groups.packed import part_packed_ as part_these_
-from tests.groups.test_heads import _turned, l1
+from tests.groups.test_heads import Network, _turned, l1
 
 
 class Own(nn.Linear):
@@ -53,22 +52,6 @@ class Block(nn.Module):
         return self.dense((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
-class Network(nn.Module):
-    def __init__(self, width=12, blocks=2, **options):
-        super().__init__()
-        self.inputs = nn.Linear(5, width)
-        self.blocks = nn.ModuleList(Block(width=width, **options) for _ in range(blocks))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(blocks))
-        self.up, self.down = nn.Linear(width, 20), nn.Linear(20, width)
-        self.scores = nn.Linear(width, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.inputs(x)
-        for norm, block in zip(self.norms, self.blocks, strict=True):
-            x = x + block(norm(x))
-        return self.scores((x + self.down(F.gelu(self.up(x)))).mean(dim=1))
-
-
 LAYOUTS = [
     {"by_head": True},
     {"by_head": True, "shared": 2},
@@ -80,7 +63,7 @@ LAYOUTS = [
 
 def network(**options) -> Network:
     torch.manual_seed(0)
-    return Network(**options).eval()
+    return Network(block=Block, **options).eval()
 
 
 def forward(x: Tensor):
@@ -248,7 +231,7 @@ def test_a_file_is_loaded_into_a_network_without_memory(tmp_path):
     IntraFusionPruner(model, x, l1(), widths={"heads": 0.5}, fusion="discard").step()
     intrafusion.save(model, tmp_path / "pruned.safetensors")
     with torch.device("meta"):
-        empty = Network(layer=Own).eval()
+        empty = network(layer=Own)
     assert torch.equal(intrafusion.load(tmp_path / "pruned.safetensors", empty)(x), model(x))
     wrong = network(width=8, layer=Own)
     before = _parameters(wrong)
