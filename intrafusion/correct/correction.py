@@ -234,7 +234,7 @@ class Correction:
         if self._calls[name] != 1 or len(sights) != len(self.batches) + more:
             return None
         axis = filters_of(dense).channel_axis
-        every = [torch.ones(before.output.movedim(axis, -1).shape[:-1]) for before, _ in sights]
+        every = [torch.ones_like(before.output.movedim(axis, -1)[..., 0], dtype=torch.float32) for before, _ in sights]
         if any(one.dim() < 2 for one in every):
             return None
         known = every[:-more] if found is None else found

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_pruning import ops
 from torch_pruning.dependency.group import Group
 
 from intrafusion.groups.batchnorm import folded
@@ -40,13 +41,13 @@ def score_of(pruner: Any, group: Group) -> Tensor | str:
 
 
 def _together(pruner: Any, group: Group, score: Tensor) -> Tensor:
-    """Channels that can only go together, as the two halves of a gated layer, get their mean score.
+    """Channels of what is split that can only go together, as the two halves of a gated layer, get their mean score.
 
     Torch-Pruning chooses the least n r of n channels and then takes along what is tied to them: of a layer whose halves
     are multiplied, anything from r to all.
     """
     n = len(score)
-    if all(len(item.idxs) >= n for item in group):
+    if not any(item.dep.target.type == ops.OPTYPE.SPLIT for item in group):
         return score
     partners = ties(pruner.table(group))
     if partners is None:

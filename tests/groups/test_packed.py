@@ -113,7 +113,7 @@ def test_channels_inside_heads_in_an_order_by_head_are_not_taken_for_those_of_an
 
 
 @pytest.mark.filterwarnings("ignore:.*could only be cut")
-@pytest.mark.parametrize("fusion", ["discard", "barycentre", "data-free", "calibrated"])
+@pytest.mark.parametrize("fusion", ["discard", "barycentre", "calibrated"])
 @pytest.mark.parametrize("options", LAYOUTS, ids=str)
 def test_heads_go_saved_and_loaded(options, fusion, tmp_path):
     model, x = network(**options), torch.randn(64, 6, 5)
