@@ -32,10 +32,6 @@ class Packed:
     key_heads: int
     head_dim: int
 
-    def of(self, model: nn.Module) -> int:
-        """The layer's identity."""
-        return id(model.get_submodule(self.name))
-
 
 @contextmanager
 def known_heads(
@@ -46,10 +42,10 @@ def known_heads(
     ignored: modules and parameters whose layers stay what they are. Heads whose number is read from a config that all
     layers share do not move: one block cannot lose some alone.
     """
-    alone = {id(inner) for one in ignored if isinstance(one, nn.Module) for inner in one.modules()}
-    backs: list[Callable[[], None]] = []
+    alone = {inner for one in ignored if isinstance(one, nn.Module) for inner in one.modules()}
+    tried = [packed for packed in candidates(model) if model.get_submodule(packed.name) not in alone]
+    backs = part_packed_(model, forward, tried)
     try:
-        part_packed_(model, forward, [packed for packed in candidates(model) if packed.of(model) not in alone], backs)
         blocks = find_heads(model, forward)
         with ConfigReads(model, blocks) as reads, torch.no_grad(), evaluating(model):
             if blocks:
@@ -62,33 +58,31 @@ def known_heads(
 
 
 def part_packed_(
-    model: nn.Module,
-    forward: Callable[[nn.Module], list[Tensor]],
-    left: Sequence[Packed],
-    backs: list[Callable[[], None]] | None = None,
-) -> None:
-    """Make three layers of every one whose order is found, in place. forward: runs it, and returns its outputs.
+    model: nn.Module, forward: Callable[[nn.Module], list[Tensor]], left: Sequence[Packed]
+) -> list[Callable[[], None]]:
+    """Make three layers of every one whose order is found, in place; what puts each of them back.
 
-    left: those to be tried. backs: gets what puts the layers back that have become three.
+    forward: runs the network, and returns its outputs. left: the layers that are tried.
     """
     followed = {block.names["queries"] for block in find_heads(model, forward)} if left else set()
     left = [packed for packed in left if packed.name not in followed]
-    for kind in JOINED:
+    backs: list[Callable[[], None]] = []
+    for kind in JOINED if left else ():
         trial = {packed.name: rebuilding(model.get_submodule(packed.name)) for packed in left}
         try:
             for packed in left:
                 _part_(model, packed, kind)
-            blocks = find_heads(model, forward) if left else []
-            found = {block.names["queries"] for block in blocks if block.heads_move or block.dims_move}
+            blocks = find_heads(model, forward)
         except BaseException:
-            for back in trial.values():
+            for back in (*trial.values(), *backs):
                 back()
             raise
+        found = {block.names["queries"] for block in blocks if block.heads_move or block.dims_move}
         left = [packed for packed in left if f"{packed.name}.q_proj" not in found]
         for packed in left:
             trial.pop(packed.name)()
-        if backs is not None:
-            backs.extend(trial.values())
+        backs += trial.values()
+    return backs
 
 
 def parted(model: nn.Module) -> dict[str, tuple[Packed, type[JoinedLinear]]]:

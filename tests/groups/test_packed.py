@@ -11,8 +11,7 @@ import intrafusion
 from intrafusion import IntraFusionPruner
 from intrafusion.groups.heads import find_heads
 from intrafusion.groups.joined import JoinedByHead, JoinedByPart, JoinedLinear, part_
-from intrafusion.groups.packed import candidates
-from intrafusion.groups.packed import part_packed_ as part_these_
+from intrafusion.groups.packed import candidates, part_packed_
 from tests.groups.test_heads import Network, _turned, l1
 
 
@@ -70,15 +69,15 @@ def forward(x: Tensor):
     return lambda model: [model(x)]
 
 
-def part_packed_(model: nn.Module, run) -> None:
-    part_these_(model, run, candidates(model))
+def part_all_(model: nn.Module, x: Tensor):
+    return part_packed_(model, forward(x), candidates(model))
 
 
 @pytest.mark.parametrize("options", LAYOUTS, ids=str)
 def test_the_order_is_found_and_the_network_and_its_state_stay_what_they_are(options):
     model, x = network(**options), torch.randn(2, 6, 5)
     before, state = model(x), {name: value.clone() for name, value in model.state_dict().items()}
-    part_packed_(model, forward(x))
+    part_all_(model, x)
     layers = [block.query_key_value for block in model.blocks]
     assert all(isinstance(layer, JoinedLinear) for layer in layers)
     if options.get("shared") != 4:  # with one key both orders are the same
@@ -97,17 +96,17 @@ def test_the_order_is_found_and_the_network_and_its_state_stay_what_they_are(opt
 
 def test_what_torch_pruning_follows_by_itself_and_what_no_order_explains_stay_as_they_are():
     plain, x = network(by_head=False), torch.randn(2, 6, 5)
-    part_packed_(plain, forward(x))
+    part_all_(plain, x)
     assert type(plain.blocks[0].query_key_value) is nn.Linear
     slopes = network(rotary=True, slopes=True)  # neither heads nor the channels inside them can change places
-    part_packed_(slopes, forward(x))
+    part_all_(slopes, x)
     assert type(slopes.blocks[0].query_key_value) is nn.Linear
 
 
 def test_channels_inside_heads_in_an_order_by_head_are_not_taken_for_those_of_an_order_by_part():
     """Where every head is in the same order both look alike; torch-pruning then takes channels of different heads."""
     model, x = network(rotary=False, slopes=True), torch.randn(2, 6, 5)
-    part_packed_(model, forward(x))
+    part_all_(model, x)
     assert type(model.blocks[0].query_key_value) is JoinedByHead
     assert [(block.heads_move, block.dims_move) for block in find_heads(model, forward(x))] == [(False, True)] * 2
 
@@ -206,7 +205,7 @@ def test_tied_layers_stay_whole():
     for model in (one, two):
         before = _parameters(model)
         assert candidates(model) == []
-        part_packed_(model, forward(torch.randn(2, 6, 5)))
+        part_all_(model, torch.randn(2, 6, 5))
         assert _parameters(model) == before
 
 

@@ -106,9 +106,7 @@ def test_one_mistake_one_exact_message(old: str, new: str, message: str) -> None
 def test_all_mistakes_at_once() -> None:
     text = GOOD.replace("digits_cnn", "7").replace("0.5", "x").replace("train: {}", "train: {epochs: 0, lrr: 1}")
     found = problems(text, "data.root=/no/such", "prune.sed=1", "fusion.cost=l9", "output=null")
-    assert [line.split(": ")[0] for line in found if line.startswith("r.yaml")] == [
-        "r.yaml:2", "r.yaml:5", "r.yaml:5", "r.yaml:7",
-    ]  # fmt: skip
+    assert [line.split(": ")[0] for line in found if line.startswith("r.yaml")] == [f"r.yaml:{n}" for n in (2, 5, 5, 7)]
     assert [line.split(": ")[:2] for line in found if line.startswith("--set")] == [
         ["--set data.root=/no/such", "data.root"],
         ["--set prune.sed=1", "prune.sed"],
