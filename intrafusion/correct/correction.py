@@ -228,17 +228,22 @@ class Correction:
         walk.changed(rejoin=self._calls[name] > 1)
 
     def _weights(self, name: str, dense: Any, sights: Sequence[tuple[Sight, ...]]) -> Sequence[Tensor] | None:
+        """How much each place counts, of the batches and of the openings behind them; None if all count alike."""
         found, more = self._sensitivity.get(name), len(self._openings)
         if not more:
             return found if found is not None and len(found) == len(sights) else None
         if self._calls[name] != 1 or len(sights) != len(self.batches) + more:
             return None
         axis = filters_of(dense).channel_axis
-        every = [torch.ones_like(before.output.movedim(axis, -1)[..., 0], dtype=torch.float32) for before, _ in sights]
-        if any(one.dim() < 2 for one in every):
+
+        def alike(number: int) -> Tensor:
+            return torch.ones_like(sights[number][0].output.movedim(axis, -1)[..., 0], dtype=torch.float32)
+
+        known = list(map(alike, range(len(self.batches)))) if found is None else found
+        opened = list(map(alike, range(len(self.batches), len(sights))))
+        if any(one.dim() < 2 for one in (*known, *opened)):
             return None
-        known = every[:-more] if found is None else found
-        return with_openings(known, every[-more:])
+        return with_openings(known, opened)
 
     def _note(self, table: GroupTable, pair: Pair, inside: Mapping[str, Tensor]) -> None:
         """Remember what the outputs of the group's layers stand for from now on."""
