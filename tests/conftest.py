@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # For numpy, scikit-learn and the processes that tests start, all of which read it when they start.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
@@ -51,10 +53,21 @@ def cifar10_archive(shared_data: Path) -> Path:
     return shared_data / "cifar10-jpeg.tar.gz"
 
 
+def shorten_timings(patch: pytest.MonkeyPatch) -> None:
+    """Latencies are measured as ever, but on a few passes."""
+    from intrafusion.lab import measure
+
+    def short_timer(given: Callable[[], Any] = measure._timer_class) -> Any:
+        timer = given()
+        return type("ShortTimer", (timer,), {"_estimate_block_size": lambda self, min_run_time: 1})
+
+    patch.setattr(measure, "_LONGEST_TIMING", 0.02)
+    patch.setattr(measure, "_timer_class", short_timer)
+
+
 @pytest.fixture
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latencies are measured as ever, but not for as long."""
-    monkeypatch.setattr("intrafusion.lab.measure._LONGEST_TIMING", 0.02)
+    shorten_timings(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -281,7 +281,7 @@ def _norm(view: State, group: CouplingGroup) -> Tensor:
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     x, y = (x, y) if x.dtype == y.dtype else (x.double(), y.double())
     squares = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)[None, :]
-    return (squares - 2 * x @ y.T).clamp(min=0).double()
+    return squares.addmm_(x, y.T, alpha=-2).clamp_(min=0).double()
 
 
 def _mixed(tensor: Tensor, like: Tensor, parts: Sequence[tuple[Link, Place, Place]]) -> Tensor:

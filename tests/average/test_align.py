@@ -215,13 +215,14 @@ class TestErrors:
             align(model, model, self.x).apply(PICO[1].model())
 
 
-REAL = ("resnet18", "vgg11_bn", "mobilenet_v2", "densenet121", "convnext_tiny", "vit_b_32")
+REAL = ("resnet18", "alexnet", "mobilenet_v2", "densenet121", "convnext_tiny", "vit_b_32")
 
 
 def real_case(name: str) -> Case:
     torchvision = pytest.importorskip("torchvision")
     options = {"image_size": 32} if name.startswith("vit") else {}
-    return Case(name, lambda: torchvision.models.get_model(name, num_classes=10, **options), (3, 32, 32))
+    size = 64 if name == "alexnet" else 32
+    return Case(name, lambda: torchvision.models.get_model(name, num_classes=10, **options), (3, size, size))
 
 
 @pytest.mark.slow

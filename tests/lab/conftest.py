@@ -16,6 +16,7 @@ from intrafusion.lab.bench import Bench
 from intrafusion.lab.recipe.loader import Recipe, read_recipe
 from intrafusion.lab.results import Cell, Result
 from intrafusion.lab.run import run
+from tests.conftest import shorten_timings
 from tests.lab.small import TEXT
 
 
@@ -85,7 +86,7 @@ def recipe(tmp_path: Path) -> Recipe:
 def _run_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("intrafusion.lab.measure._LONGEST_TIMING", 0.02)
+        shorten_timings(patch)
         run(read_recipe(TEXT, "r.yaml", [f"output={folder}"]), progress=False)
     return folder
 
