@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.correct.sensitivity import EFFECTIVE
 from intrafusion.correct.walk import Sight
 from intrafusion.groups.batchnorm import read
 from intrafusion.groups.kinds.base import kind_of
@@ -106,20 +107,22 @@ def refit_(
     reading = narrow and groups == 1 and sum(now.inputs.numel() for _, now in sights) >= _TO_READ * width**2
     affine = may_have_bias or bn is not None or layer.bias is not None
     fits, reads = _Folds(groups, affine=affine), _Folds()
-    per_image = layer.weight[0].numel()
+    per_image, spread = layer.weight[0].numel(), 1 if sensitivity is None else EFFECTIVE
+    given = sum(before.output.numel() for before, _ in sights) // sights[0][0].output.shape[axis]
+    taken = sum(now.inputs.numel() for _, now in sights) // width
     for number, (before, now) in enumerate(sights):
         windows = kind.windows(layer, now.inputs, now.geometry)
         dense_output = before.output.movedim(axis, -1)
         lost = _other(before, now) if compensates else None
         lost = None if lost is None else lost.movedim(axis, -1)
         weights = None if sensitivity is None else sensitivity[number]
-        for fold, at in fits.places(dense_output.shape[:-1], per_image, len(sights), now.inputs.device):
+        for fold, at in fits.places(dense_output.shape[:-1], per_image, given, now.inputs.device, spread):
             target = rows(dense_output[at], -1)
             target = target if lost is None else target + lost[at]
             fits.add(fold, windows[at].flatten(1), target, None if weights is None else weights[at])
         if reading:
             now_inputs, dense_inputs = now.inputs.movedim(axis, -1), before.inputs.movedim(axis, -1)
-            for fold, at in reads.places(now_inputs.shape[:-1], now_inputs.shape[-1], len(sights), now.inputs.device):
+            for fold, at in reads.places(now_inputs.shape[:-1], width, taken, now.inputs.device):
                 reads.add(fold, now_inputs[at], dense_inputs[at])
     priors = [Prior(folded_weight(layer, bn).flatten(1).unflatten(0, (groups, -1)))]
     if groups == 1 and (reading or not narrow):
@@ -183,14 +186,16 @@ class _Folds:
         self._generator = torch.Generator().manual_seed(0)
 
     def places(
-        self, shape: Sequence[int], values: int, batches: int, device: torch.device
+        self, shape: Sequence[int], values: int, total: int, device: torch.device, spread: int = 1
     ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         """(fold, index of some places of an activation), in pieces of a bearable size.
 
-        shape: of the places of one batch, images first. values: how many are read at each. There are at most as many
-        places in all batches together as determine the regression well.
+        shape: of the places of one batch, images first. values: how many are read at each. total: places of all
+        batches. Of each the same share is taken, at most as many together as determine the regression well; `spread`
+        times as many where places count so differently that one in so many may have all the weight.
         """
-        count, wanted = math.prod(shape), max(_FEWEST, _PER_VALUE * values) // batches
+        count = math.prod(shape)
+        wanted = spread * max(_FEWEST, _PER_VALUE * values) * count // total
         chosen = torch.arange(count)
         if count > wanted:
             chosen = torch.randperm(count, generator=self._generator)[:wanted]

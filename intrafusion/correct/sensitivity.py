@@ -24,7 +24,7 @@ from intrafusion.running import evaluating, map_tensors, size_of, tensors_in, tr
 
 _VALUES = 2**26
 """So many values of all layers' outputs, and of their gradients, are held at a time (256 MB each in float32)."""
-_EFFECTIVE = 4
+EFFECTIVE = 4
 """One of so many places counts at least: the effective number of N is (sum of weights)^2 / (sum of their squares)."""
 
 
@@ -107,7 +107,7 @@ def _weights(sizes: Sequence[Tensor]) -> list[Tensor] | None:
     if not mean > 0:
         return None
     spread = float((every / mean).square().mean()) - 1
-    own = min(1.0, math.sqrt((_EFFECTIVE - 1) / max(spread, 1e-12)))
+    own = min(1.0, math.sqrt((EFFECTIVE - 1) / max(spread, 1e-12)))
     return [(own * size.double() / mean + (1 - own)).float() for size in sizes]
 
 
