@@ -83,6 +83,9 @@ def input_batches(batches: Iterable, name: str = "calibration") -> list:
                 f"{name} batch {number} is a {type(batch).__name__} without a tensor: give tensors, or tuples, lists "
                 "or dictionaries of them, as the network takes them"
             )
+        if not any(tensor.numel() for tensor in tensors):
+            shape = list(tensors[0].shape)
+            raise ValueError(f"{name} batch {number} has no inputs, its shape is {shape}: leave it out")
         for tensor in tensors:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} batch {number} holds NaN or infinite values")

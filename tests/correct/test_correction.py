@@ -189,6 +189,12 @@ def test_a_failure_of_the_correction_puts_the_network_back(monkeypatch):
         ("calibrated", [], ValueError, "the calibration iterable is empty"),
         ("paper", [torch.ones(1)], ValueError, "calibration inputs are given, but"),
         ("calibrated", ["image.jpg"], TypeError, "calibration batch 0 is a str"),
+        (
+            "calibrated",
+            [torch.ones(1, 3), torch.ones(0, 3)],
+            ValueError,
+            r"batch 1 has no inputs, its shape is \[0, 3\]",
+        ),
     ],
 )
 def test_calibration_inputs_are_checked(fusion, calibration, error, message):
