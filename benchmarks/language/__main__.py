@@ -31,8 +31,10 @@ KINDS = {
     "heads": ("heads",),
     "head_dim": ("head_dim",),
     "stream": ("stream",),
+    "feed_forward+heads": ("feed_forward", "heads"),
     "all": ("feed_forward", "heads", "stream"),
 }
+_BY_DEFAULT = ("feed_forward", "heads", "head_dim", "stream", "all")
 
 
 @torch.no_grad()
@@ -51,6 +53,15 @@ def seconds(device: str) -> float:
     return time.process_time() if device == "cpu" else time.perf_counter()
 
 
+@torch.no_grad()
+def passed(model: Any, batches: list[Tensor], device: str) -> float:
+    """Seconds of one forward pass over what the methods may see."""
+    began = seconds(device)
+    for batch in batches:
+        model(batch)
+    return seconds(device) - began
+
+
 def row(language: Language, seed: int, name: str, kind: str, ratio: float, arguments: argparse.Namespace) -> dict:
     shown = language.sequences(language.text, "valid", arguments.calibrate, arguments.length)
     batches = list(shown.to(arguments.device).split(arguments.batch))
@@ -61,6 +72,8 @@ def row(language: Language, seed: int, name: str, kind: str, ratio: float, argum
         began = seconds(arguments.device)
         model, report = pruned(model, name, dict.fromkeys(KINDS[kind], ratio), batches)
         found["seconds"] = seconds(arguments.device) - began
+        if arguments.passes:
+            found["pass"] = passed(language.model, batches, arguments.device)
         found["parameters"] = sum(p.numel() for p in model.parameters())
         if arguments.report:
             print(report)
@@ -90,6 +103,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--results", type=Path, default=Path("runs/language.jsonl"))
     parser.add_argument("--table", choices=TEXTS, help="print what is in the results so far, measure nothing")
+    parser.add_argument("--passes", action="store_true", help="tell the time in forward passes too")
     parser.add_argument("--report", action="store_true", help="print what was done to every group")
     arguments = parser.parse_args()
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +118,7 @@ def main() -> None:
             language.model.to(arguments.device)
             cells = [("dense", "-", 0.0)] + [
                 (m, kind, ratio)
-                for kind in arguments.kind or KINDS
+                for kind in arguments.kind or _BY_DEFAULT
                 for ratio in arguments.ratio or (0.1, 0.3, 0.5)
                 for m in arguments.method or METHODS
             ]
@@ -121,7 +135,9 @@ def main() -> None:
                         file.write(json.dumps(done[key]) + "\n")
                 shown = done[key]
                 told = ", ".join(f"{t} {shown[t]:.3f} ({math.exp(min(50, shown[t])):.1f})" for t in TEXTS if t in shown)
-                print(f"{key}: {told or shown.get('error')}  [{shown.get('seconds', 0):.0f} s]", flush=True)
+                cost = f"{shown.get('seconds', 0):.0f} s"
+                cost += f", {shown['seconds'] / shown['pass']:.1f} passes" if "pass" in shown else ""
+                print(f"{key}: {told or shown.get('error')}  [{cost}]", flush=True)
 
 
 if __name__ == "__main__":
