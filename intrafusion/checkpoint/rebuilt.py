@@ -11,7 +11,8 @@ from intrafusion.checkpoint.inventory import walk
 from intrafusion.checkpoint.manifest import Manifest
 from intrafusion.groups.conv1d import TransposedLinear, as_linear_
 from intrafusion.groups.joined import JOINED, part_
-from intrafusion.groups.packed import candidates
+from intrafusion.groups.multihead import PartedAttention, part_attention_
+from intrafusion.groups.packed import candidates, multiheads
 from intrafusion.groups.snapshot import rebuilding
 
 
@@ -29,6 +30,12 @@ def rebuild_(model: nn.Module, manifest: Manifest) -> Callable[[], None]:
             layer: Any = model.get_submodule(packed.name)
             if kind := kinds.get(wanted.get(layer, "")):
                 part_(layer, packed.queries, packed.key_heads, packed.head_dim, kind)
+
+    if PartedAttention.__name__ in wanted.values():
+        for packed in multiheads(model):
+            layer = model.get_submodule(packed.name)
+            if wanted.get(layer) == PartedAttention.__name__:
+                part_attention_(layer)
 
     def undo() -> None:
         for back in backs:

@@ -1,16 +1,17 @@
 """Find layers that make queries, keys and values of heads at once, in an order that torch-pruning cannot follow.
 
 Nobody says the order. Both are tried: heads, and the channels inside them, change places, and the output must not
-change; where it does in each, the layer stays what it was.
+change; where it does in each, the layer stays what it was. So with nn.MultiheadAttention, where heads shall be cut.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,12 @@ from torch.nn import functional as F
 from intrafusion.groups.config_reads import ConfigReads
 from intrafusion.groups.heads import HEADS, PACKED, Heads, find_heads, first_number, output_of
 from intrafusion.groups.joined import JOINED, JoinedLinear, part_
+from intrafusion.groups.multihead import PartedAttention, part_attention_, why_whole
 from intrafusion.groups.snapshot import rebuilding
 from intrafusion.running import evaluating
+
+Kind: TypeAlias = type[JoinedLinear] | type[PartedAttention]
+"""What a layer becomes."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,23 @@ class Packed:
 
 @contextmanager
 def known_heads(
-    model: nn.Module, forward: Callable[[nn.Module], list[Tensor]], ignored: Iterable[Any] = ()
+    model: nn.Module,
+    forward: Callable[[nn.Module], list[Tensor]],
+    ignored: Iterable[Any] = (),
+    multihead: bool = False,
 ) -> Iterator[list[Heads]]:
     """As `find_heads`, once layers that hide them have been parted, in place; put back if what follows fails.
 
-    ignored: modules and parameters whose layers stay what they are. Heads whose number is read from a config that all
-    layers share do not move: one block cannot lose some alone.
+    ignored: modules and parameters whose layers stay what they are. multihead: are nn.MultiheadAttention parted? Heads
+    whose number is read from a config that all layers share do not move: one block cannot lose some alone.
     """
     alone = {inner for one in ignored if isinstance(one, nn.Module) for inner in one.modules()}
-    tried = [packed for packed in candidates(model) if model.get_submodule(packed.name) not in alone]
-    backs = part_packed_(model, forward, tried)
+    backs: list[Callable[[], None]] = []
     try:
+        backs += part_packed_(model, forward, _besides(model, alone, candidates(model)))
+        if multihead:
+            backs += part_packed_(model, forward, _besides(model, alone, multiheads(model)), (PartedAttention,))
+            _tell_whole(model, alone)
         blocks = find_heads(model, forward)
         with ConfigReads(model, blocks) as reads, torch.no_grad(), evaluating(model):
             if blocks:
@@ -57,18 +68,33 @@ def known_heads(
         raise
 
 
-def part_packed_(
-    model: nn.Module, forward: Callable[[nn.Module], list[Tensor]], left: Sequence[Packed]
-) -> list[Callable[[], None]]:
-    """Make three layers of every one whose order is found, in place; what puts each of them back.
+def _besides(model: nn.Module, alone: Container[nn.Module], found: Iterable[Packed]) -> list[Packed]:
+    return [packed for packed in found if model.get_submodule(packed.name) not in alone]
 
-    forward: runs the network, and returns its outputs. left: the layers that are tried.
+
+def _tell_whole(model: nn.Module, alone: Container[nn.Module]) -> None:
+    """Warn of every nn.MultiheadAttention that has not been parted."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.MultiheadAttention) and layer not in alone:
+            why = why_whole(layer) or "is tied to another layer, or its heads are told apart by something else"
+            warnings.warn(f"the heads of {name!r} stay: this nn.MultiheadAttention {why}", stacklevel=6)
+
+
+def part_packed_(
+    model: nn.Module,
+    forward: Callable[[nn.Module], list[Tensor]],
+    left: Sequence[Packed],
+    kinds: Sequence[Kind] = JOINED,
+) -> list[Callable[[], None]]:
+    """Part every layer whose order is found, in place; what puts each of them back.
+
+    forward: runs the network, and returns its outputs. left: the layers that are tried, as each of the kinds.
     """
     followed = {block.names["queries"] for block in find_heads(model, forward)} if left else set()
     left = [packed for packed in left if packed.name not in followed]
     backs: list[Callable[[], None]] = []
-    for kind in JOINED if left else ():
-        trial = {packed.name: rebuilding(model.get_submodule(packed.name)) for packed in left}
+    for kind in kinds if left else ():
+        trial = {packed.name: _rebuilding(model.get_submodule(packed.name)) for packed in left}
         try:
             for packed in left:
                 _part_(model, packed, kind)
@@ -85,38 +111,67 @@ def part_packed_(
     return backs
 
 
-def parted(model: nn.Module) -> dict[str, tuple[Packed, type[JoinedLinear]]]:
+def _rebuilding(layer: nn.Module) -> Callable[[], None]:
+    """As `rebuilding`, with what it consists of."""
+    backs = [rebuilding(module) for module in layer.modules()]
+
+    def back() -> None:
+        for one in backs:
+            one()
+
+    return back
+
+
+def parted(model: nn.Module) -> dict[str, tuple[Packed, Kind]]:
     """What has been parted, and how, by name."""
-    found: dict[str, tuple[Packed, type[JoinedLinear]]] = {}
+    found: dict[str, tuple[Packed, Kind]] = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, JoinedLinear):
-            packed = Packed(name, layer.q_proj.out_features, layer.num_key_value_heads, layer.head_dim)
-            found[name] = packed, type(layer)
+        if isinstance(layer, (JoinedLinear, PartedAttention)):
+            key_heads = layer.num_key_value_heads if isinstance(layer, JoinedLinear) else layer.num_heads
+            found[name] = Packed(name, layer.q_proj.out_features, key_heads, layer.head_dim), type(layer)
     return found
 
 
-def part_alike_(model: nn.Module, known: Mapping[str, tuple[Packed, type[JoinedLinear]]]) -> None:
+def part_alike_(model: nn.Module, known: Mapping[str, tuple[Packed, Kind]]) -> None:
     """Part the layers of a network of the same kind as another's were."""
     for packed, kind in known.values():
-        if not isinstance(model.get_submodule(packed.name), JoinedLinear):
+        if not isinstance(model.get_submodule(packed.name), kind):
             _part_(model, packed, kind)
 
 
-def _part_(model: nn.Module, packed: Packed, kind: type[JoinedLinear]) -> None:
+def _part_(model: nn.Module, packed: Packed, kind: Kind) -> None:
     layer: Any = model.get_submodule(packed.name)
-    part_(layer, packed.queries, packed.key_heads, packed.head_dim, kind)
+    if issubclass(kind, PartedAttention):
+        part_attention_(layer)
+    else:
+        part_(layer, packed.queries, packed.key_heads, packed.head_dim, kind)
+
+
+def multiheads(model: nn.Module) -> list[Packed]:
+    """Every nn.MultiheadAttention that can be parted."""
+    tied = _tied(model)
+    return [
+        Packed(name, layer.embed_dim, layer.num_heads, layer.head_dim)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.MultiheadAttention) and not why_whole(layer) and not tied(layer)
+    ]
+
+
+def _tied(model: nn.Module) -> Callable[[nn.Module], bool]:
+    """Is a layer, or one of its parameters, in two places, so that a part of it cannot go alone?"""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    return lambda layer: holders[id(layer)] > 1 or any(owners[id(p)] > 1 for p in layer.parameters())
 
 
 def candidates(model: nn.Module) -> list[Packed]:
     """The layers whose sizes are those of queries, keys and values together."""
-    found = []
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    found, tied = [], _tied(model)
     for name, module in model.named_modules():
         for one in PACKED:
             layer: Any = module._modules.get(one)
-            if layer is None or holders[id(layer)] > 1 or any(owners[id(p)] > 1 for p in layer.parameters()):
-                continue  # tied: a part of it cannot go alone
+            if layer is None or tied(layer):
+                continue
             if _is_linear(layer) and (packed := _packed(model, name, module, one, layer)) is not None:
                 found.append(packed)
     return found

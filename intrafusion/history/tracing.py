@@ -13,8 +13,7 @@ from torch import nn
 from intrafusion.groups.conv1d import as_linear_
 from intrafusion.groups.head_graph import know_heads
 from intrafusion.groups.heads import blocks_of, opaque
-from intrafusion.groups.joined import JoinedLinear
-from intrafusion.groups.packed import Packed, part_alike_, parted
+from intrafusion.groups.packed import Kind, Packed, part_alike_, parted
 from intrafusion.running import evaluating, trainable
 
 
@@ -26,13 +25,13 @@ class Tracing:
         unwrapped: parameters outside of layers, with the dimension that is cut.
         ignored: parameters that are left alone.
         options: the other arguments of ``build_dependency``.
-        packed: layers that were made three, by name.
+        packed: layers that were parted, by name.
     """
 
     unwrapped: tuple[tuple[str, int], ...]
     ignored: tuple[str, ...]
     options: Mapping[str, Any]
-    packed: Mapping[str, tuple[Packed, type[JoinedLinear]]]
+    packed: Mapping[str, tuple[Packed, Kind]]
 
     @classmethod
     def of(cls, graph: tp.DependencyGraph, arguments: Mapping[str, Any]) -> Tracing:

@@ -31,7 +31,7 @@ from intrafusion.prune.inputs import Inputs
 from intrafusion.prune.report import GroupReport, Report
 from intrafusion.prune.step import Step
 from intrafusion.prune.twin import Comparison
-from intrafusion.prune.widths import checked, pace_heads_, restrict_
+from intrafusion.prune.widths import asks_for_heads, checked, pace_heads_, restrict_
 from intrafusion.running import run_model
 
 
@@ -106,9 +106,22 @@ class FusionMixin:
         given, model = bound.arguments, bound.arguments["model"]
         run, modes = partial(self.run, inputs=self.example_inputs), [(m, m.training) for m in model.modules()]
         try:
-            with known_heads(model, run, given["ignored_layers"]) as self.heads, opaque(self.heads):
-                given["num_heads"].update(heads_by_layer(self.heads, given["num_heads"]))
-                super().__init__(*bound.args, **bound.kwargs)
+            with known_heads(model, run, given["ignored_layers"], asks_for_heads(self.widths, given)) as self.heads:
+                with opaque(self.heads):
+                    given["num_heads"].update(heads_by_layer(self.heads, given["num_heads"]))
+                    super().__init__(*bound.args, **bound.kwargs)
+                attention.tell_(self)
+                self.unbiased = without_bias(self.model)
+                self.report = Report()
+                self.last_step: Step | None = None
+                self.lineage, self.tracing = Lineage(self.DG), Tracing.of(self.DG, given)
+                self._scores: dict[tuple[Any, Callable], Tensor] = {}
+                self._listed: list[Group] = []
+                self._quiet = False
+                attention.leave_(self)
+                if self.widths is not None:
+                    restrict_(self, self.widths)
+                checks.warn_if_nothing_prunable(self)
         except (ArithmeticError, LookupError, AttributeError, TypeError) as error:
             if reason := refusals.explained(error, model):
                 raise ValueError(reason) from error
@@ -116,19 +129,6 @@ class FusionMixin:
         finally:  # tracing switches the network to eval mode
             for module, training in modes:
                 module.training = training
-        attention.tell_(self)
-        self.unbiased = without_bias(self.model)
-        self.report = Report()
-        self.last_step: Step | None = None
-        self.lineage = Lineage(self.DG)
-        self.tracing = Tracing.of(self.DG, bound.arguments)
-        self._scores: dict[tuple[Any, Callable], Tensor] = {}
-        self._listed: list[Group] = []
-        self._quiet = False
-        attention.leave_(self)
-        if self.widths is not None:
-            restrict_(self, self.widths)
-        checks.warn_if_nothing_prunable(self)
 
     @property
     def DG(self) -> tp.DependencyGraph:

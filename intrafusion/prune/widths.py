@@ -39,6 +39,17 @@ def checked(widths: Any) -> dict[str, float] | None:
     return dict(widths)
 
 
+def asks_for_heads(widths: Mapping[str, float] | None, given: Mapping[str, Any]) -> bool:
+    """Shall heads, or channels inside them, be cut as such? given: a pruner's arguments, for where there are no widths.
+
+    Torch-Pruning's `prune_head_dims` says nothing: that is its default, and it cuts an nn.MultiheadAttention with the
+    stream.
+    """
+    if widths is None:
+        return bool(given.get("prune_num_heads"))
+    return any(widths.get(kind) for kind in ("heads", "head_dim"))
+
+
 def output_layers(model: Any) -> list[nn.Module]:
     """The layers that make scores of tokens or classes, where a network of `transformers` or `timm` says which."""
     found = []
