@@ -49,8 +49,12 @@ class PartedAttention(nn.Module):
 
     @property
     def in_proj_bias(self) -> Tensor | None:
-        biases = [part.bias for part in self.parts]
-        return None if any(bias is None for bias in biases) else torch.cat(biases)
+        """None if no part has one, zeros for one that has none."""
+        if all(part.bias is None for part in self.parts):
+            return None
+        return torch.cat(
+            [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in self.parts]
+        )
 
     @property
     def embed_dim(self) -> int:
@@ -125,7 +129,7 @@ class PartedAttention(nn.Module):
                 attn_mask = attn_mask.unflatten(0, (len(q), self.num_heads))
         if padding is None:
             return attn_mask
-        padding = _added(padding, q).reshape(len(q), 1, 1, -1)
+        padding = _added(padding, q).reshape(-1, 1, 1, padding.shape[-1])
         return padding if attn_mask is None else attn_mask + padding
 
     def _nested(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
@@ -165,14 +169,19 @@ class PartedAttention(nn.Module):
                 told[-1].append(f"{prefix}in_proj_{name}: {rows}")
                 continue
             del state_dict[f"{prefix}in_proj_{name}"]
-            parts = zip(PARTS, joined.split(sizes), strict=True)
-            state_dict.update({f"{prefix}{part}.{name}": value for part, value in parts})
+            for part, value in zip(PARTS, joined.split(sizes), strict=True):
+                if getattr(self, part)._parameters[name] is not None or bool(value.any()):  # zeros are no bias
+                    state_dict[f"{prefix}{part}.{name}"] = value
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *told)
 
 
 def _added(mask: Tensor, q: Tensor) -> Tensor:
     """A mask as what is added to logits: True is what is not seen."""
-    return torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf)
+    if not mask.is_floating_point():
+        raise RuntimeError(f"a mask of {mask.dtype}: give one of bool, or of what is added to the logits")
+    return mask
 
 
 def why_whole(layer: nn.MultiheadAttention) -> str:

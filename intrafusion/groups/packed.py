@@ -77,7 +77,7 @@ def _tell_whole(model: nn.Module, alone: Container[nn.Module]) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, nn.MultiheadAttention) and layer not in alone:
             why = why_whole(layer) or "is tied to another layer, or its heads are told apart by something else"
-            warnings.warn(f"the heads of {name!r} stay: this nn.MultiheadAttention {why}", stacklevel=6)
+            warnings.warn(f"the heads of {name!r} stay: this nn.MultiheadAttention {why}", stacklevel=5)
 
 
 def part_packed_(

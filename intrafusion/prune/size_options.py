@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from intrafusion.groups.joined import JoinedLinear
+from intrafusion.groups.multihead import PartedAttention
 
 _PACKED = 3
 """Queries, keys and values that one layer makes."""
@@ -120,8 +121,8 @@ def _becomes(
 
 def _holds(module: nn.Module, layer: nn.Module) -> bool:
     """Is it one of the module's layers, or a part of one?"""
-    inside = (layer is part for child in module.children() if isinstance(child, JoinedLinear) for part in child.parts)
-    return layer in module.children() or any(inside)
+    parted = (child for child in module.children() if isinstance(child, (JoinedLinear, PartedAttention)))
+    return layer in module.children() or any(layer is part for child in parted for part in child.parts)
 
 
 def is_size(name: str, value: Any) -> bool:
