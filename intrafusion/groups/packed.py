@@ -76,7 +76,7 @@ def _tell_whole(model: nn.Module, alone: Container[nn.Module]) -> None:
     """Warn of every nn.MultiheadAttention that has not been parted."""
     for name, layer in model.named_modules():
         if isinstance(layer, nn.MultiheadAttention) and layer not in alone:
-            why = why_whole(layer) or "is tied to another layer, or its heads are told apart by something else"
+            why = why_whole(layer) or "is tied to another layer, or has heads that are told apart by something else"
             warnings.warn(f"the heads of {name!r} stay: this nn.MultiheadAttention {why}", stacklevel=5)
 
 

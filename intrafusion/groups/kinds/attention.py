@@ -18,7 +18,10 @@ from intrafusion.groups.kinds.base import Inner, LayerKind, Place, Reached, Side
 
 
 class Attention(LayerKind):
-    """nn.MultiheadAttention, for aligning networks; torch-pruning cuts it without regard to its heads."""
+    """nn.MultiheadAttention, for aligning networks; torch-pruning cuts it without regard to its heads.
+
+    Where heads are cut as such, it is another layer: see `groups.multihead`.
+    """
 
     modules = (nn.MultiheadAttention,)
     is_map = True
