@@ -274,15 +274,14 @@ def first_number(holders: Sequence[Any], names: Sequence[str]) -> int:
 
 
 def _bearing(model: nn.Module, blocks: Sequence[Heads], bears: Callable[[Sequence[Heads]], bool]) -> set[Heads]:
-    """Those that pass: all at once if they do, otherwise those of each class of module at once."""
+    """Those that pass: all at once if they do, otherwise those of each class of module, in each class, at once."""
     if bears(blocks):
         return set(blocks)
-    classes: dict[type, list[Heads]] = {}
+    classes: dict[tuple[type, ...], list[Heads]] = {}
     for block in blocks:
-        classes.setdefault(type(model.get_submodule(block.name)), []).append(block)
-    if len(classes) < 2:
-        return set()
-    return {block for some in classes.values() if bears(some) for block in some}
+        kinds = (type(model.get_submodule(name)) for name in (block.name, block.name.rpartition(".")[0]))
+        classes.setdefault(tuple(kinds), []).append(block)
+    return {block for some in classes.values() if len(classes) > 1 and bears(some) for block in some}
 
 
 def _unchanged(

@@ -156,6 +156,35 @@ def test_heads_with_masks_of_their_own_stay_and_those_with_copies_of_one_go():
     assert model.attention.num_heads == model.count == 2  # as many copies as heads, or it would not run
 
 
+class Free(Attending):
+    """A class of its own: attention of one class is tried together."""
+
+
+class Twice(nn.Module):
+    """Two that attend, one with a mask for every head."""
+
+    def __init__(self):
+        super().__init__()
+        self.free, self.masked, self.scores = Free(), Attending(masks="own"), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.scores(self.free(x, y) + self.masked(x, y))
+
+
+def test_heads_of_one_go_although_those_of_another_must_stay():
+    model = random_(Twice())
+    pruner = pruner_of(model, EXAMPLE, widths={"heads": 0.5}, ignored=[model.masked.attention])
+    pruner.step()
+    assert model.free.attention.num_heads == 2
+    assert type(model.masked.attention) is nn.MultiheadAttention
+    model = random_(Twice())
+    pruner = pruner_of(model, EXAMPLE, widths={"head_dim": 0.5})
+    assert [(block.name, block.heads_move, block.dims_move) for block in pruner.heads] == [
+        ("free.attention", True, True),
+        ("masked.attention", False, True),
+    ]
+
+
 def test_a_pruner_that_is_not_made_leaves_the_layers(monkeypatch):
     model, x = network()
     before = parameters_of(model)
