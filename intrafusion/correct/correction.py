@@ -25,7 +25,7 @@ from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.kinds.filters import filters_of
 from intrafusion.groups.layout import mix_
 from intrafusion.groups.table import GroupTable, Slot, batchnorm_of, module_name
-from intrafusion.ot import Pair
+from intrafusion.ot import Pair, selection_pair
 from intrafusion.ot.rows import Samples
 from intrafusion.running import copy_of
 
@@ -38,7 +38,8 @@ class LayerView:
     """One layer that may be put right.
 
     layer, norm: of the pruned network; dense, dense_norm: of the dense one; norm is the batch-norm that reads the layer
-    alone, or None. rows: what its outputs stand for. may_have_bias: whether it may get a bias if it has none.
+    alone, or None. rows: what its outputs stand for. kept: which of the dense inputs are still there, None if they have
+    been mixed, or all are. may_have_bias: whether it may get a bias if it has none.
     sights: (dense, pruned), one pair per batch, or per call where there are several in a pass. sensitivity: how
     much each place of each batch counts, [inputs, *places], 1 on average; None if that is not known.
     """
@@ -50,6 +51,7 @@ class LayerView:
     dense_norm: Any
     rows: RowMap
     sights: Sequence[tuple[Sight, Sight]]
+    kept: Tensor | None = None
     may_have_bias: bool = True
     sensitivity: Sequence[Tensor] | None = None
 
@@ -104,6 +106,7 @@ class Correction:
             self._sensitivity = sensitivities(self.dense, run, batches, self.layers, once, progress=progress)
         self._openings = openings if self._sensitivity else ()
         self._rows: dict[str, RowMap] = {}
+        self._kept: dict[str, Tensor | None] = {}
         self._walk: Walk | None = None
         self._touched = False
         hidden = None if progress else True
@@ -221,6 +224,7 @@ class Correction:
             self.dense.get_submodule(norm) if norm else None,
             rows,
             sights,  # type: ignore[arg-type]
+            kept=self._kept.get(name),
             may_have_bias=name not in self._unbiased,
             sensitivity=self._weights(name, dense, sights),
         )
@@ -264,6 +268,11 @@ class Correction:
                 moved[slot.local[:, 0][kept]] = pair.shift.cpu()
             left = _left(slot, kept)
             self._rows[slot.name] = old.then(mapped[left], moved[left])
+        chosen = not inside and bool((pair.rows.cpu() == selection_pair(kept, table.n).rows).all())
+        for slot in table.slots:
+            if slot.reads and slot.name in self.layers:
+                old = self._kept.get(slot.name, torch.arange(slot.size))
+                self._kept[slot.name] = old[_left(slot, kept)] if chosen and old is not None else None
 
 
 def layers_of(graph: tp.DependencyGraph) -> dict[str, str]:

@@ -83,17 +83,20 @@ def refit_(
     sights: Sequence[tuple[Sight, Sight]],
     rows: RowMap,
     *,
+    kept: Tensor | None = None,
     may_have_bias: bool = True,
     sensitivity: Sequence[Tensor] | None = None,
 ) -> bool:
     """Give a layer (and its batch-norm) new weights; False, and nothing changed, if its inputs are the dense ones.
 
     dense, dense_bn: the same layer of the dense network. sights: (dense, pruned), one pair per batch. rows: what the
-    present outputs stand for. may_have_bias: if the layer has none, it gets one, or is fitted without. sensitivity:
-    how much each place of each batch counts, [inputs, *places]; alike, if that is not told.
+    present outputs stand for. kept: [k] which of the dense inputs are still there, if these are all there are.
+    may_have_bias: if the layer has none, it gets one, or is fitted without. sensitivity: how much each place of each
+    batch counts, [inputs, *places]; alike, if that is not told.
 
-    The ridge pulls towards the present weight, which the pair has mixed, or towards the dense one, read from the
-    present channels as well as a regression can: to what predicts held-out images better.
+    The ridge pulls towards the present weight, which the pair has mixed, or towards the dense one, read as well as a
+    regression can from the present channels, or from the same ones in the dense network: to what predicts held-out
+    images best.
 
     Raises ValueError if an activation is not finite.
     """
@@ -106,7 +109,7 @@ def refit_(
     width = sights[0][1].inputs.shape[axis]
     reading = narrow and groups == 1 and sum(now.inputs.numel() for _, now in sights) >= _TO_READ * width**2
     affine = may_have_bias or bn is not None or layer.bias is not None
-    fits, reads = _Folds(groups, affine=affine), _Folds()
+    fits, reads, among = _Folds(groups, affine=affine), _Folds(), _Folds()
     per_image, spread = layer.weight[0].numel(), 1 if sensitivity is None else EFFECTIVE
     given = sum(before.output.numel() for before, _ in sights) // sights[0][0].output.shape[axis]
     taken = sum(now.inputs.numel() for _, now in sights) // width
@@ -124,11 +127,14 @@ def refit_(
             now_inputs, dense_inputs = now.inputs.movedim(axis, -1), before.inputs.movedim(axis, -1)
             for fold, at in reads.places(now_inputs.shape[:-1], width, taken, now.inputs.device):
                 reads.add(fold, now_inputs[at], dense_inputs[at])
+                if kept is not None:
+                    among.add(fold, dense_inputs[at][:, kept], dense_inputs[at])
     priors = [Prior(folded_weight(layer, bn).flatten(1).unflatten(0, (groups, -1)))]
     if groups == 1 and (reading or not narrow):
         weight = kind.folded_weight(dense, dense_bn)
         weight = torch.einsum("lm,m...->l...", rows.weights.to(weight), weight)
-        priors.append(_through(reads.fit(), weight) if narrow else Prior(weight.flatten(1)[None]))
+        readings = [reads] if kept is None else [reads, among]
+        priors += [_through(read.fit(), weight) for read in readings] if narrow else [Prior(weight.flatten(1)[None])]
     _write_(layer, bn, fits.fit(*priors))
     return True
 

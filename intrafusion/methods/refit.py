@@ -80,7 +80,7 @@ class Refit(Method):
         """Refit the layer so that it gives what the dense one gives; where that is not possible, its batch-norm."""
         if can_refit(layer.layer):
             sights, rows = layer.sights, layer.rows
-            how = {"may_have_bias": layer.may_have_bias, "sensitivity": layer.sensitivity}
+            how = {"kept": layer.kept, "may_have_bias": layer.may_have_bias, "sensitivity": layer.sensitivity}
             refit_(layer.layer, layer.norm, layer.dense, layer.dense_norm, sights, rows, **how)
         elif layer.norm is not None:
             match_statistics_(layer.layer, layer.norm, layer.sights, layer.rows)

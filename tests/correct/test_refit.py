@@ -71,6 +71,37 @@ def test_a_layer_whose_inputs_did_not_change_is_left_alone():
     assert pruned[1].weight is before
 
 
+class Noisy(nn.Module):
+    """A layer of which only some inputs, `kept`, are left; what makes them is off by as much as they are large."""
+
+    def __init__(self, kept: torch.Tensor, off: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 5)
+        self.kept, self.off = kept, off
+
+    def forward(self, x):
+        return self.layer(x[:, self.kept] + self.off * torch.sin(37 * x[:, self.kept]))
+
+
+def test_where_inputs_say_little_the_dense_network_says_how_those_that_are_kept_make_the_rest():
+    """Half of the inputs are sums of the others: told so by the dense network, few and noisy inputs do no harm."""
+    every, kept = torch.arange(8), torch.arange(4)
+    dense = Noisy(every, 0.0)
+    batches = [torch.randn(14, 4) @ torch.cat([torch.eye(4), torch.randn(4, 4)], dim=1) for _ in range(2)]
+    mixed = torch.linalg.lstsq(torch.cat(batches)[:, :4], torch.cat(batches)[:, 4:]).solution
+    weight = dense.layer.weight.detach()
+    exact = weight[:, :4] + weight[:, 4:] @ mixed.T
+    errors = []
+    for told in (kept, None):
+        pruned = Noisy(kept, 0.7)
+        pruned.layer = copy.deepcopy(dense.layer)
+        pruned.layer.weight = nn.Parameter(weight[:, :4].clone())
+        seen = sights(dense, pruned, "layer", batches)
+        assert refit_(pruned.layer, None, dense.layer, None, seen, RowMap.identity(5), kept=told)
+        errors.append(float((pruned.layer.weight.detach() - exact).norm() / exact.norm()))
+    assert errors[0] < 0.7 * errors[1]
+
+
 class Stream(nn.Module):
     """Two maps added to a stream, which a norm reads; the first token of a sequence is a hundred times the others."""
 
