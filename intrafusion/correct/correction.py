@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from intrafusion.correct.refit import RowMap, can_refit, outputs
-from intrafusion.correct.sensitivity import sensitivities, with_openings
+from intrafusion.correct.sensitivity import sensitivities
 from intrafusion.correct.survey import Run, Survey, visits
 from intrafusion.correct.tracking import track_statistics_
 from intrafusion.correct.walk import ByBatch, Sight, Walk
 from intrafusion.groups.apply import shift_carrier
-from intrafusion.groups.kinds.filters import filters_of
 from intrafusion.groups.layout import mix_
 from intrafusion.groups.table import GroupTable, Slot, batchnorm_of, module_name
 from intrafusion.ot import Pair, selection_pair
@@ -100,11 +99,11 @@ class Correction:
             self.dense, run, batches, self.layers, self._calls, shown,
             lean=repair_ is not None, sources=sources, progress=progress,
         )  # fmt: skip
+        self._openings = openings
         self._sensitivity: dict[str, list[Tensor]] = {}
-        if sensitivity:
+        if sensitivity and not openings:
             once = {name: shape for name, shape in shapes.items() if self._calls[name] == 1}
             self._sensitivity = sensitivities(self.dense, run, batches, self.layers, once, progress=progress)
-        self._openings = openings if self._sensitivity else ()
         self._rows: dict[str, RowMap] = {}
         self._kept: dict[str, Tensor | None] = {}
         self._walk: Walk | None = None
@@ -207,7 +206,7 @@ class Correction:
         walk = self._walk
         if not self._touched or walk is None or walk.name is None or self._repair_ is None:
             return
-        name = walk.name
+        name, sensitivity = walk.name, self._sensitivity.get(walk.name)
         layer, dense = self.model.get_submodule(name), self.dense.get_submodule(name)
         norm = self.layers[name]
         if isinstance(layer, nn.Embedding):
@@ -226,28 +225,10 @@ class Correction:
             sights,  # type: ignore[arg-type]
             kept=self._kept.get(name),
             may_have_bias=name not in self._unbiased,
-            sensitivity=self._weights(name, dense, sights),
+            sensitivity=sensitivity if sensitivity is not None and len(sensitivity) == len(sights) else None,
         )
         self._repair_(view)
         walk.changed(rejoin=self._calls[name] > 1)
-
-    def _weights(self, name: str, dense: Any, sights: Sequence[tuple[Sight, ...]]) -> Sequence[Tensor] | None:
-        """How much each place counts, of the batches and of the openings behind them; None if all count alike."""
-        found, more = self._sensitivity.get(name), len(self._openings)
-        if not more:
-            return found if found is not None and len(found) == len(sights) else None
-        if self._calls[name] != 1 or len(sights) != len(self.batches) + more:
-            return None
-        axis = filters_of(dense).channel_axis
-
-        def alike(number: int) -> Tensor:
-            return torch.ones_like(sights[number][0].output.movedim(axis, -1)[..., 0], dtype=torch.float32)
-
-        known = list(map(alike, range(len(self.batches)))) if found is None else found
-        opened = list(map(alike, range(len(self.batches), len(sights))))
-        if any(one.dim() < 2 for one in (*known, *opened)):
-            return None
-        return with_openings(known, opened)
 
     def _note(self, table: GroupTable, pair: Pair, inside: Mapping[str, Tensor]) -> None:
         """Remember what the outputs of the group's layers stand for from now on."""

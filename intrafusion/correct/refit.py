@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.correct.sensitivity import EFFECTIVE
 from intrafusion.correct.walk import Sight
 from intrafusion.groups.batchnorm import read
 from intrafusion.groups.kinds.base import kind_of
@@ -29,8 +28,9 @@ _PATCH_VALUES = 2**24
 """As many values of unfolded inputs are held at once (64 MB in float32)."""
 _TO_READ = 2
 """The dense inputs are read from d present ones by regression where there are `_TO_READ` d places or more."""
-_PER_VALUE, _FEWEST = 32, 16384
-"""A layer whose outputs read d values is fitted on at most `_PER_VALUE` d places, or `_FEWEST` if that is more."""
+_PER_VALUE, _PER_PIXEL, _FEWEST = 128, 32, 16384
+"""A layer whose outputs read d values is fitted on at most `_PER_VALUE` d places (`_PER_PIXEL` d of a map, where there
+are many and neighbours alike), or `_FEWEST` if that is more."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def refit_(
     reading = narrow and groups == 1 and sum(now.inputs.numel() for _, now in sights) >= _TO_READ * width**2
     affine = may_have_bias or bn is not None or layer.bias is not None
     fits, reads, among = _Folds(groups, affine=affine), _Folds(), _Folds()
-    per_image, spread = layer.weight[0].numel(), 1 if sensitivity is None else EFFECTIVE
+    per_image, each = layer.weight[0].numel(), _PER_VALUE if axis == -1 else _PER_PIXEL
     given = sum(before.output.numel() for before, _ in sights) // sights[0][0].output.shape[axis]
     taken = sum(now.inputs.numel() for _, now in sights) // width
     for number, (before, now) in enumerate(sights):
@@ -119,13 +119,13 @@ def refit_(
         lost = _other(before, now) if compensates else None
         lost = None if lost is None else lost.movedim(axis, -1)
         weights = None if sensitivity is None else sensitivity[number]
-        for fold, at in fits.places(dense_output.shape[:-1], per_image, given, now.inputs.device, spread):
+        for fold, at in fits.places(dense_output.shape[:-1], per_image, each, given, now.inputs.device):
             target = rows(dense_output[at], -1)
             target = target if lost is None else target + lost[at]
             fits.add(fold, windows[at].flatten(1), target, None if weights is None else weights[at])
         if reading:
             now_inputs, dense_inputs = now.inputs.movedim(axis, -1), before.inputs.movedim(axis, -1)
-            for fold, at in reads.places(now_inputs.shape[:-1], width, taken, now.inputs.device):
+            for fold, at in reads.places(now_inputs.shape[:-1], width, each, taken, now.inputs.device):
                 reads.add(fold, now_inputs[at], dense_inputs[at])
                 if kept is not None:
                     among.add(fold, dense_inputs[at][:, kept], dense_inputs[at])
@@ -192,16 +192,15 @@ class _Folds:
         self._generator = torch.Generator().manual_seed(0)
 
     def places(
-        self, shape: Sequence[int], values: int, total: int, device: torch.device, spread: int = 1
+        self, shape: Sequence[int], values: int, each: int, total: int, device: torch.device
     ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
         """(fold, index of some places of an activation), in pieces of a bearable size.
 
         shape: of the places of one batch, images first. values: how many are read at each. total: places of all
-        batches. Of each the same share is taken, at most as many together as determine the regression well; `spread`
-        times as many where places count so differently that one in so many may have all the weight.
+        batches. The same share of each batch is taken, `each` places for every value at most.
         """
         count = math.prod(shape)
-        wanted = spread * max(_FEWEST, _PER_VALUE * values) * count // total
+        wanted = max(_FEWEST, each * values) * count // total
         chosen = torch.arange(count)
         if count > wanted:
             chosen = torch.randperm(count, generator=self._generator)[:wanted]

@@ -24,7 +24,7 @@ from intrafusion.running import evaluating, map_tensors, size_of, tensors_in, tr
 
 _VALUES = 2**26
 """So many values of all layers' outputs, and of their gradients, are held at a time (256 MB each in float32)."""
-EFFECTIVE = 4
+_EFFECTIVE = 4
 """One of so many places counts at least: the effective number of N is (sum of weights)^2 / (sum of their squares)."""
 
 
@@ -75,18 +75,6 @@ def sensitivities(
     return {name: weights for name, weights in weighed.items() if weights is not None}
 
 
-def with_openings(weights: Sequence[Tensor], openings: Sequence[Tensor]) -> list[Tensor]:
-    """Weights [inputs, tokens] of sequences, and of openings [inputs, 1] behind them, which take their share.
-
-    An opening counts as the first token of a sequence does, and all of these together as much as before.
-    """
-    firsts = sum(len(one) for one in weights)
-    share = firsts / (firsts + sum(len(one) for one in openings))
-    mean = sum(float(one[:, 0].double().sum()) for one in weights) / firsts
-    rest = [torch.cat([one[:, :1] * share, one[:, 1:]], dim=1) for one in weights]
-    return rest + [torch.full_like(one, mean * share) for one in openings]
-
-
 def _reads_sequences(layer: nn.Module, shape: Sequence[int]) -> bool:
     kind = kind_of(layer)
     return isinstance(kind, Filters) and kind.channel_axis == -1 and len(shape) > 2
@@ -107,7 +95,7 @@ def _weights(sizes: Sequence[Tensor]) -> list[Tensor] | None:
     if not mean > 0:
         return None
     spread = float((every / mean).square().mean()) - 1
-    own = min(1.0, math.sqrt((EFFECTIVE - 1) / max(spread, 1e-12)))
+    own = min(1.0, math.sqrt((_EFFECTIVE - 1) / max(spread, 1e-12)))
     return [(own * size.double() / mean + (1 - own)).float() for size in sizes]
 
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from intrafusion import IntraFusionPruner
 from intrafusion.correct.correction import Correction
-from intrafusion.correct.sensitivity import with_openings
 from intrafusion.correct.sequences import openings
 from intrafusion.prune.inputs import inputs_for
 from tests.correct.test_units import TOKENS, Classifier, language_model, llama
@@ -78,18 +77,6 @@ def test_there_are_none_where_they_would_say_nothing():
     assert _opened(language_model(False), [(torch.randn(2, 3),)]) == []
 
 
-def test_openings_take_their_share_from_first_tokens_and_from_nothing_else():
-    torch.manual_seed(0)
-    weights, ones = [torch.rand(3, 5), torch.rand(2, 5)], [torch.rand(4, 1), torch.rand(6, 1)]
-    found = with_openings(weights, ones)
-    assert [one.shape for one in found] == [one.shape for one in (*weights, *ones)]
-    for old, new in zip(weights, found, strict=False):
-        assert torch.equal(old[:, 1:], new[:, 1:])
-        assert torch.allclose(new[:, 0], old[:, 0] / 3)  # 5 firsts of 15
-    assert sum(one[:, 0].sum() for one in found) == pytest.approx(sum(one[:, 0].sum().item() for one in weights))
-    assert all(torch.equal(one, found[2][0, 0].expand_as(one)) for one in found[2:])
-
-
 def _refitted(model, batches, opened):
     """What a step makes of a network with these openings, and what its readers were seen to read."""
     pruner = pruner_of(model, batches, TOKENS["ids"])
@@ -128,9 +115,9 @@ def test_what_a_network_makes_of_first_tokens_it_has_not_seen_there():
     torch.manual_seed(0)
     model = Sink().eval()
     tokens = torch.randint(40, (12, 30))
-    tokens[:, 0] = torch.arange(12) % 6  # a few tokens only were seen in the first place
+    tokens[:, 0] = torch.arange(12) % 3  # a few tokens only were seen in the first place
     batches = [(tokens,)]
-    others = torch.arange(6, 40)[:, None]
+    others = torch.arange(3, 40)[:, None]
     error = {}
     for name, opened in (("without", []), ("with", [(tokens.unique()[:, None],)])):
         pruned = copy.deepcopy(model)
@@ -139,4 +126,4 @@ def test_what_a_network_makes_of_first_tokens_it_has_not_seen_there():
         shapes = [tuple(sample.h.shape) for samples in seen for sample in samples]
         assert shapes
         assert all(shape[0] == 360 for shape in shapes)  # rows are not chosen on openings
-    assert error["with"] < 0.9 * error["without"]
+    assert error["with"] < 0.8 * error["without"]

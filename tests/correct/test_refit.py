@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from intrafusion.correct.refit import RowMap, can_refit, refit_
+from intrafusion.correct.refit import RowMap, _Folds, can_refit, refit_
 from intrafusion.correct.sensitivity import sensitivities
 from intrafusion.correct.walk import Walk
 from tests.nets import randomise_
@@ -141,3 +141,13 @@ def test_kinds_of_layers_that_can_be_refitted():
     assert can_refit(nn.Conv2d(4, 4, 3, groups=4))
     assert not can_refit(nn.ConvTranspose2d(3, 4, 3))
     assert not can_refit(nn.Linear(100_000, 2))
+
+
+def test_every_batch_gives_the_same_share_of_its_places(monkeypatch):
+    monkeypatch.setattr("intrafusion.correct.refit._FEWEST", 60)
+    folds, counts = _Folds(), []
+    for inputs in (30, 10):
+        pieces = list(folds.places((inputs, 10), 4, 1, 400, torch.device("cpu")))
+        counts.append(sum(len(image) for _, (image, _) in pieces))
+        assert {fold for fold, _ in pieces} == {0, 1}
+    assert counts == [45, 15]
