@@ -107,6 +107,7 @@ def refit_(
     if not narrow and not any(_differ(before, now, compensates) for before, now in sights):
         return False
     width = sights[0][1].inputs.shape[axis]
+    kept = kept if kept is not None and len(kept) == width else None  # somebody else may have cut what is read
     reading = narrow and groups == 1 and sum(now.inputs.numel() for _, now in sights) >= _TO_READ * width**2
     affine = may_have_bias or bn is not None or layer.bias is not None
     fits, reads, among = _Folds(groups, affine=affine), _Folds(), _Folds()
@@ -200,7 +201,7 @@ class _Folds:
         batches. The same share of each batch is taken, `each` places for every value at most.
         """
         count = math.prod(shape)
-        wanted = max(_FEWEST, each * values) * count // total
+        wanted = max(1, max(_FEWEST, each * values) * count // total)
         chosen = torch.arange(count)
         if count > wanted:
             chosen = torch.randperm(count, generator=self._generator)[:wanted]

@@ -102,6 +102,14 @@ def test_where_inputs_say_little_the_dense_network_says_how_those_that_are_kept_
     assert errors[0] < 0.7 * errors[1]
 
 
+def test_inputs_that_somebody_else_has_cut_are_no_trouble():
+    dense, pruned, batches = Noisy(torch.arange(8), 0.0), Noisy(torch.arange(4), 0.7), [torch.randn(40, 8)]
+    pruned.layer = nn.Linear(4, 5)
+    seen = sights(dense, pruned, "layer", batches)
+    assert refit_(pruned.layer, None, dense.layer, None, seen, RowMap.identity(5), kept=torch.arange(6))
+    assert pruned.layer.weight.shape == (5, 4)
+
+
 class Stream(nn.Module):
     """Two maps added to a stream, which a norm reads; the first token of a sequence is a hundred times the others."""
 
@@ -151,3 +159,9 @@ def test_every_batch_gives_the_same_share_of_its_places(monkeypatch):
         counts.append(sum(len(image) for _, (image, _) in pieces))
         assert {fold for fold, _ in pieces} == {0, 1}
     assert counts == [45, 15]
+
+
+def test_of_very_many_batches_each_gives_a_place():
+    folds = _Folds()
+    pieces = [list(folds.places((1,), 4, 1, 50_000, torch.device("cpu"))) for _ in range(4)]
+    assert [[(fold, len(image)) for fold, (image,) in each] for each in pieces] == [[(0, 1)], [(1, 1)]] * 2
