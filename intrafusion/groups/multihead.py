@@ -7,6 +7,8 @@ dict stays as it was, so that what is saved is loaded into the original class, i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -184,6 +186,24 @@ def _added(mask: Tensor, q: Tensor) -> Tensor:
     return mask
 
 
+@contextmanager
+def weights_unseen(model: nn.Module) -> Iterator[None]:
+    """For as long as it lasts, gradients of the weights that are returned come from nothing.
+
+    Torch-Pruning would take what is computed of them for channels of the queries, where they have none.
+    """
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if isinstance(layer, PartedAttention):
+                stack.callback(layer.register_forward_hook(_detached).remove)
+        yield
+
+
+def _detached(_layer: nn.Module, _args: Any, given: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    output, weights = given
+    return output, None if weights is None else weights.detach()
+
+
 def why_whole(layer: nn.MultiheadAttention) -> str:
     """What keeps an nn.MultiheadAttention from being parted; '' if nothing does."""
     if type(layer) is not nn.MultiheadAttention:
@@ -197,8 +217,12 @@ def why_whole(layer: nn.MultiheadAttention) -> str:
     own = {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
     if layer._parameters.keys() - own or layer._modules.keys() != {"out_proj"} or layer._buffers:
         return "has tensors that nn.MultiheadAttention has not"
-    if "in_proj_weight" not in layer._parameters or not {"weight", "bias"} >= layer.out_proj._parameters.keys():
+    if "in_proj_weight" not in layer._parameters or layer.out_proj._parameters.keys() != {"weight", "bias"}:
         return "has weights that are computed (weight_norm)"
+    if type(layer.out_proj) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return f"has an output layer of a class of its own, {type(layer.out_proj).__name__}"
+    if "forward" in vars(layer):
+        return "has been given another forward"
     return ""
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from intrafusion.groups.config_reads import ConfigReads
 from intrafusion.groups.heads import HEADS, PACKED, Heads, find_heads, first_number, output_of
 from intrafusion.groups.joined import JOINED, JoinedLinear, part_
-from intrafusion.groups.multihead import PartedAttention, part_attention_, why_whole
+from intrafusion.groups.multihead import PartedAttention, part_attention_, weights_unseen, why_whole
 from intrafusion.groups.snapshot import rebuilding
 from intrafusion.running import evaluating
 
@@ -50,7 +50,7 @@ def known_heads(
     ignored: modules and parameters whose layers stay what they are. multihead: are nn.MultiheadAttention parted? Heads
     whose number is read from a config that all layers share do not move: one block cannot lose some alone.
     """
-    alone = {inner for one in ignored if isinstance(one, nn.Module) for inner in one.modules()}
+    alone = _ignored(model, ignored)
     backs: list[Callable[[], None]] = []
     try:
         backs += part_packed_(model, forward, _besides(model, alone, candidates(model)))
@@ -61,11 +61,20 @@ def known_heads(
         with ConfigReads(model, blocks) as reads, torch.no_grad(), evaluating(model):
             if blocks:
                 reads.note(forward)
-        yield [replace(block, heads_move=block.heads_move and block not in reads.found) for block in blocks]
+        with weights_unseen(model):
+            yield [replace(block, heads_move=block.heads_move and block not in reads.found) for block in blocks]
     except BaseException:
         for back in backs:
             back()
         raise
+
+
+def _ignored(model: nn.Module, ignored: Iterable[Any]) -> set[nn.Module]:
+    """Modules, all that is inside of them, and the layers that own parameters."""
+    given = list(ignored)
+    parameters = {id(one) for one in given if isinstance(one, nn.Parameter)}
+    owners = (m for m in model.modules() if any(id(p) in parameters for p in m._parameters.values()))
+    return {inner for one in given if isinstance(one, nn.Module) for inner in one.modules()}.union(owners)
 
 
 def _besides(model: nn.Module, alone: Container[nn.Module], found: Iterable[Packed]) -> list[Packed]:

@@ -13,6 +13,7 @@ from torch import nn
 from intrafusion.groups.conv1d import as_linear_
 from intrafusion.groups.head_graph import know_heads
 from intrafusion.groups.heads import blocks_of, opaque
+from intrafusion.groups.multihead import weights_unseen
 from intrafusion.groups.packed import Kind, Packed, part_alike_, parted
 from intrafusion.running import evaluating, trainable
 
@@ -52,7 +53,8 @@ class Tracing:
         part_alike_(model, self.packed)
         blocks = blocks_of(model)
         # torch-pruning follows gradients, and averaged weights often want none
-        with evaluating(model), trainable(model.parameters()), opaque(blocks), warnings.catch_warnings():
+        hidden = weights_unseen(model)
+        with evaluating(model), trainable(model.parameters()), opaque(blocks), hidden, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unwrapped parameters detected")
             graph = tp.DependencyGraph().build_dependency(
                 model, example_inputs, unwrapped_parameters=free, ignored_params=ignored, **self.options

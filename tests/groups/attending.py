@@ -55,6 +55,20 @@ class Attending(nn.Module):
         return self.scores((x + self.attention(self.norm(x), y, y, attn_mask=mask)[0]).mean(dim=1))
 
 
+class Shown(nn.Module):
+    """Attention whose weights are given as well, or pool the tokens."""
+
+    def __init__(self, pools: bool = False, average: bool = True):
+        super().__init__()
+        self.pools, self.average, self.inputs, self.scores = pools, average, nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.inputs(x)
+        read, weights = self.attention(x, x, x, average_attn_weights=self.average)
+        return self.scores((x + read) * weights.mean(1)[..., None]) if self.pools else (self.scores(x + read), weights)
+
+
 def random_(model: nn.Module) -> nn.Module:
     """Larger weights than attention starts with, and biases that are not zero."""
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from tests.groups.attending import (
     NETWORKS,
     WIDTH,
     Attending,
+    Shown,
     attentions,
     is_whole,
     network,
@@ -108,6 +109,14 @@ def test_an_ignored_one_stays_whole():
     assert second.num_heads == 2
 
 
+def test_one_whose_parameter_is_ignored_stays_whole():
+    model, x = network()
+    first, second = attentions(model)
+    pruner_of(model, x, widths={"heads": 0.5}, ignored=[first.in_proj_weight]).step()
+    assert type(first) is nn.MultiheadAttention
+    assert second.num_heads == 2
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
@@ -126,6 +135,10 @@ def test_what_cannot_be_parted_is_named(options, why):
     assert is_whole(model, before)
 
 
+class OwnLinear(nn.Linear):
+    pass
+
+
 def test_why_one_stays_whole():
     class Own(nn.MultiheadAttention):
         pass
@@ -138,6 +151,15 @@ def test_why_one_stays_whole():
         nn.utils.weight_norm(layer, "in_proj_weight")
     assert why_whole(layer) != ""
     assert why_whole(nn.utils.parametrizations.orthogonal(nn.MultiheadAttention(8, 2), "in_proj_weight")) != ""
+    layer = nn.MultiheadAttention(8, 2)
+    nn.utils.parametrizations.weight_norm(layer.out_proj, "weight")
+    assert "weights that are computed" in why_whole(layer)
+    layer = nn.MultiheadAttention(8, 2)
+    layer.out_proj = OwnLinear(8, 8)
+    assert "an output layer of a class of its own, OwnLinear" in why_whole(layer)
+    layer = nn.MultiheadAttention(8, 2)
+    layer.forward = layer.forward  # as wrappers do, Accelerate's for example
+    assert "another forward" in why_whole(layer)
     tied = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)])
     tied[0].out_proj.weight = tied[1].out_proj.weight
     assert multiheads(tied) == []
@@ -154,6 +176,26 @@ def test_heads_with_masks_of_their_own_stay_and_those_with_copies_of_one_go():
     model = random_(Attending(masks="copies"))
     pruner_of(model, EXAMPLE, widths={"heads": 0.5}).step()
     assert model.attention.num_heads == model.count == 2  # as many copies as heads, or it would not run
+
+
+@pytest.mark.parametrize("pools", [True, False])
+def test_weights_that_are_read_or_returned_tie_the_heads_to_nothing(pools):
+    model, x = random_(Shown(pools)), torch.randn(64, 6, 5)
+    pruner = pruner_of(model, (x,), widths={"heads": 0.5})
+    pruner.step()
+    layer = model.attention
+    assert (layer.num_heads, layer.head_dim, layer.embed_dim, layer.out_proj.out_features) == (2, DIM, WIDTH, WIDTH)
+    assert not layer._forward_hooks
+    if not pools:
+        _, weights = model(x)
+        weights.sum().backward()  # they have gradients as before
+        assert weights.shape == (64, 6, 6)
+        assert layer.q_proj.weight.grad is not None
+    model = random_(Shown(average=False))
+    with pytest.raises(ValueError, match="the heads of 'attention' are told apart"):
+        pruner_of(model, (x,), widths={"heads": 0.5})
+    pruner_of(model, (x,), widths={"head_dim": 0.5}).step()
+    assert (model.attention.num_heads, model.attention.head_dim) == (HEADS, 2)
 
 
 class Free(Attending):
