@@ -138,5 +138,7 @@ def part_(layer: nn.Linear, queries: int, key_heads: int, head_dim: int, kind: t
     for name, outputs in zip(PARTS, (queries, keys, keys), strict=True):
         setattr(joined, name, nn.Linear(inputs, outputs, bias=bias, device="meta").train(training))
     for name, value in tensors.items():
-        for part, own in zip(joined.parts, joined._parted(value.detach()), strict=True):
-            part._parameters[name] = nn.Parameter(own.clone(), value.requires_grad)
+        grads = [None] * 3 if value.grad is None else joined._parted(value.grad)
+        for part, own, grad in zip(joined.parts, joined._parted(value.detach()), grads, strict=True):
+            part._parameters[name] = parameter = nn.Parameter(own.clone(), value.requires_grad)
+            parameter.grad = None if grad is None else grad.clone()

@@ -244,5 +244,7 @@ def part_attention_(layer: nn.MultiheadAttention) -> None:
     parted.out_proj = out_proj
     for name, joined in tensors.items():
         if joined is not None:
-            for part, own in zip(parted.parts, joined.detach().chunk(3), strict=True):
-                part._parameters[name] = nn.Parameter(own.clone(), joined.requires_grad)
+            grads = [None] * 3 if joined.grad is None else joined.grad.chunk(3)
+            for part, own, grad in zip(parted.parts, joined.detach().chunk(3), grads, strict=True):
+                part._parameters[name] = parameter = nn.Parameter(own.clone(), joined.requires_grad)
+                parameter.grad = None if grad is None else grad.clone()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from intrafusion.correct.correction import Correction
+from intrafusion.groups.packed import part_alike_
 from intrafusion.groups.snapshot import Snapshot
 from intrafusion.groups.streams import untie_
 from intrafusion.history.replay import replay_
@@ -44,6 +45,7 @@ def prune_twin_(pruner: FusionMixin, twin: nn.Module, buffers: Mapping[str, Tens
     if step is None or not step.cuts:
         return
     modes = [(module, module.training) for module in twin.modules()]
+    part_alike_(twin, pruner.tracing.packed)
     _untie_as_(twin, pruner.model)
     graph = pruner.tracing.trace(twin, pruner.example_inputs)
     snapshot = Snapshot(graph, twin.modules())

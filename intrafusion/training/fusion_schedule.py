@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intrafusion.groups.packed import part_alike_
 from intrafusion.groups.snapshot import Snapshot
 from intrafusion.prune.report import Report
 from intrafusion.training.averaged_weights import check_twin, prune_twin_
@@ -76,6 +77,7 @@ class FusionSchedule:
         self._carry_over()  # nothing to carry yet: an optimizer or average that does not fit is told now
         if ema is not None:
             check_twin(pruner, _inside(ema))
+            part_alike_(_inside(ema), pruner.tracing.packed)  # one that was made before the pruner
 
     @property
     def report(self) -> Report:

@@ -112,8 +112,8 @@ class _Transfer:
         if found is None:
             raise ValueError(
                 f"{where} is not of the pruner's network and never was: make the optimizer from that network's "
-                "parameters (not from copies of them), prune with this pruner only, and name what is not the network's "
-                "in keep="
+                "parameters (not from copies of them) when the pruner has been made, which may part layers; prune with "
+                "this pruner only, and name what is not the network's in keep="
             )
         return found
 

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+import torch_pruning as tp
+from torch.optim.swa_utils import AveragedModel
 
 import intrafusion
-from intrafusion import ReconstructionImportance
+from intrafusion import FusionSchedule, ReconstructionImportance
 from tests.groups.attending import DIM, HEADS, NETWORKS, WIDTH, attentions, network, networks, pruner_of
 
 
@@ -150,6 +152,30 @@ def test_a_pruned_network_is_an_onnx_file(tmp_path):
     model, x = network("vit")
     pruner_of(model, x, widths={"heads": 0.5, "stream": 0.25}).step()
     assert intrafusion.export(model, tmp_path / "model.onnx", x[0][:2]).difference < 1e-5
+
+
+@pytest.mark.parametrize("fusion", ["discard", "calibrated"])
+def test_an_average_made_before_the_pruner_follows_a_step(fusion):
+    model, x = network()
+    average = AveragedModel(model)
+    pruner = pruner_of(model, x, fusion=fusion, widths={"heads": 0.5, "stream": 0.25}, iterative_steps=2)
+    schedule = FusionSchedule(pruner, at=[1, 2], ema=average)
+    average.update_parameters(model)  # as many parameters, of the same shapes
+    assert schedule.step()
+    assert schedule.step()
+    assert [(layer.num_heads, layer.embed_dim) for layer in attentions(average)] == [(2, 12)] * 2
+    torch.testing.assert_close(average(*x), model(*x))
+
+
+def test_gradients_from_before_the_pruner_are_there_for_an_importance():
+    model, x = network()
+    model(*x).square().sum().backward()
+    expected = [layer.in_proj_weight.grad for layer in attentions(model)]
+    pruner = pruner_of(model, x, tp.importance.GroupTaylorImportance(), widths={"heads": 0.5})
+    for layer, whole in zip(attentions(model), expected, strict=True):
+        assert torch.equal(torch.cat([part.weight.grad for part in layer.parts]), whole)
+    pruner.step()
+    assert all(layer.num_heads == 2 for layer in attentions(model))
 
 
 def test_several_steps_lose_heads_and_the_channels_inside_of_them():
