@@ -61,8 +61,11 @@ def known_heads(
         with ConfigReads(model, blocks) as reads, torch.no_grad(), evaluating(model):
             if blocks:
                 reads.note(forward)
+        modes = [(part, part.training) for name in parted(model) for part in model.get_submodule(name).children()]
         with weights_unseen(model):
             yield [replace(block, heads_move=block.heads_move and block not in reads.found) for block in blocks]
+        for part, training in modes:  # tracing switches the network to eval mode
+            part.training = training
     except BaseException:
         for back in backs:
             back()

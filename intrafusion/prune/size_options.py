@@ -97,6 +97,10 @@ def _becomes(
     name: str, number: int, widths: list[Width], beside: list[int], module: nn.Module
 ) -> Iterator[tuple[int, bool]]:
     """(what a number may have become, whether a known number of heads says so). beside: the module's other numbers."""
+    gone: set[int] = set()  # numbers of heads that are no more: no width is that of one of so many
+    for width in widths:
+        if width.attention is not None and width.heads[0] != width.heads[1] and _holds(module, width.attention):
+            gone |= {width.heads[0], _PACKED * width.heads[0]}
     for width in widths:
         if width.attention is not None and _holds(module, width.attention):
             old, new = width.heads
@@ -115,7 +119,7 @@ def _becomes(
         elif width.before % number == 0:
             parts = width.before // number
             shared = parts == _PACKED or parts in beside or (parts % _PACKED == 0 and parts // _PACKED in beside)
-            if shared and width.after % parts == 0:
+            if shared and parts not in gone and width.after % parts == 0:
                 yield width.after // parts, False
 
 

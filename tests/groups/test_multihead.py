@@ -7,6 +7,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from intrafusion import FusionError
 from intrafusion.groups.heads import find_heads
 from intrafusion.groups.multihead import PartedAttention, part_attention_, why_whole
 from intrafusion.groups.packed import multiheads
@@ -68,6 +69,8 @@ def test_it_computes_what_it_computed_whatever_it_is_called_with(batch_first, bi
 
 @networks
 def test_heads_are_found_and_the_network_and_its_state_stay_what_they_are(name):
+    model, x = network(name)
+    assert all(module.training for module in pruner_of(model.train(), x, widths={"heads": 0.5}).model.modules())
     model, x = network(name)
     before, state = model(*x), {name: value.clone() for name, value in model.state_dict().items()}
     assert find_heads(model, lambda m: [m(*x)]) == []
@@ -196,6 +199,27 @@ def test_weights_that_are_read_or_returned_tie_the_heads_to_nothing(pools):
         pruner_of(model, (x,), widths={"heads": 0.5})
     pruner_of(model, (x,), widths={"head_dim": 0.5}).step()
     assert (model.attention.num_heads, model.attention.head_dim) == (HEADS, 2)
+
+
+class Literal(Attending):
+    """So many masks as there were heads at first."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = self.inputs(x), self.others(y)
+        mask = torch.zeros(len(x) * 4, x.shape[1], y.shape[1])
+        return self.scores((x + self.attention(self.norm(x), y, y, attn_mask=mask)[0]).mean(dim=1))
+
+
+def test_heads_that_are_left_do_not_pass_for_more_narrower_ones():
+    model = random_(Literal())
+    pruner = pruner_of(model, EXAMPLE, widths={"heads": 0.5})
+    with pytest.warns(UserWarning, match="the network does not run with its new widths"):
+        pruner.step()
+    assert model.attention.head_dim == 4
+    model = random_(Literal())
+    with pytest.raises(FusionError, match="the network does not run with its new widths"):
+        pruner_of(model, EXAMPLE, fusion="calibrated", widths={"heads": 0.5}).step()
+    assert model.attention.num_heads == 4
 
 
 class Free(Attending):
