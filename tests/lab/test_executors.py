@@ -33,15 +33,17 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_one_worker_two_workers_and_ray_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_worker_two_workers_and_ray_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="the executor 'ray' is tested where ray is installed")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     found = {}
-    for name, workers in (("local", 1), ("local", 2), ("ray", None)):
+    for name, workers in (("here", None), ("local", 2), ("ray", None)):
         folder = tmp_path / f"{name}{workers}"
         points = read_points(TEXT.replace("0.25, ", ""), "r", [f"output={folder}"], parse_grid([GRID]))
-        swept = sweep(points, make_executor(name, [p.recipe for p in points], workers), progress=False)  # type: ignore[arg-type]
+        recipes = [point.recipe for point in points]
+        executor = Here() if name == "here" else make_executor(name, recipes, workers)  # type: ignore[arg-type]
+        swept = sweep(points, executor, progress=False)
         assert swept.failed == ()
         assert swept.computed == 5
         found[folder] = rows(folder)
