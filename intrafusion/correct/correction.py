@@ -24,7 +24,7 @@ from intrafusion.correct.walk import ByBatch, Sight, Walk
 from intrafusion.groups.apply import shift_carrier
 from intrafusion.groups.layout import mix_
 from intrafusion.groups.table import GroupTable, Slot, batchnorm_of, module_name
-from intrafusion.ot import Pair, selection_pair
+from intrafusion.ot import Pair
 from intrafusion.ot.rows import Samples
 from intrafusion.running import copy_of
 
@@ -249,11 +249,11 @@ class Correction:
                 moved[slot.local[:, 0][kept]] = pair.shift.cpu()
             left = _left(slot, kept)
             self._rows[slot.name] = old.then(mapped[left], moved[left])
-        chosen = not inside and bool((pair.rows.cpu() == selection_pair(kept, table.n).rows).all())
+        stay = not inside and pair.rows_stay
         for slot in table.slots:
             if slot.reads and slot.name in self.layers:
                 old = self._kept.get(slot.name, torch.arange(slot.size))
-                self._kept[slot.name] = old[_left(slot, kept)] if chosen and old is not None else None
+                self._kept[slot.name] = old[_left(slot, kept)] if stay and old is not None else None
 
 
 def layers_of(graph: tp.DependencyGraph) -> dict[str, str]:

@@ -7,7 +7,7 @@ it was, so that what is saved is loaded into the original class, if that takes t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -138,7 +138,14 @@ def part_(layer: nn.Linear, queries: int, key_heads: int, head_dim: int, kind: t
     for name, outputs in zip(PARTS, (queries, keys, keys), strict=True):
         setattr(joined, name, nn.Linear(inputs, outputs, bias=bias, device="meta").train(training))
     for name, value in tensors.items():
-        grads = [None] * 3 if value.grad is None else joined._parted(value.grad)
-        for part, own, grad in zip(joined.parts, joined._parted(value.detach()), grads, strict=True):
-            part._parameters[name] = parameter = nn.Parameter(own.clone(), value.requires_grad)
-            parameter.grad = None if grad is None else grad.clone()
+        give_(joined.parts, name, value, joined._parted)
+
+
+def give_(
+    parts: Sequence[nn.Module], name: str, joined: nn.Parameter, apart: Callable[[Tensor], Sequence[Tensor]]
+) -> None:
+    """Give each part its piece of a parameter, and of its gradient. apart: what makes the pieces."""
+    grads = [None] * len(parts) if joined.grad is None else apart(joined.grad)
+    for part, own, grad in zip(parts, apart(joined.detach()), grads, strict=True):
+        part._parameters[name] = parameter = nn.Parameter(own.clone(), joined.requires_grad)
+        parameter.grad = None if grad is None else grad.clone()

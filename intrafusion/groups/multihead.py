@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from intrafusion.groups.joined import PARTS
+from intrafusion.groups.joined import PARTS, give_
 
 
 class PartedAttention(nn.Module):
@@ -244,7 +244,4 @@ def part_attention_(layer: nn.MultiheadAttention) -> None:
     parted.out_proj = out_proj
     for name, joined in tensors.items():
         if joined is not None:
-            grads = [None] * 3 if joined.grad is None else joined.grad.chunk(3)
-            for part, own, grad in zip(parted.parts, joined.detach().chunk(3), grads, strict=True):
-                part._parameters[name] = parameter = nn.Parameter(own.clone(), joined.requires_grad)
-                parameter.grad = None if grad is None else grad.clone()
+            give_(parted.parts, name, joined, lambda value: value.chunk(3))

@@ -31,12 +31,15 @@ class Pair:
     read: Tensor | None = None
 
     @property
+    def rows_stay(self) -> bool:
+        """True if the kept channels are what they were, whatever their readers make of them."""
+        return torch.equal(self.rows, selection_pair(self.kept, self.rows.shape[1]).rows.to(self.rows))
+
+    @property
     def is_selection(self) -> bool:
         """True if nothing is merged: the kept channels stay bit for bit what they were."""
         chosen = selection_pair(self.kept, self.rows.shape[1])
-        return torch.equal(self.rows, chosen.rows.to(self.rows)) and torch.equal(
-            self.columns, chosen.columns.to(self.columns)
-        )
+        return self.rows_stay and torch.equal(self.columns, chosen.columns.to(self.columns))
 
 
 def selection_pair(kept: Tensor, n: int) -> Pair:
