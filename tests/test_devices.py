@@ -47,7 +47,7 @@ def same_on_gpu(
 
 
 @pytest.mark.parametrize("case", PICO, ids=lambda case: case.name)
-@pytest.mark.parametrize("fusion", ["paper", "data-free", "calibrated"])
+@pytest.mark.parametrize("fusion", ["paper", "data-free"])  # and calibrated: below
 @pytest.mark.filterwarnings("ignore")  # of random networks
 def test_every_preset(case: Case, fusion: str) -> None:
     batches = list(torch.randn(16, *case.shape, generator=torch.Generator().manual_seed(3)).split(8))

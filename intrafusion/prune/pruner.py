@@ -31,7 +31,7 @@ from intrafusion.prune.inputs import Inputs
 from intrafusion.prune.report import GroupReport, Report
 from intrafusion.prune.step import Step
 from intrafusion.prune.twin import Comparison
-from intrafusion.prune.widths import asks_for_heads, checked, pace_heads_, restrict_
+from intrafusion.prune.widths import Asked, asks_for_heads, checked
 from intrafusion.running import run_model
 
 
@@ -119,8 +119,7 @@ class FusionMixin:
                 self._listed: list[Group] = []
                 self._quiet = False
                 attention.leave_(self)
-                if self.widths is not None:
-                    restrict_(self, self.widths)
+                self.asked = Asked(self, self.widths)
                 checks.warn_if_nothing_prunable(self)
         except (ArithmeticError, LookupError, AttributeError, TypeError) as error:
             if reason := refusals.explained(error, model):
@@ -207,8 +206,7 @@ class FusionMixin:
 
     def _prune(self) -> Iterator[Group]:
         attention.tell_(self)
-        if self.widths is not None:
-            pace_heads_(self)
+        self.asked.begin_(self)
         self._scores.clear()
         self._listed = list(self.all_groups())
         if reason := checks.refusal(self, self._listed):
@@ -228,12 +226,14 @@ class FusionMixin:
                 name, n = module_name(self.DG, root), checks.width(self.DG, root, handler)
                 self._note(name, n, reason="torch-pruning removes none of its channels, or could not leave one")
         self._warn([group for group in self.report.groups[first:] if group.merged == "selection" and group.reason])
+        self.asked.warn(self)
 
     def chosen(self) -> Iterator[Group]:
         """What torch-pruning chooses to cut."""
         before, cut = dict(self.num_heads), set()
         for group in super()._prune():  # type: ignore[misc]
             cut.update(item[0].target.module for item in group)
+            self.asked.see(self, group)
             yield group
         attention.count_again_(self, before, cut)
 

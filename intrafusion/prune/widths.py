@@ -11,6 +11,7 @@ What no layer reads, such as scores of classes, is no width: it is what the netw
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -67,12 +68,53 @@ def output_layers(model: Any) -> list[nn.Module]:
     return [layer for layer in found if isinstance(layer, nn.Module) and any(True for _ in layer.parameters())]
 
 
-def restrict_(pruner: Any, widths: Mapping[str, float]) -> None:
-    """Leave alone every group of another kind, and give the others their ratio.
+class Asked:
+    """The kinds of width that a pruner was asked to cut, and those of them that no step has cut yet."""
 
-    Raises ValueError for a kind that the network has none of, or that must not be cut there.
-    """
+    def __init__(self, pruner: Any, widths: Mapping[str, float] | None) -> None:
+        """Leave alone every group of another kind, and give the others their ratio.
+
+        Raises ValueError for a kind that the network has none of, or that must not be cut there.
+        """
+        self._widths = widths
+        self._kinds = {} if widths is None else _restrict_(pruner, widths)
+        self._waiting = {kind for kind, ratio in (widths or {}).items() if ratio}
+
+    def begin_(self, pruner: Any) -> None:
+        """A step begins."""
+        if self._widths is not None:
+            _pace_heads_(pruner)
+
+    def see(self, pruner: Any, group: Group) -> None:
+        """Torch-Pruning has chosen to cut a group."""
+        if pruner.is_trying:
+            return
+        kind = self._kinds.get(group[0].dep.target.module)
+        if kind == "heads":
+            now = attention.present(pruner)
+            gone = any(block.heads > now[block.name].heads for block in pruner.heads)
+            self._waiting -= {"heads"} if gone else set()
+            kind = "head_dim" if pruner.prune_head_dims else kind
+            if kind == "heads":
+                return
+        self._waiting -= {kind}
+
+    def warn(self, pruner: Any) -> None:
+        """The last step is over: tell of which kinds nothing was cut."""
+        if not self._waiting or pruner.current_step < pruner.iterative_steps or pruner.is_trying:
+            return
+        listed = ", ".join(f"{kind!r} by {self._widths[kind]}" for kind in sorted(self._waiting))  # type: ignore[index]
+        warnings.warn(
+            f"nothing was cut of {listed}: torch-pruning rounds up what goes, and leaves a width alone that would go as a "
+            "whole; or something else keeps it (round_to, max_pruning_ratio)",
+            stacklevel=4,
+        )
+
+
+def _restrict_(pruner: Any, widths: Mapping[str, float]) -> dict[Any, str]:
+    """Leave alone every group of another kind, and give the others their ratio. Returns the kinds of their layers."""
     found: set[str] = set()
+    kinds: dict[Any, str] = {}
     for group in list(pruner.all_groups()):
         kind = kind_of_group(pruner, group)
         found.add(kind)
@@ -81,7 +123,9 @@ def restrict_(pruner: Any, widths: Mapping[str, float]) -> None:
         if not any(ratios):
             pruner.ignored_layers.extend(layer for layer in layers if isinstance(layer, nn.Module))
             continue
-        for layer in (*layers, *_readers(pruner, group)) if kind == "heads" else layers:
+        roots = (*layers, *_readers(pruner, group)) if kind == "heads" else layers
+        kinds.update(dict.fromkeys(roots, kind))
+        for layer in roots:
             set_ratio_(pruner, layer, max(ratios) if kind == "heads" and not widths.get("head_dim") else ratios[-1])
     _set_heads(pruner, widths)
     there = found - {"output"} | ({"head_dim"} if "heads" in found else set())
@@ -89,6 +133,7 @@ def restrict_(pruner: Any, widths: Mapping[str, float]) -> None:
     if missing:
         known = ", ".join(sorted(there)) or "nothing"
         raise ValueError(f"widths names {', '.join(map(repr, missing))}, but this network has {known} to cut")
+    return kinds
 
 
 def kind_of_group(pruner: Any, group: Group) -> str:
@@ -153,7 +198,7 @@ def _set_heads(pruner: Any, widths: Mapping[str, float]) -> None:
     )
 
 
-def pace_heads_(pruner: Any) -> None:
+def _pace_heads_(pruner: Any) -> None:
     """Before a step: torch-pruning takes its ratio of the heads that are left, where it is meant of those at first."""
     if pruner.global_pruning or not pruner.prune_num_heads:
         return

@@ -17,10 +17,8 @@ from tests.checkpoint.networks import pruner_of, randomise
 NETWORKS = {
     "cifar_resnet20": 32,
     "cifar_vgg11_bn": 32,
-    "torchvision:resnet18": 32,
     "torchvision:resnet50": 32,
     "torchvision:mobilenet_v2": 32,
-    "torchvision:densenet121": 32,
     "torchvision:convnext_tiny": 32,
     "torchvision:vit_b_32": 224,
 }

@@ -62,6 +62,33 @@ def test_what_means_nothing_is_refused(widths, error, said):
         IntraFusionPruner(model, X, l1(), widths=widths, ignored_layers=[model.scores])
 
 
+@pytest.mark.parametrize(
+    ("widths", "named"),
+    [
+        ({"heads": 0.9}, "'heads' by 0.9"),  # of four heads, rounded up: all
+        ({"heads": 0.9, "head_dim": 0.5}, "'head_dim' by 0.5, 'heads' by 0.9"),  # of these one group
+        ({"feed_forward": 0.99}, "'feed_forward' by 0.99"),
+        ({"stream": 0.99, "feed_forward": 0.5, "head_dim": 0.9}, "'head_dim' by 0.9, 'stream' by 0.99"),
+    ],
+)
+def test_a_ratio_that_rounds_to_everything_is_told(widths, named):
+    model = network()
+    pruner = IntraFusionPruner(model, X, l1(), widths=widths, ignored_layers=[model.scores], fusion="discard")
+    with pytest.warns(UserWarning, match=f"nothing was cut of {named}") as told:
+        pruner.step()
+    assert len([one for one in told if "nothing was cut" in str(one.message)]) == 1
+
+
+def test_what_an_earlier_step_has_cut_is_not_told():
+    model = network()
+    pruner = IntraFusionPruner(
+        model, X, l1(), widths={"heads": 0.9}, iterative_steps=3, ignored_layers=[model.scores], fusion="discard"
+    )
+    for _ in range(3):
+        pruner.step()  # 2 of 4, 1 of 2, none of 1
+    assert model.blocks[0].o_proj.in_features == 4
+
+
 def test_a_convolutional_network_has_channels():
     torch.manual_seed(0)
     model = nn.Sequential(
