@@ -105,8 +105,8 @@ class Asked:
             return
         listed = ", ".join(f"{kind!r} by {self._widths[kind]}" for kind in sorted(self._waiting))  # type: ignore[index]
         warnings.warn(
-            f"nothing was cut of {listed}: torch-pruning rounds up what goes, and leaves a width alone that would go as "
-            "a whole; or something else keeps it (round_to, max_pruning_ratio)",
+            f"nothing was cut of {listed}: torch-pruning rounds up what goes, and leaves a width alone that would go "
+            "as a whole; or something else keeps it (round_to, max_pruning_ratio)",
             stacklevel=4,
         )
 
