@@ -5,7 +5,7 @@
 L1 importance, no fine-tuning, accuracy on the 10,000 test images. `equal` has the same ratio in every group. The other
 widths are measured on 1,000 unlabelled training images (`data-free`: on synthetic ones) by the method of the row; the
 plain cut gets the widths of the rows above it. `--descent 1000` adds what so many steps of all layers together make of
-`calibrated`, with the same widths, channels and images.
+the method, with the same widths, channels and images.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--network", choices=("ResNet-20", "VGG11-BN"), default="ResNet-20")
     parser.add_argument("--ratio", type=float, action="append", help="default 0.5 0.7 (may be repeated)")
     parser.add_argument("--method", choices=METHODS, action="append", help="only this one (may be repeated)")
-    parser.add_argument("--descent", type=int, default=0, help="so many steps of descent behind `calibrated` too")
+    parser.add_argument("--widths", choices=ALLOCATIONS, action="append", help="only these (may be repeated)")
+    parser.add_argument("--descent", type=int, default=0, help="so many steps of descent behind each method too")
     parser.add_argument("--images", type=int, default=1000, help="unlabelled ones that methods may see")
     arguments = parser.parse_args()
     root = paper_parity.data_folder(parser)
@@ -68,11 +69,11 @@ def main() -> None:
     print("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: |")
     for ratio in arguments.ratio or (0.5, 0.7):
         for fusion in arguments.method or METHODS:
-            for allocation in ALLOCATIONS:
+            for allocation in arguments.widths or ALLOCATIONS:
                 ratios: Mapping[str, float] = dict.fromkeys(network.roots or (), ratio)
                 tried = {fusion: Fusion.preset(fusion)}
-                if arguments.descent and fusion == "calibrated":
-                    tried[f"calibrated, {arguments.descent} steps"] = replace(tried[fusion], descent=arguments.descent)
+                if arguments.descent:
+                    tried[f"{fusion}, {arguments.descent} steps"] = replace(tried[fusion], descent=arguments.descent)
                 tried["discard"] = Fusion.preset("discard")
                 for method, settings in tried.items():
                     began = time.process_time()

@@ -1,14 +1,16 @@
 """After the last refit: all layers together, down the gradient towards what the dense network gives.
 
 A refit puts one layer right for what was cut before it. What is left after the last one no layer can make good alone;
-here all of them move together on the same unlabelled inputs, by Adam, so that the outputs are near the dense
+here all of them move together on the same inputs, yours or synthetic ones, by Adam, so that the outputs are near the dense
 network's, and what is read of every channel width that was not cut:
 
     min over all weights   |y - y_dense|^2 / |y_dense|^2  +  mean over those readers  |x - x_dense|^2 / |x_dense|^2
 
-Batch-norms keep their statistics and nothing is dropped. An eighth of the user's own inputs judges; the weights that
-did best there stay, the refitted ones if none did better. Where the steps lead far above the least error so far, the
-next ones start from the best weights again and are smaller. (By blocks: Li et al., BRECQ, ICLR 2021.)
+Batch-norms keep their statistics and nothing is dropped. What is wanted of an image the dense network says of any
+other as well: so each step sees images that are mirrored, moved and mixed (`variation`), and none of them twice. An
+eighth of the user's own inputs, or of the synthetic ones where there are no others, judges as it is; the weights that
+did best there stay, the refitted ones if none did better. Where the steps lead far above the least error so far, the next ones start from the best weights again and are
+smaller. (By blocks: Li et al., BRECQ, ICLR 2021.)
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from intrafusion.correct.survey import Run
+from intrafusion.correct.variation import varied
 from intrafusion.running import evaluating, map_tensors, size_of, tensors_in
 
 _EACH, _SHARE, _CHECKS = 32, 8, 10
 """Inputs a step; one of so many judges; so often they are asked."""
-_RATE = 3e-3
+_RATE = 6e-3
 """Adam's, at the start; it falls to 0 by half a cosine. In units of each tensor's root mean square."""
 _FAR = 1.5
 """Steps that lead to so many times the least error that the judges have seen are too large,"""
@@ -45,11 +48,13 @@ def descend_(
     steps: int,
     *,
     order: Sequence[str],
+    seed: int,
     progress: bool,
 ) -> None:
     """Move those weights of the pruned network that may be trained; a warning says so where there is nothing to move.
 
-    run: calls a network on a batch. own, drawn: batches that the user gave, and synthetic ones; the former judge too.
+    run: calls a network on a batch. own, drawn: batches that the user gave, and synthetic ones; the former judge too,
+    or the latter where there are none. seed: of how images are varied.
     order: layers by name, in the order of the forward pass.
     """
     fitted, judges = _parted(own, drawn)
@@ -83,9 +88,9 @@ def descend_(
     with evaluating(network), evaluating(dense), torch.enable_grad():
         found = _Descent(weights, judged())
         every = max(1, steps // _CHECKS)
-        hidden = None if progress else True
+        hidden, generator = None if progress else True, torch.Generator().manual_seed(seed)
         for step in tqdm(range(steps), desc="descent", unit="step", delay=2, leave=False, disable=hidden):
-            now = loss(fitted[step % len(fitted)])
+            now = loss(varied(fitted[step % len(fitted)], generator))
             if not now.requires_grad:
                 warnings.warn("no output has a gradient: descent has left the weights as the refit did", stacklevel=2)
                 break
@@ -172,6 +177,7 @@ def _parted(own: Sequence, drawn: Sequence) -> tuple[list[Any], list[Any]]:
 
     An eighth of every batch judges, or of small ones every eighth; what there is judges itself where that is less.
     """
+    own, drawn = (own, drawn) if own else (drawn, [])
     fitted: list[Any] = []
     judges: list[Any] = []
     for number, batch in enumerate(own):

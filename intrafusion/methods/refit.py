@@ -87,7 +87,7 @@ class Refit(Method):
 
     def end_(self, view: View) -> None:
         if self.descent:
-            how = {"order": view.order, "progress": view.progress}
+            how = {"order": view.order, "seed": view.seed, "progress": view.progress}
             descend_(view.model, view.dense, view.run, view.own, view.drawn, self.descent, **how)
 
 

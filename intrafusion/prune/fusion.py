@@ -37,8 +37,8 @@ class Fusion:
         itself goes with `none` only.
     rescore: with local pruning, score each group on the network as it is when its turn comes (published), instead of
         all of them on the network before the step (torch-pruning). How many channels go does not change.
-    descent: with `calibrated`, so many steps of descent by all layers together, towards what the dense network gives,
-        after the last refit: minutes instead of seconds.
+    descent: with `calibrated` or `data-free`, so many steps of descent by all layers together, towards what the dense
+        network gives, after the last refit: minutes instead of seconds.
     seed: for k-means and the Gaussian mixture.
 
     Raises ValueError, naming the field and what is allowed, for any other value.
@@ -68,9 +68,9 @@ class Fusion:
             raise ValueError(f"Fusion.rescore is {self.rescore!r}: it must be True or False")
         if not isinstance(self.descent, int) or isinstance(self.descent, bool) or self.descent < 0:
             raise ValueError(f"Fusion.descent is {self.descent!r}: it must be a number of steps, 0 or more")
-        if self.descent and self.correct != "calibrated":
+        if self.descent and self.correct == "none":
             raise ValueError(
-                f"Fusion.descent is {self.descent}: it goes with correct='calibrated', not {self.correct!r}"
+                f"Fusion.descent is {self.descent}: it goes with correct='calibrated' or 'data-free', not {self.correct!r}"
             )
         method = self._merging()
         if self.correct != "none" and (method.inputs != "none" or method.repairs):

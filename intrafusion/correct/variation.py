@@ -1,0 +1,48 @@
+"""Other inputs like given ones, for layers that learn from what the dense network gives: it says what is right for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intrafusion.running import map_tensors, shares_first_axis, tensors_in
+
+_PART = 8
+"""Images are moved by up to such a part of their size."""
+
+
+def varied(batch: Any, generator: torch.Generator) -> Any:
+    """Images [N, C, H, W], each mirrored by chance, moved, and half of them laid over another; other inputs as they are.
+
+    What lies outside of a moved image is mirrored in. Two images are mixed in random shares ("mixup", Zhang et al.
+    2018; with a teacher that sees the same inputs: Beyer et al., "Knowledge distillation: a good teacher is patient and
+    consistent", CVPR 2022). Several tensors of images are varied alike.
+    """
+    images = list(tensors_in(batch))
+    if not shares_first_axis(batch) or not all(value.dim() == 4 and value.is_floating_point() for value in images):
+        return batch
+    count, device = len(images[0]), images[0].device
+    draw = torch.rand(count, 5, generator=generator)
+    other = torch.randperm(count, generator=generator).to(device)
+    down, right = (2 * draw[:, :2] - 1).unbind(dim=1)
+    mirrored, share = draw[:, 2] < 0.5, torch.where(draw[:, 3] < 0.5, draw[:, 4], 1.0)
+
+    def vary(value: Tensor) -> Tensor:
+        rows, columns = (
+            _moved(size, move).to(device) for size, move in zip(value.shape[2:], (down, right), strict=True)
+        )
+        columns = torch.where(mirrored[:, None].to(device), columns.flip(1), columns)
+        value = value[torch.arange(count, device=device)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        value = value.movedim(-1, 1)
+        kept = share.to(value)[:, None, None, None]
+        return kept * value + (1 - kept) * value[other]
+
+    return map_tensors(batch, vary)
+
+
+def _moved(size: int, move: Tensor) -> Tensor:
+    """[N, size] which place of an axis is seen at each place, mirrored at the ends; move: [N], of -1 to 1."""
+    places = torch.arange(size) + (move * (size // _PART)).round().long()[:, None]
+    return (size - 1) - ((size - 1) - places.abs()).abs()
