@@ -1,16 +1,16 @@
 """After the last refit: all layers together, down the gradient towards what the dense network gives.
 
 A refit puts one layer right for what was cut before it. What is left after the last one no layer can make good alone;
-here all of them move together on the same inputs, yours or synthetic ones, by Adam, so that the outputs are near the dense
-network's, and what is read of every channel width that was not cut:
+here all of them move together on the same inputs, yours or synthetic ones, by Adam, so that the outputs are near the
+dense network's, and what is read of every channel width that was not cut:
 
     min over all weights   |y - y_dense|^2 / |y_dense|^2  +  mean over those readers  |x - x_dense|^2 / |x_dense|^2
 
-Batch-norms keep their statistics and nothing is dropped. What is wanted of an image the dense network says of any
-other as well: so each step sees images that are mirrored, moved and mixed (`variation`), and none of them twice. An
-eighth of the user's own inputs, or of the synthetic ones where there are no others, judges as it is; the weights that
-did best there stay, the refitted ones if none did better. Where the steps lead far above the least error so far, the next ones start from the best weights again and are
-smaller. (By blocks: Li et al., BRECQ, ICLR 2021.)
+Batch-norms keep their statistics and nothing is dropped. What is wanted of an image the dense network says of any other
+as well: so each step sees images that are mirrored, moved and mixed (`variation`), and none of them twice. An eighth of
+the user's own inputs, or of the synthetic ones where there are no others, judges as it is; the weights that did best
+there stay, the refitted ones if none did better. Where the steps lead far above the least error so far, the next ones
+start from the best weights again and are smaller. (By blocks: Li et al., BRECQ, ICLR 2021.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Other inputs like given ones, for layers that learn from what the dense network gives: it says what is right for all."""
+"""Other inputs like given ones, for layers that learn from what the dense network gives: it has an answer to all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PART = 8
 
 
 def varied(batch: Any, generator: torch.Generator) -> Any:
-    """Images [N, C, H, W], each mirrored by chance, moved, and half of them laid over another; other inputs as they are.
+    """Images [N, C, H, W], each mirrored by chance, moved, and every second laid over another; all else as it is.
 
     What lies outside of a moved image is mirrored in. Two images are mixed in random shares ("mixup", Zhang et al.
     2018; with a teacher that sees the same inputs: Beyer et al., "Knowledge distillation: a good teacher is patient and

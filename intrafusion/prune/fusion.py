@@ -70,7 +70,8 @@ class Fusion:
             raise ValueError(f"Fusion.descent is {self.descent!r}: it must be a number of steps, 0 or more")
         if self.descent and self.correct == "none":
             raise ValueError(
-                f"Fusion.descent is {self.descent}: it goes with correct='calibrated' or 'data-free', not {self.correct!r}"
+                f"Fusion.descent is {self.descent}: it goes with correct='calibrated' or 'data-free', "
+                f"not {self.correct!r}"
             )
         method = self._merging()
         if self.correct != "none" and (method.inputs != "none" or method.repairs):
