@@ -1,16 +1,18 @@
 """Networks of every kind, trained on scikit-learn's digits and pruned without fine-tuning: does it hold in general?
 
     python -m benchmarks.kinds                  # offline, about ten minutes on one core
-    python -m benchmarks.kinds --kind depthwise
+    python -m benchmarks.kinds --kind depthwise --descent 1000
 
 All channels that torch-pruning prunes except the classifier's, residual streams included; L1 importance; accuracy on
 the 539 test digits. `discard`, `data-free` and `calibrated` keep the same channels. Nothing is chosen on test images.
+`--descent` adds what so many steps of all layers together make of each method that sees inputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import warnings
+from dataclasses import replace
 from statistics import mean, stdev
 
 import torch
@@ -115,13 +117,16 @@ def trained(kind: str, data: Dataset) -> nn.Module:
     return model.eval()
 
 
-def pruned(dense: nn.Module, data: Dataset, ratio: float, preset: str, images: int, seed: int = 0) -> nn.Module:
+def pruned(
+    dense: nn.Module, data: Dataset, ratio: float, preset: str, images: int, seed: int = 0, descent: int = 0
+) -> nn.Module:
     """A pruned copy; the classifier, the layer that is called last, keeps its outputs. seed: of all that is drawn."""
     batches = [batch for batch, _ in data.draw("train", images, seed=seed)] if images else None
     l1, example = tp.importance.GroupMagnitudeImportance(p=1), torch.zeros(1, *data.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return prune(Fusion.preset(preset), dense, None, ratio, l1, example, images=batches, seed=seed)
+        fusion = replace(Fusion.preset(preset), descent=descent)
+        return prune(fusion, dense, None, ratio, l1, example, images=batches, seed=seed)
 
 
 def _cell(values: list[float]) -> str:
@@ -132,9 +137,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this one (may be repeated)")
     parser.add_argument("--seeds", type=int, default=1, help="the mean, and the spread, over so many draws of inputs")
+    parser.add_argument("--descent", type=int, default=0, help="so many steps of descent behind these methods too")
     arguments = parser.parse_args()
     data = digits()
-    names = [preset if not images else f"{preset}, {images} images" for preset, images in METHODS]
+    methods = [(*method, 0) for method in METHODS]
+    methods += [(*method, arguments.descent) for method in METHODS if arguments.descent and method[0] in DRAWN]
+    names = [
+        preset + (f", {images} images" if images else "") + (f", {steps} steps" if steps else "")
+        for preset, images, steps in methods
+    ]
     print(f"| network | dense | removed | {' | '.join(names)} |")
     print("| --- | ---: | ---: |" + " ---: |" * len(names))
     for kind in arguments.kind or KINDS:
@@ -142,10 +153,10 @@ def main() -> None:
         for ratio in RATIOS:
             values = [
                 [
-                    evaluate(pruned(dense, data, ratio, *method, seed), data, progress=False).percent
-                    for seed in range(arguments.seeds if method[0] in DRAWN else 1)
+                    evaluate(pruned(dense, data, ratio, preset, images, seed, steps), data, progress=False).percent
+                    for seed in range(arguments.seeds if preset in DRAWN else 1)
                 ]
-                for method in METHODS
+                for preset, images, steps in methods
             ]
             before = evaluate(dense, data, progress=False).percent
             row = " | ".join(map(_cell, values))
