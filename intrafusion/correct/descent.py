@@ -6,11 +6,11 @@ dense network's, and what is read of every channel width that was not cut:
 
     min over all weights   |y - y_dense|^2 / |y_dense|^2  +  mean over those readers  |x - x_dense|^2 / |x_dense|^2
 
-Batch-norms keep their statistics and nothing is dropped. What is wanted of an image the dense network says of any other
-as well: so each step sees images that are mirrored, moved and mixed (`variation`), and none of them twice. An eighth of
-the user's own inputs, or of the synthetic ones where there are no others, judges as it is; the weights that did best
-there stay, the refitted ones if none did better. Where the steps lead far above the least error so far, the next ones
-start from the best weights again and are smaller. (By blocks: Li et al., BRECQ, ICLR 2021.)
+Batch-norms keep their statistics and nothing is dropped. What is wanted of an image the dense network says of any
+other as well: so each step sees images that are mirrored, moved and mixed (`augmentation`), and none of them twice. An
+eighth of the user's own inputs, or of the synthetic ones where there are no others, judges as it is; the weights that
+did best there stay, the refitted ones if none did better. Where the steps lead far above the least error so far, the
+next ones start from the best weights again and are smaller. (By blocks: Li et al., BRECQ, ICLR 2021.)
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from intrafusion.correct.augmentation import augmented
 from intrafusion.correct.survey import Run
-from intrafusion.correct.variation import varied
 from intrafusion.running import evaluating, map_tensors, size_of, tensors_in
 
 _EACH, _SHARE, _CHECKS = 32, 8, 10
@@ -54,7 +54,7 @@ def descend_(
     """Move those weights of the pruned network that may be trained; a warning says so where there is nothing to move.
 
     run: calls a network on a batch. own, drawn: batches that the user gave, and synthetic ones; the former judge too,
-    or the latter where there are none. seed: of how images are varied.
+    or the latter where there are none. seed: of the augmentation.
     order: layers by name, in the order of the forward pass.
     """
     fitted, judges = _parted(own, drawn)
@@ -90,7 +90,7 @@ def descend_(
         every = max(1, steps // _CHECKS)
         hidden, generator = None if progress else True, torch.Generator().manual_seed(seed)
         for step in tqdm(range(steps), desc="descent", unit="step", delay=2, leave=False, disable=hidden):
-            now = loss(varied(fitted[step % len(fitted)], generator))
+            now = loss(augmented(fitted[step % len(fitted)], generator))
             if not now.requires_grad:
                 warnings.warn("no output has a gradient: descent has left the weights as the refit did", stacklevel=2)
                 break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from intrafusion.correct.variation import varied
+from intrafusion.correct.augmentation import augmented
 
 X = torch.randn(64, 3, 16, 24, generator=torch.Generator().manual_seed(1))
 
@@ -15,12 +15,12 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def test_images_are_mirrored_moved_and_half_of_them_mixed():
-    found = varied((X,), seeded())[0]
+    found = augmented((X,), seeded())[0]
     assert (found.shape, found.dtype) == (X.shape, X.dtype)
-    assert not torch.equal(found, varied((X,), seeded(1))[0])
-    assert torch.equal(found, varied((X,), seeded())[0])
+    assert not torch.equal(found, augmented((X,), seeded(1))[0])
+    assert torch.equal(found, augmented((X,), seeded())[0])
     numbers = torch.arange(64.0)[:, None, None, None].expand(64, 1, 16, 16)  # the number of the image at every place
-    mixed = varied((numbers,), seeded())[0].flatten(1)
+    mixed = augmented((numbers,), seeded())[0].flatten(1)
     assert torch.allclose(mixed, mixed[:, :1].expand_as(mixed), atol=1e-4)  # of whole images
     assert ((mixed >= 0) & (mixed <= 63)).all()
     alone = (mixed[:, 0] - torch.arange(64.0)).abs() < 1e-4
@@ -29,7 +29,10 @@ def test_images_are_mirrored_moved_and_half_of_them_mixed():
 
 def test_an_image_moves_as_a_whole_by_an_eighth_at_most():
     places = torch.arange(16.0 * 24).reshape(1, 1, 16, 24).expand(64, 1, 16, 24)
-    down, right = (varied((places,), seeded())[0][:, 0].long() // 24, varied((places,), seeded())[0][:, 0].long() % 24)
+    down, right = (
+        augmented((places,), seeded())[0][:, 0].long() // 24,
+        augmented((places,), seeded())[0][:, 0].long() % 24,
+    )
     seen_down, seen_right = down[:, 4:12, 6:18], right[:, 4:12, 6:18]  # far from the mirrored edges
     steps = (seen_right[:, :, 1:] - seen_right[:, :, :-1]).flatten(1)
     unmixed = (steps.abs() == 1).all(dim=1)
@@ -41,8 +44,8 @@ def test_an_image_moves_as_a_whole_by_an_eighth_at_most():
     assert len(moved.unique()) > 2
 
 
-def test_several_tensors_of_images_are_varied_alike():
-    found = varied({"left": X, "right": 2 * X}, seeded())
+def test_several_tensors_of_images_are_changed_alike():
+    found = augmented({"left": X, "right": 2 * X}, seeded())
     assert torch.allclose(found["right"], 2 * found["left"])
     assert not torch.equal(found["left"], X)
 
@@ -59,4 +62,4 @@ def test_several_tensors_of_images_are_varied_alike():
     ids=["vectors", "tokens", "images and vectors", "bytes", "a list"],
 )
 def test_other_inputs_stay(batch):
-    assert varied(batch, seeded()) is batch
+    assert augmented(batch, seeded()) is batch

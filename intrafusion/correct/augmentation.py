@@ -13,12 +13,12 @@ _PART = 8
 """Images are moved by up to such a part of their size."""
 
 
-def varied(batch: Any, generator: torch.Generator) -> Any:
+def augmented(batch: Any, generator: torch.Generator) -> Any:
     """Images [N, C, H, W], each mirrored by chance, moved, and every second laid over another; all else as it is.
 
     What lies outside of a moved image is mirrored in. Two images are mixed in random shares ("mixup", Zhang et al.
     2018; with a teacher that sees the same inputs: Beyer et al., "Knowledge distillation: a good teacher is patient and
-    consistent", CVPR 2022). Several tensors of images are varied alike.
+    consistent", CVPR 2022). Several tensors of images are changed alike.
     """
     images = list(tensors_in(batch))
     if not shares_first_axis(batch) or not all(value.dim() == 4 and value.is_floating_point() for value in images):
@@ -29,7 +29,7 @@ def varied(batch: Any, generator: torch.Generator) -> Any:
     down, right = (2 * draw[:, :2] - 1).unbind(dim=1)
     mirrored, share = draw[:, 2] < 0.5, torch.where(draw[:, 3] < 0.5, draw[:, 4], 1.0)
 
-    def vary(value: Tensor) -> Tensor:
+    def change(value: Tensor) -> Tensor:
         rows, columns = (
             _moved(size, move).to(device) for size, move in zip(value.shape[2:], (down, right), strict=True)
         )
@@ -39,7 +39,7 @@ def varied(batch: Any, generator: torch.Generator) -> Any:
         kept = share.to(value)[:, None, None, None]
         return kept * value + (1 - kept) * value[other]
 
-    return map_tensors(batch, vary)
+    return map_tensors(batch, change)
 
 
 def _moved(size: int, move: Tensor) -> Tensor:
