@@ -136,6 +136,7 @@ def _cell(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--ratio", type=float, action="append", help="default 0.3 0.5 0.7 (may be repeated)")
     parser.add_argument("--seeds", type=int, default=1, help="the mean, and the spread, over so many draws of inputs")
     parser.add_argument("--descent", type=int, default=0, help="so many steps of descent behind these methods too")
     arguments = parser.parse_args()
@@ -150,7 +151,7 @@ def main() -> None:
     print("| --- | ---: | ---: |" + " ---: |" * len(names))
     for kind in arguments.kind or KINDS:
         dense = trained(kind, data)
-        for ratio in RATIOS:
+        for ratio in arguments.ratio or RATIOS:
             values = [
                 [
                     evaluate(pruned(dense, data, ratio, preset, images, seed, steps), data, progress=False).percent
