@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from dataclasses import replace
 from statistics import mean, stdev
 
 import torch
@@ -125,7 +124,7 @@ def pruned(
     l1, example = tp.importance.GroupMagnitudeImportance(p=1), torch.zeros(1, *data.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fusion = replace(Fusion.preset(preset), descent=descent)
+        fusion = Fusion.preset(preset, descent=descent)
         return prune(fusion, dense, None, ratio, l1, example, images=batches, seed=seed)
 
 

@@ -28,7 +28,7 @@ FUSIONS = {
     "GRAIL": Fusion(merge="GRAIL"),
     "data-free": Fusion.preset("data-free"),
     "calibrated": Fusion.preset("calibrated"),
-    "calibrated, descent": replace(Fusion.preset("calibrated"), descent=STEPS),
+    "calibrated, descent": Fusion.preset("calibrated", descent=STEPS),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from intrafusion.methods import METHODS, Method, find_method
 from intrafusion.methods.refit import Refit
@@ -94,11 +95,14 @@ class Fusion:
         }
 
     @staticmethod
-    def preset(name: str) -> Fusion:
-        """The fusion called `name` in `PRESETS`. Raises ValueError, with the names there are, for another."""
+    def preset(name: str, **changes: Any) -> Fusion:
+        """The fusion called `name` in `PRESETS`, other values of some fields given: `preset("calibrated", descent=1000)`.
+
+        Raises ValueError, with the names there are, for another name, and TypeError for a field that there is not.
+        """
         if name not in PRESETS:
             raise ValueError(f"unknown fusion preset {name!r}: choose one of {', '.join(map(repr, PRESETS))}")
-        return PRESETS[name]
+        return replace(PRESETS[name], **changes) if changes else PRESETS[name]
 
     @staticmethod
     def of(value: str | Fusion) -> Fusion:

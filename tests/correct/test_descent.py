@@ -200,7 +200,7 @@ def test_without_data_it_descends_on_synthetic_inputs():
         pruner = IntraFusionPruner(
             model, torch.randn(2, 3, 8, 8), first_ones, pruning_ratio=0.5,
             ignored_layers=[model.stem, *model.outer, model.head],
-            fusion=Fusion(merge="barycentre", cost="l2", correct="data-free", descent=steps),
+            fusion=Fusion.preset("data-free", descent=steps),
         )  # fmt: skip
         pruner.progress = False
         pruner.step()
@@ -234,3 +234,12 @@ def test_networks_that_read_tokens_descend_too():
 def test_what_means_nothing_is_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         Fusion(merge="barycentre", **settings)
+
+
+def test_a_preset_takes_other_values():
+    assert Fusion.preset("calibrated", descent=50) == Fusion(**CALIBRATED, descent=50)
+    assert Fusion.preset("discard") is Fusion.preset("discard")
+    with pytest.raises(TypeError, match="dissent"):
+        Fusion.preset("calibrated", dissent=50)
+    with pytest.raises(ValueError, match="goes with correct="):
+        Fusion.preset("paper", descent=50)

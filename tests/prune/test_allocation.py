@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -86,7 +85,7 @@ def test_whole_steps_decide_without_their_descent(monkeypatch, best):
     monkeypatch.setattr(Bench, "stepped", told)
     monkeypatch.setattr("intrafusion.methods.refit.descend_", count := Mock())
     model = unlike()
-    fusion = replace(Fusion.preset("calibrated"), descent=3)
+    fusion = Fusion.preset("calibrated", descent=3)
     pruner_of(model, fusion=fusion, calibration=True).step()
     assert (model[0].out_features == model[2].out_features) == (best == "equal")
     assert count.call_count == 1
