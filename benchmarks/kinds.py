@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this one (may be repeated)")
     parser.add_argument("--ratio", type=float, action="append", help="default 0.3 0.5 0.7 (may be repeated)")
     parser.add_argument("--seeds", type=int, default=1, help="the mean, and the spread, over so many draws of inputs")
-    parser.add_argument("--descent", type=int, default=0, help="so many steps of descent behind these methods too")
+    parser.add_argument("--descent", type=int, default=0, help="so many steps behind data-free and calibrated too")
     arguments = parser.parse_args()
     data = digits()
     methods = [(*method, 0) for method in METHODS]

@@ -7,10 +7,10 @@ dense network's, and what is read of every channel width that was not cut:
     min over all weights   |y - y_dense|^2 / |y_dense|^2  +  mean over those readers  |x - x_dense|^2 / |x_dense|^2
 
 Batch-norms keep their statistics and nothing is dropped. What is wanted of an image the dense network says of any
-other as well: so each step sees images that are mirrored, moved and mixed (`augmentation`), and none of them twice. An
-eighth of the user's own inputs, or of the synthetic ones where there are no others, judges as it is; the weights that
-did best there stay, the refitted ones if none did better. Where the steps lead far above the least error so far, the
-next ones start from the best weights again and are smaller. (By blocks: Li et al., BRECQ, ICLR 2021.)
+other as well: so each step sees images that are mirrored, moved and mixed (`augmentation`), hardly any of them twice.
+An eighth of the user's own inputs, or of the synthetic ones where there are no others, judges as it is; the weights
+that did best there stay, the refitted ones if none did better. Where the steps lead far above the least error so far,
+the next ones start from the best weights again and are smaller. (By blocks: Li et al., BRECQ, ICLR 2021.)
 """
 
 from __future__ import annotations
@@ -173,10 +173,11 @@ def _inputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Ten
 
 
 def _parted(own: Sequence, drawn: Sequence) -> tuple[list[Any], list[Any]]:
-    """(batches of at most `_EACH` inputs to learn from, those that judge).
+    """(batches of at most `_EACH` inputs to learn from, those that judge), as plain values.
 
     An eighth of every batch judges, or of small ones every eighth; what there is judges itself where that is less.
     """
+    own, drawn = ([map_tensors(batch, _plain) for batch in batches] for batches in (own, drawn))
     own, drawn = (own, drawn) if own else (drawn, [])
     fitted: list[Any] = []
     judges: list[Any] = []
@@ -188,7 +189,14 @@ def _parted(own: Sequence, drawn: Sequence) -> tuple[list[Any], list[Any]]:
             fitted += _pieces(batch, 0, count - held)
         else:
             (judges if number % _SHARE == _SHARE - 1 else fitted).append(batch)
-    return [*fitted, *drawn], judges or fitted
+    for batch in drawn:
+        fitted += _pieces(batch, 0, size_of(batch)) if size_of(batch) > 1 else [batch]
+    return fitted, judges or fitted
+
+
+def _plain(value: Tensor) -> Tensor:
+    """Without a graph behind it, and fit for a backward pass."""
+    return value.clone() if value.is_inference() else value.detach()
 
 
 def _pieces(batch: Any, start: int, end: int) -> list[Any]:

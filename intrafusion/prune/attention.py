@@ -49,7 +49,10 @@ def tell_(pruner: Any) -> None:
 
 
 def count_again_(pruner: Any, before: dict, cut: set) -> None:
-    """Torch-Pruning counts heads as gone that it could not cut in the end. before: `num_heads`; cut: layers it cuts."""
+    """Torch-Pruning counts heads as gone that it could not cut in the end.
+
+    before: `num_heads`. cut: layers of which it cuts what they read.
+    """
     for block in pruner.heads:
         if block.output not in cut:
             left = {layer: before[layer] for layer in block.projections if layer in before}

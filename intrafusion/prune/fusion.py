@@ -40,7 +40,7 @@ class Fusion:
         all of them on the network before the step (torch-pruning). How many channels go does not change.
     descent: with `calibrated` or `data-free`, so many steps of descent by all layers together, towards what the dense
         network gives, after the last refit: minutes instead of seconds.
-    seed: for k-means and the Gaussian mixture.
+    seed: of all that is drawn at random: synthetic inputs, how images are augmented, k-means, the Gaussian mixture.
 
     Raises ValueError, naming the field and what is allowed, for any other value.
     """
@@ -96,7 +96,7 @@ class Fusion:
 
     @staticmethod
     def preset(name: str, **changes: Any) -> Fusion:
-        """The fusion called `name` in `PRESETS`, other values of some fields given: `preset("calibrated", descent=1000)`.
+        """The fusion called `name` in `PRESETS`, some fields of it changed: `preset("calibrated", descent=1000)`.
 
         Raises ValueError, with the names there are, for another name, and TypeError for a field that there is not.
         """

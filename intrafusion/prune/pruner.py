@@ -232,7 +232,7 @@ class FusionMixin:
         """What torch-pruning chooses to cut."""
         before, cut = dict(self.num_heads), set()
         for group in super()._prune():  # type: ignore[misc]
-            cut.update(item[0].target.module for item in group)
+            cut.update(item[0].target.module for item in group if self.DG.is_in_channel_pruning_fn(item[0].handler))
             self.asked.see(self, group)
             yield group
         attention.count_again_(self, before, cut)
@@ -316,7 +316,7 @@ class FusionMixin:
     def state(self) -> list[dict]:
         """The dictionaries that hold what a step changes of the pruner."""
         own = (self.num_heads, self.in_channel_groups, self.out_channel_groups, self.initial_channels)
-        return [self.__dict__, *own]
+        return [self.__dict__, vars(self.asked), *own]
 
     @property
     def initial_channels(self) -> dict:

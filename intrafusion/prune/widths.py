@@ -76,45 +76,50 @@ class Asked:
 
         Raises ValueError for a kind that the network has none of, or that must not be cut there.
         """
-        self._widths = widths
+        self._widths = dict(widths or {})
         self._kinds = {} if widths is None else _restrict_(pruner, widths)
-        self._waiting = {kind for kind, ratio in (widths or {}).items() if ratio}
+        self._waiting = {kind for kind, ratio in self._widths.items() if ratio}
 
     def begin_(self, pruner: Any) -> None:
         """A step begins."""
-        if self._widths is not None:
+        if self._kinds:
             _pace_heads_(pruner)
 
     def see(self, pruner: Any, group: Group) -> None:
         """Torch-Pruning has chosen to cut a group."""
         if pruner.is_trying:
             return
-        kind = self._kinds.get(group[0].dep.target.module)
-        if kind == "heads":
-            now = attention.present(pruner)
-            gone = any(block.heads > now[block.name].heads for block in pruner.heads)
-            self._waiting -= {"heads"} if gone else set()
-            kind = "head_dim" if pruner.prune_head_dims else kind
-            if kind == "heads":
-                return
-        self._waiting -= {kind}
+        root = group[0].dep
+        kinds = {self._kinds.get((root.target.module, pruner.DG.is_out_channel_pruning_fn(root.handler)))}
+        if kinds == {"heads"}:
+            layers, now = {item[0].target.module for item in group}, attention.present(pruner)
+            gone = any(block.heads > now[block.name].heads for block in pruner.heads if block.output in layers)
+            kinds = ({"heads"} if gone else set()) | ({"head_dim"} if pruner.prune_head_dims else set())
+        self._waiting = self._waiting - kinds
 
     def warn(self, pruner: Any) -> None:
         """The last step is over: tell of which kinds nothing was cut."""
-        if not self._waiting or pruner.current_step < pruner.iterative_steps or pruner.is_trying:
+        if pruner.current_step != pruner.iterative_steps or pruner.is_trying:
             return
-        listed = ", ".join(f"{kind!r} by {self._widths[kind]}" for kind in sorted(self._waiting))  # type: ignore[index]
-        warnings.warn(
-            f"nothing was cut of {listed}: torch-pruning rounds up what goes, and leaves a width alone that would go "
-            "as a whole; or something else keeps it (round_to, max_pruning_ratio)",
-            stacklevel=4,
-        )
+        allocated = pruner.report.allocation is not None  # ratios of 0 are what was found best
+        waiting = self._waiting & {"heads", "head_dim", "stream"} if allocated else self._waiting
+        if waiting:
+            listed = ", ".join(f"{kind!r} by {self._widths[kind]}" for kind in sorted(waiting))
+            warnings.warn(
+                f"nothing was cut of {listed}: torch-pruning rounds up what goes, and leaves a width alone that would "
+                "go as a whole; or something else keeps it (round_to, max_pruning_ratio, ignored_layers, an importance "
+                "without scores)",
+                stacklevel=5,
+            )
 
 
-def _restrict_(pruner: Any, widths: Mapping[str, float]) -> dict[Any, str]:
-    """Leave alone every group of another kind, and give the others their ratio. Returns the kinds of their layers."""
+def _restrict_(pruner: Any, widths: Mapping[str, float]) -> dict[tuple[Any, bool], str]:
+    """Leave alone every group of another kind, and give the others their ratio.
+
+    Returns their kinds, by the layers that may be their roots and by whether it is what these give, not what they read.
+    """
     found: set[str] = set()
-    kinds: dict[Any, str] = {}
+    kinds: dict[tuple[Any, bool], str] = {}
     for group in list(pruner.all_groups()):
         kind = kind_of_group(pruner, group)
         found.add(kind)
@@ -123,9 +128,10 @@ def _restrict_(pruner: Any, widths: Mapping[str, float]) -> dict[Any, str]:
         if not any(ratios):
             pruner.ignored_layers.extend(layer for layer in layers if isinstance(layer, nn.Module))
             continue
-        roots = (*layers, *_readers(pruner, group)) if kind == "heads" else layers
-        kinds.update(dict.fromkeys(roots, kind))
-        for layer in roots:
+        kinds.update({(layer, True): kind for layer in layers})
+        if kind == "heads":  # torch-pruning takes the layer that reads them for their root, but its ratio is another's
+            kinds.update({(layer, False): kind for layer in _readers(pruner, group)})
+        for layer in layers:
             set_ratio_(pruner, layer, max(ratios) if kind == "heads" and not widths.get("head_dim") else ratios[-1])
     _set_heads(pruner, widths)
     there = found - {"output"} | ({"head_dim"} if "heads" in found else set())
@@ -161,7 +167,6 @@ def _parameters(layer: Any) -> Iterable[nn.Parameter]:
 
 
 def _readers(pruner: Any, group: Group) -> list[nn.Module]:
-    """Torch-Pruning takes the layer that reads the heads for the root of their group."""
     return [
         item.dep.target.module
         for item in group

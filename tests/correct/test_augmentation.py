@@ -50,16 +50,23 @@ def test_several_tensors_of_images_are_changed_alike():
     assert not torch.equal(found["left"], X)
 
 
+def test_bytes_are_images_too():
+    images = (X * 40 + 128).clamp(0, 255).to(torch.uint8)
+    found = augmented((images,), seeded())[0]
+    assert found.dtype == torch.uint8
+    assert (found.int() - augmented((images.double(),), seeded())[0]).abs().max() <= 1
+
+
 @pytest.mark.parametrize(
     "batch",
     [
         (torch.randn(4, 7),),
         {"input_ids": torch.randint(9, (4, 7))},
         (X[:4], torch.randn(4, 2)),
-        (torch.randint(255, (4, 3, 8, 8), dtype=torch.uint8),),
+        (torch.randint(255, (4, 3, 8, 8)),),
         ([X[0], X[1]],),
     ],
-    ids=["vectors", "tokens", "images and vectors", "bytes", "a list"],
+    ids=["vectors", "tokens", "images and vectors", "numbers", "a list"],
 )
 def test_other_inputs_stay(batch):
     assert augmented(batch, seeded()) is batch

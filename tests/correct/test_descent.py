@@ -45,10 +45,10 @@ def pruned(descent: int):
     return dense, model, pruner
 
 
-def pruner_of(model, x, descent):
+def pruner_of(model, x, descent, calibration=None):
     pruner = IntraFusionPruner(
         model, x[:2], first_ones, pruning_ratio=0.5, ignored_layers=[model.stem, *model.outer, model.head],
-        fusion=Fusion(**CALIBRATED, descent=descent), calibration=[x[:60], x[60:]],
+        fusion=Fusion(**CALIBRATED, descent=descent), calibration=calibration or [x[:60], x[60:]],
     )  # fmt: skip
     pruner.progress = False
     return pruner
@@ -182,10 +182,11 @@ def test_where_there_is_nothing_to_move_the_refitted_network_stays_and_a_warning
 def test_what_judges_is_the_users_own():
     fitted, judges = _parted([torch.zeros(40, 2), torch.zeros(3, 2)], [torch.ones(64, 2)] * 9)
     assert [len(part) for part in judges] == [5]
-    assert sorted(len(part) for part in fitted) == [3, 3, 32] + [64] * 9
+    assert sorted(len(part) for part in fitted) == [3, 3, 32] + [32] * 18
     assert not any(part.any() for part in judges)
     one = [torch.zeros(1, 2)]
-    assert _parted(one, []) == (one, one)
+    for parts in _parted(one, []):
+        assert [part.tolist() for part in parts] == [one[0].tolist()]
     fitted, judges = _parted([], [torch.arange(16.0)])  # where there is nothing but synthetic inputs, these judge
     assert torch.equal(torch.cat(fitted), torch.arange(14.0))
     assert torch.equal(torch.cat(judges), torch.arange(14.0, 16.0))
@@ -243,3 +244,32 @@ def test_a_preset_takes_other_values():
         Fusion.preset("calibrated", dissent=50)
     with pytest.raises(ValueError, match="goes with correct="):
         Fusion.preset("paper", descent=50)
+
+
+@pytest.mark.filterwarnings("ignore:descent has found nothing better")
+@pytest.mark.parametrize("shape", [(7, 3, 8, 8), (40, 3, 8, 8)])
+def test_calibration_may_have_been_made_in_any_way(shape):
+    x = torch.randn(*shape)
+    with torch.inference_mode():
+        fixed = torch.randn(*shape)
+    for batch in (fixed, x.clone().requires_grad_(True), x.clone().requires_grad_(True) * 2):
+        torch.manual_seed(0)
+        model = randomise_(Residual()).eval()
+        pruner = pruner_of(model, torch.randn(2, 3, 8, 8), 5, [batch])
+        pruner.step()
+        assert not batch.is_leaf or batch.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:descent has found nothing better")
+def test_what_was_made_under_inference_mode_need_not_be_images():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    with torch.inference_mode():
+        batch = torch.randn(64, 6)
+    pruner = IntraFusionPruner(
+        model, torch.randn(2, 6), first_ones, pruning_ratio=0.5, ignored_layers=[model[4]], calibration=[batch],
+        fusion=Fusion.preset("calibrated", descent=5),
+    )  # fmt: skip
+    pruner.progress = False
+    pruner.step()
+    assert model[2].weight.shape == (8, 8)

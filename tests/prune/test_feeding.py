@@ -163,3 +163,11 @@ def test_an_example_that_does_not_run_is_named_too():
         ValueError, match=r"does not run on example_inputs \(1 tensor: float32 \[2, 5, 6, 6\]\): Runtime"
     ):
         IntraFusionPruner(model, torch.rand(2, 5, 6, 6), l1())
+
+
+def test_the_example_may_have_been_made_under_inference_mode():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    with torch.inference_mode():
+        example = torch.randn(1, 3, 8, 8)
+    IntraFusionPruner(model, example, l1(), ignored_layers=[model[2]], fusion="discard").step()
+    assert model[0].out_channels == 4

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from intrafusion import IntraFusionPruner
+from intrafusion import FusionError, IntraFusionPruner
 from tests.groups.test_heads import l1, network
 
 X = torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(0))
@@ -87,6 +87,66 @@ def test_what_an_earlier_step_has_cut_is_not_told():
     for _ in range(3):
         pruner.step()  # 2 of 4, 1 of 2, none of 1
     assert model.blocks[0].o_proj.in_features == 4
+
+
+def test_a_stream_that_heads_write_last_keeps_its_own_ratio():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.PhiConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, use_cache=False
+    )
+    model = transformers.PhiForCausalLM(config).eval()
+    ids = {"input_ids": torch.randint(40, (2, 8))}
+    IntraFusionPruner(model, ids, l1(), widths={"stream": 0.25, "heads": 0.5}, fusion="discard").step()
+    assert model.get_input_embeddings().weight.shape == (40, 12)
+    assert model.model.layers[0].self_attn.q_proj.out_features == 8
+
+
+@pytest.mark.filterwarnings("ignore:nothing was cut of 'heads' by 0.9")
+@pytest.mark.parametrize("options", [{}, {"global_pruning": True}, {"iterative_steps": 2}])
+@pytest.mark.parametrize("fusion", ["discard", "data-free"])
+def test_heads_that_would_all_go_stay_where_the_stream_goes(options, fusion):
+    model = network()
+    pruner = IntraFusionPruner(
+        model, X, l1(), widths={"heads": 0.9, "stream": 0.5}, ignored_layers=[model.scores], fusion=fusion, **options
+    )
+    pruner.progress = False
+    for _ in range(options.get("iterative_steps", 1)):
+        pruner.step()
+    assert model.inputs.out_features == 6
+    assert torch.isfinite(model(X)).all()
+
+
+def test_ratios_that_were_allocated_are_told_nothing_of():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 6), nn.ReLU(), nn.Linear(6, 2)
+    ).eval()
+    options = {"widths": {"channels": 0.5, "feed_forward": 0.2}, "allocation": "measured-parameters"}
+    pruner = IntraFusionPruner(model, torch.randn(2, 1, 6, 6), l1(), ignored_layers=[model[6]], **options)
+    pruner.progress = False
+    pruner.asked._waiting = {"feed_forward"}  # as where a ratio of 0 was found best
+    pruner.step()
+    assert pruner.report.allocation is not None
+
+
+def test_a_step_that_failed_has_cut_nothing():
+    model, fails = network(), [True]
+
+    def after(*_):
+        if fails:
+            raise RuntimeError("no")
+
+    pruner = IntraFusionPruner(
+        model, X, l1(), widths={"feed_forward": 0.5}, ignored_layers=[model.scores], fusion="discard", after_cut=after
+    )
+    with pytest.raises(FusionError, match="no"):
+        pruner.step()
+    fails.clear()
+    pruner.round_to = 32
+    with pytest.warns(UserWarning, match="nothing was cut of 'feed_forward' by 0.5"):
+        pruner.step()
+    assert model.up.out_features == 20
 
 
 def test_a_convolutional_network_has_channels():
