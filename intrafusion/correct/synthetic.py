@@ -10,6 +10,7 @@ batch-norm get the images as they are; inputs that are not images get white nois
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ accuracy on training images.) On deep networks it is too fast: the second one le
 """
 _MATCHED = 0.03
 """A batch-norm whose input is so near to what it remembers is matched (CIFAR networks: 0.004 to 0.006 in the mean).
-Where the first batch is not, the slower rate is tried on it, and the better one is used for all.
+Where the first batch is not, and the gap fell faster as the rate went down, the slower rate is tried on it, and the
+better one is used for all.
 """
 _FEWEST, _MOST = 48, 500
 _SMALL, _FEWER = 32 * 32, 1.25
@@ -107,13 +109,8 @@ def _drawn(
     if first.dtype in (torch.float16, torch.bfloat16):  # pixels move by less than half precision resolves
         model = copy_of(model).float()
     norms, batches = _norms(model), []
-    bar = tqdm(
-        total=len(starts) * (_STEPS if norms else 1),
-        desc="synthetic inputs",
-        delay=2,
-        leave=False,
-        disable=None if progress else True,
-    )
+    total, hidden = len(starts) * (_STEPS if norms else 1), None if progress else True
+    bar = tqdm(total=total, desc="synthetic inputs", delay=2, leave=False, disable=hidden)
     rate = _RATES[0]
     with bar, evaluating(model):
         for start in starts:
@@ -228,30 +225,30 @@ def _match_best_(
 ) -> float:
     """Match the first batch at the first rate, or at the slower one if that is too fast here. Returns the rate."""
     first = [value.clone() for value in pixels]
-    left = _match_statistics_(model, norms, pixels, shown, run, bar, _RATES[0])
-    if not left > _MATCHED * len(norms):
+    gaps = _match_statistics_(model, norms, pixels, shown, run, bar, _RATES[0])
+    if not gaps or not gaps[-1] > _MATCHED * len(norms) or not _was_too_fast(gaps):
         return _RATES[0]
     bar.total += _STEPS
     slower = _match_statistics_(model, norms, first, shown, run, bar, _RATES[1])
-    if not slower < left:
+    if not slower[-1] < gaps[-1]:
         return _RATES[0]
     for value, better in zip(pixels, first, strict=True):
         value.copy_(better)
     return _RATES[1]
 
 
+def _was_too_fast(gaps: Sequence[float]) -> bool:
+    """Has some step, at a lower rate, closed more of the gap than the one before it?"""
+    falls = [before - after for before, after in pairwise(gaps)]
+    return any(after > before for before, after in pairwise(falls))
+
+
 @torch.enable_grad()
 def _match_statistics_(
-    model: nn.Module,
-    norms: list,
-    pixels: list[Tensor],
-    shown: Callable[[list[Tensor]], Any],
-    run: Callable,
-    bar: tqdm,
-    rate: float,
-) -> float:
-    """Move the pixels until every batch-norm's input has the stored mean and variance. Returns the gap that is left."""
-    left = 0.0
+    model: nn.Module, norms: list, pixels: list[Tensor], shown: Callable, run: Callable, bar: tqdm, rate: float
+) -> list[float]:
+    """Move the pixels until every batch-norm's input has the stored mean and variance. Returns the gap at each step."""
+    found: list[float] = []
     for value in pixels:
         value.requires_grad_(True)
     frozen = [(p, p.requires_grad) for p in model.parameters()]
@@ -270,7 +267,7 @@ def _match_statistics_(
             optimiser.zero_grad()
             gap = torch.stack(gaps).sum()
             gap.backward()
-            left = float(gap.detach())
+            found.append(float(gap.detach()))
             optimiser.step()
             falling.step()
             bar.update()
@@ -282,7 +279,7 @@ def _match_statistics_(
         for value in pixels:
             value.requires_grad_(False)
             value.grad = None
-    return left
+    return found
 
 
 class _Gap(torch.autograd.Function):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from intrafusion.correct.synthetic import _Gap, dead_leaves, synthetic_inputs
+from intrafusion.correct.synthetic import _Gap, _match_statistics_, _was_too_fast, dead_leaves, synthetic_inputs
 from tests.nets import Plain, randomise_
 
 
@@ -78,3 +78,30 @@ def test_a_rate_that_is_too_fast_for_a_network_gives_way_to_the_other_one(rates,
     monkeypatch.setattr("intrafusion.correct.synthetic._RATES", rates)
     assert [len(batch) for (batch,) in wanted] == [125, 25]
     assert all(torch.equal(first, second) for (first,), (second,) in zip(wanted, made(), strict=True))
+
+
+def test_a_slower_rate_is_not_tried_where_the_first_is_slow_already(monkeypatch):
+    model = randomise_(Plain())
+    monkeypatch.setattr("intrafusion.correct.synthetic._MATCHED", 0.0)
+    monkeypatch.setattr("intrafusion.correct.synthetic._RATES", (0.01, 0.003))
+    used = []
+
+    def counted(*arguments, given=_match_statistics_):
+        used.append(arguments[-1])
+        return given(*arguments)
+
+    monkeypatch.setattr("intrafusion.correct.synthetic._match_statistics_", counted)
+    synthetic_inputs(model, (torch.zeros(1, 3, 8, 8),), lambda m, b: m(*b), count=150, progress=False)
+    assert used == [0.01, 0.01]
+
+
+@pytest.mark.parametrize(
+    ("gaps", "expected"),
+    [
+        ([19.2, 14.3, 13.0, 13.0, 13.03, 12.8, 12.5], True),  # EfficientNet-Lite0
+        ([4.86, 4.75, 4.65, 4.56, 4.49, 4.43], False),  # a network with random weights
+        ([4.0], False),
+    ],
+)
+def test_a_rate_was_too_fast_where_less_of_it_closed_more_of_the_gap(gaps, expected):
+    assert _was_too_fast(gaps) is expected
