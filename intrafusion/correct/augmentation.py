@@ -28,7 +28,7 @@ def augmented(batch: Any, generator: torch.Generator) -> Any:
     other = torch.randperm(count, generator=generator).to(device)
     down, right = (2 * draw[:, :2] - 1).unbind(dim=1)
     mirrored = (draw[:, 2] < 0.5)[:, None].to(device)
-    alone, share = ((draw[:, 3] < 0.5).to(device), draw[:, 4].to(device))
+    mixes, share = (draw[:, 3] < 0.5).to(device), draw[:, 4].to(device)
 
     def change(value: Tensor) -> Tensor:
         rows, columns = (
@@ -40,7 +40,7 @@ def augmented(batch: Any, generator: torch.Generator) -> Any:
         shares = share.to(torch.promote_types(value.dtype, torch.float16))[:, None, None, None]
         mixed = shares * value + (1 - shares) * value[other]
         mixed = mixed if value.is_floating_point() else mixed.round()
-        return torch.where(alone[:, None, None, None], value, mixed.to(value.dtype))
+        return torch.where(mixes[:, None, None, None], mixed.to(value.dtype), value)
 
     return map_tensors(batch, change)
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from intrafusion.correct.augmentation import augmented
 from intrafusion.correct.survey import Run
-from intrafusion.running import evaluating, map_tensors, size_of, tensors_in
+from intrafusion.running import evaluating, map_tensors, recordable, size_of, tensors_in
 
 _EACH, _SHARE, _CHECKS = 32, 8, 10
 """Inputs a step; one of so many judges; so often they are asked."""
@@ -173,11 +173,11 @@ def _inputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Ten
 
 
 def _parted(own: Sequence, drawn: Sequence) -> tuple[list[Any], list[Any]]:
-    """(batches of at most `_EACH` inputs to learn from, those that judge), as plain values.
+    """(batches of at most `_EACH` inputs to learn from, those that judge), without graphs behind them.
 
     An eighth of every batch judges, or of small ones every eighth; what there is judges itself where that is less.
     """
-    own, drawn = ([map_tensors(batch, _plain) for batch in batches] for batches in (own, drawn))
+    own, drawn = ([map_tensors(recordable(batch), Tensor.detach) for batch in batches] for batches in (own, drawn))
     own, drawn = (own, drawn) if own else (drawn, [])
     fitted: list[Any] = []
     judges: list[Any] = []
@@ -192,11 +192,6 @@ def _parted(own: Sequence, drawn: Sequence) -> tuple[list[Any], list[Any]]:
     for batch in drawn:
         fitted += _pieces(batch, 0, size_of(batch)) if size_of(batch) > 1 else [batch]
     return fitted, judges or fitted
-
-
-def _plain(value: Tensor) -> Tensor:
-    """Without a graph behind it, and fit for a backward pass."""
-    return value.clone() if value.is_inference() else value.detach()
 
 
 def _pieces(batch: Any, start: int, end: int) -> list[Any]:

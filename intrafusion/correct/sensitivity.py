@@ -20,7 +20,7 @@ from tqdm import tqdm
 from intrafusion.correct.tape import Layers, Tape, Visit
 from intrafusion.groups.kinds.base import kind_of
 from intrafusion.groups.kinds.filters import Filters
-from intrafusion.running import evaluating, map_tensors, size_of, tensors_in, trainable
+from intrafusion.running import evaluating, map_tensors, recordable, size_of, tensors_in, trainable
 
 _VALUES = 2**26
 """So many values of all layers' outputs, and of their gradients, are held at a time (256 MB each in float32)."""
@@ -130,4 +130,4 @@ def _pieces(batch: Any, each: int) -> Iterator[Any]:
     size = size_of(batch)
     for start in range(0, max(1, size), each):
         piece = batch if size <= each else map_tensors(batch, lambda t, start=start: t[start : start + each])
-        yield map_tensors(piece, lambda t: t.clone() if t.is_inference() else t)
+        yield recordable(piece)

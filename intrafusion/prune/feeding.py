@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intrafusion.running import described, does_not_run, evaluating, map_tensors, tensors_in, to_device
+from intrafusion.running import described, does_not_run, evaluating, recordable, tensors_in, to_device
 
 
 def outputs_of(output_transform: Callable | None) -> Callable[[Any], list[Tensor]]:
@@ -27,8 +27,7 @@ def fed(model: nn.Module, example: Any, run: Callable[[nn.Module, Any], list[Ten
     Like torch-pruning, a tuple or a list is taken as arguments, and as the only argument where that does not run.
     run: as `run_model`. Raises ValueError, with what the network said, if it does not run, or gives no tensor.
     """
-    if any(value.is_inference() for value in tensors_in(example)):  # these cannot be traced
-        example = map_tensors(example, torch.Tensor.clone)
+    example = recordable(example)
     try:
         outputs = _outputs(model, example, run)
     except Exception as error:

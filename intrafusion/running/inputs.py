@@ -46,6 +46,13 @@ def map_tensors(value: Any, f: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+def recordable(batch: Any) -> Any:
+    """The same inputs, of which autograd may keep any: those that were made under inference_mode are copied."""
+    if not any(value.is_inference() for value in tensors_in(batch)):
+        return batch
+    return map_tensors(batch, lambda value: value.clone() if value.is_inference() else value)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch of inputs with its tensors on `device`."""
     return map_tensors(batch, lambda value: value.to(device))

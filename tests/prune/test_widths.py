@@ -125,9 +125,12 @@ def test_ratios_that_were_allocated_are_told_nothing_of():
     options = {"widths": {"channels": 0.5, "feed_forward": 0.2}, "allocation": "measured-parameters"}
     pruner = IntraFusionPruner(model, torch.randn(2, 1, 6, 6), l1(), ignored_layers=[model[6]], **options)
     pruner.progress = False
-    pruner.asked._waiting = {"feed_forward"}  # as where a ratio of 0 was found best
     pruner.step()
-    assert pruner.report.allocation is not None
+    pruner.asked._waiting = {"feed_forward"}  # as where a ratio of 0 was found best
+    pruner.asked.warn(pruner)
+    pruner.report.allocation = None
+    with pytest.warns(UserWarning, match="nothing was cut of 'feed_forward' by 0.2"):
+        pruner.asked.warn(pruner)
 
 
 def test_a_step_that_failed_has_cut_nothing():
