@@ -176,6 +176,7 @@ def _parted(own: Sequence, drawn: Sequence) -> tuple[list[Any], list[Any]]:
     """(batches of at most `_EACH` inputs to learn from, those that judge), without graphs behind them.
 
     An eighth of every batch judges, or of small ones every eighth; what there is judges itself where that is less.
+    Synthetic batches beside one's own stay whole: in parts they would have as many more of the steps.
     """
     own, drawn = ([map_tensors(recordable(batch), Tensor.detach) for batch in batches] for batches in (own, drawn))
     own, drawn = (own, drawn) if own else (drawn, [])
@@ -189,9 +190,7 @@ def _parted(own: Sequence, drawn: Sequence) -> tuple[list[Any], list[Any]]:
             fitted += _pieces(batch, 0, count - held)
         else:
             (judges if number % _SHARE == _SHARE - 1 else fitted).append(batch)
-    for batch in drawn:
-        fitted += _pieces(batch, 0, size_of(batch)) if size_of(batch) > 1 else [batch]
-    return fitted, judges or fitted
+    return [*fitted, *drawn], judges or fitted
 
 
 def _pieces(batch: Any, start: int, end: int) -> list[Any]:

@@ -182,7 +182,7 @@ def test_where_there_is_nothing_to_move_the_refitted_network_stays_and_a_warning
 def test_what_judges_is_the_users_own():
     fitted, judges = _parted([torch.zeros(40, 2), torch.zeros(3, 2)], [torch.ones(64, 2)] * 9)
     assert [len(part) for part in judges] == [5]
-    assert sorted(len(part) for part in fitted) == [3, 3, 32] + [32] * 18
+    assert sorted(len(part) for part in fitted) == [3, 3, 32] + [64] * 9
     assert not any(part.any() for part in judges)
     one = [torch.zeros(1, 2)]
     for parts in _parted(one, []):
